@@ -1,0 +1,171 @@
+"""The polynomial activations as plain torch operations with a hand-written, frugal backward.
+
+One family covers all four activations: with u = rho(x),
+
+    y = sum_i a_i t_i + a_0,    t_i = u^i            (PolyReLU, PolyPReLU)
+                                t_i = u^i / rms(u^i)  (PolyNorm, PolyReLUNorm)
+
+Kept for backward: x, and for the normalised ones r float32 numbers a row. They are q_i = rms(u^i)^(-1/i), so
+that t_i = (u q_i)^i: no power of a large x is ever formed, and nothing overflows whose result is finite.
+Everything else is recomputed. Arithmetic is float32 (float64 for float64 input), whatever the storage type.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Rho(IntEnum):
+    """What is applied to x before the powers are formed."""
+
+    IDENTITY = 0
+    RELU = 1
+    PRELU = 2
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Number of ranks that share a row; 1 without a group."""
+    return 1 if group is None else group.size()
+
+
+def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum in place over the ranks that share a row."""
+    if group_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _rectify(x: Tensor, rho: Rho, slope: Tensor | None) -> Tensor:
+    x = x.to(compute_dtype(x.dtype))
+    if rho is Rho.RELU:
+        return x.clamp(min=0)
+    if rho is Rho.PRELU:
+        assert slope is not None
+        return torch.where(x > 0, x, slope.to(x.dtype) * x)
+    return x
+
+
+def _root_scales(u: Tensor, order: int, eps: float, group: dist.ProcessGroup | None) -> Tensor:
+    """q_i = (mean(u^(2i)) + eps)^(-1/(2i)) for i = 1..order: shape (*rows, order), u's type.
+
+    The sums are formed on u divided by a power of two near its row maximum and put back together in float64,
+    in which x^8 of any float32 is finite; so one all-reduce serves a row that is sharded over a group.
+    """
+    exponent = torch.frexp(u.abs().amax(dim=-1, keepdim=True).clamp_min(1)).exponent
+    square = torch.ldexp(u, -exponent).square()
+    sums, power = [], square
+    for i in range(order):
+        if i:
+            power = power * square
+        sums.append(power.sum(dim=-1))
+    powers = torch.arange(1, order + 1, device=u.device, dtype=torch.float64)
+    total = torch.stack(sums, dim=-1).double() * torch.exp2(2.0 * exponent * powers)
+    mean = all_reduce(total, group) / (u.shape[-1] * group_size(group))
+    return (mean + eps).pow(-0.5 / powers).to(u.dtype)
+
+
+class _Polynomial(torch.autograd.Function):
+    """y = sum_i a_i t_i + a_0 for every member of the family above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        slope: Tensor | None,
+        rho: Rho,
+        normalize: bool,
+        eps: float,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        u = _rectify(x, rho, slope)
+        order = weight.numel()
+        scales = _root_scales(u, order, eps, group) if normalize else None
+        a = weight.to(u.dtype).flip(0)
+        if scales is None:
+            y = a[-1] * u
+            for i in range(order - 1, 0, -1):  # Horner
+                y = (y + a[i - 1]) * u
+            y = y + bias.to(u.dtype)
+        else:
+            y = bias.to(u.dtype).expand_as(u).clone()
+            for i in range(1, order + 1):
+                y += a[i - 1] * (u * scales[..., i - 1 : i]).pow(i)
+        ctx.save_for_backward(x, weight, bias, slope, scales)
+        ctx.rho, ctx.group = rho, group
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, slope, scales = ctx.saved_tensors
+        u = _rectify(x, ctx.rho, slope)
+        g = grad_output.to(u.dtype)
+        order, group = weight.numel(), ctx.group
+        a = weight.to(u.dtype).flip(0)
+
+        # sums over the row: <g, t_1>, ..., <g, t_r>, sum(g); they are all that coefficients and normalisation
+        # need
+        row_sums = []
+        for i in range(1, order + 1):
+            base = u if scales is None else u * scales[..., i - 1 : i]
+            row_sums.append((g * base.pow(i)).sum(dim=-1))
+        row_sums.append(g.sum(dim=-1))
+        dots = torch.stack(row_sums, dim=-1)
+        if scales is not None:
+            all_reduce(dots, group)
+        coefficients = dots.reshape(-1, order + 1).sum(dim=0)
+        if scales is None:
+            all_reduce(coefficients, group)
+
+        grad_u = torch.zeros_like(u)
+        width = x.shape[-1] * group_size(group)
+        for i in range(1, order + 1):
+            if scales is None:
+                grad_u += (i * a[i - 1]) * u.pow(i - 1) * g
+            else:
+                q = scales[..., i - 1 : i]
+                v = u * q
+                projected = g - v.pow(i) * (dots[..., i - 1 : i] / width)
+                grad_u += (i * a[i - 1]) * q * v.pow(i - 1) * projected
+
+        grad_slope = None
+        if ctx.rho is Rho.RELU:
+            grad_x = grad_u * (x > 0)
+        elif ctx.rho is Rho.PRELU:
+            xf = x.to(u.dtype)
+            negative = xf <= 0
+            grad_slope = all_reduce((grad_u * xf * negative).sum().reshape(1), group).to(slope.dtype)
+            grad_x = torch.where(negative, slope.to(u.dtype) * grad_u, grad_u)
+        else:
+            grad_x = grad_u
+        grad_weight = coefficients[:order].flip(0).to(weight.dtype)
+        grad_bias = coefficients[order:].to(bias.dtype)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, grad_slope, None, None, None, None
+
+
+def polynomial(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    rho: Rho,
+    normalize: bool,
+    slope: Tensor | None = None,
+    eps: float = 1e-6,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Apply one member of the family; see the module's docstring."""
+    return _Polynomial.apply(x, weight, bias, slope, rho, normalize, eps, group)

@@ -1,0 +1,50 @@
+"""Textbook definitions of the polynomial composition activations in float64: the oracle of every test.
+
+Nothing here is fast, fused or differentiated by hand. Formulas: "Polynomial Composition Activations" (ICLR
+2025), section 3.1, Eq. 2 and 3, in the layout of the authors' released code: `weight` holds the coefficients
+of the powers r, r-1, ..., 1 and `bias` the constant term a_0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _combine(terms: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """sum_i a_i terms[i-1] + a_0, with a_i = weight[r - i]."""
+    order = weight.numel()
+    result = bias.double().reshape(()).expand(terms[0].shape)
+    for power, term in enumerate(terms, start=1):
+        result = result + weight[order - power].double() * term
+    return result
+
+
+def _rms_normalize(x: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+
+
+def poly_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """sum_i a_i ReLU(x)^i + a_0, computed in float64."""
+    rectified = x.double().clamp(min=0)
+    return _combine([rectified**i for i in range(1, weight.numel() + 1)], weight, bias)
+
+
+def poly_prelu(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
+    """sum_i a_i PReLU(x)^i + a_0 with PReLU(x) = x for x > 0 and slope * x elsewhere, computed in float64."""
+    x = x.double()
+    rectified = torch.where(x > 0, x, slope.double() * x)
+    return _combine([rectified**i for i in range(1, weight.numel() + 1)], weight, bias)
+
+
+def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """sum_i a_i x^i / rms(x^i) + a_0 with rms(v) = sqrt(mean(v^2) + eps) over the last dimension, in
+    float64.
+    """
+    x = x.double()
+    return _combine([_rms_normalize(x**i, eps) for i in range(1, weight.numel() + 1)], weight, bias)
+
+
+def poly_relu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """sum_i a_i ReLU(x)^i / rms(ReLU(x)^i) + a_0, computed in float64."""
+    return poly_norm(x.double().clamp(min=0), weight, bias, eps)
