@@ -1,0 +1,1 @@
+"""What trained models learned, read from their checkpoints."""
