@@ -32,7 +32,7 @@ class Trainer(Protocol):
         """Variables that every run of this trainer needs; the spec's own `environment` wins."""
 
     def model(self, spec: Spec) -> dict[str, Any]:
-        """The part of the spec that fixes the model, as dotted spec keys: a checkpoint fits no other values."""
+        """The part of the spec that fixes the model, by dotted keys: a checkpoint fits no other values."""
 
     def total_steps(self, spec: Spec) -> int | None:
         """The step at which the run is over; None if that is not counted in steps."""
