@@ -25,6 +25,9 @@ class Trainer(Protocol):
         Called with the upstream trees in place, except for a dry run, which downloads nothing.
         """
 
+    def check_inputs(self, spec: Spec) -> None:
+        """Raise PolycomError for an input file that is not there; asked before a start, not for a dry run."""
+
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
         """What follows `python -m torch.distributed.run --standalone --nproc-per-node N`."""
 

@@ -1,0 +1,168 @@
+"""The `local` backend: run one command on this machine, with nothing left behind however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+from polycom_ext.runs.rendering import Command
+
+ERROR_MARK = re.compile(r"^polycom: error: (?P<sentence>.+)$|^\S+: error: (?P<usage>.+)$")
+"""The line of a log that says why a trainer refused to start: a PolycomError's, or argparse's."""
+
+POLL_SECONDS = 0.3
+Tick = Callable[[], None]
+"""Called while a trainer runs, to show what is new."""
+GRACE_SECONDS = 60.0
+"""How long a trainer may take to end after a signal; the launcher itself gives its workers 30 seconds."""
+MARKER = "POLYCOM_LAUNCH"
+"""Environment variable by which every process of a launch is recognised, whatever group it has moved to."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trainer ended."""
+
+    status: int
+    """Exit status of the worker that failed first, negative for a signal; 0 if all went well."""
+    interrupted: int | None
+    """The signal that was forwarded to the trainer, if one was."""
+    log: str
+    """What the trainer wrote in this attempt."""
+
+    @property
+    def refusal(self) -> str | None:
+        """The trainer's own sentence, if it refused to run (exit status 2)."""
+        if self.status != 2:
+            return None
+        for line in reversed(self.log.splitlines()):
+            match = ERROR_MARK.match(line)
+            if match:
+                return match["sentence"] or match["usage"]
+        return None
+
+    def last_lines(self, count: int) -> list[str]:
+        """The end of the trainer's own output, without the launcher's report on its workers."""
+        launcher = re.search(r"^[EW]\d{4} .*torch/distributed/elastic/", self.log, re.MULTILINE)
+        text = self.log[: launcher.start()] if launcher and launcher.start() else self.log
+        return text.splitlines()[-count:]
+
+
+def launch(command: Command, log: BinaryIO, tick: Tick) -> Outcome:
+    """Run the command with its output appended to the open log; call `tick` a few times a second.
+
+    SIGINT, SIGTERM and SIGHUP are forwarded to the command's process group, a second one kills it. When this
+    returns or raises, no process of the command is left.
+    """
+    received: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        if process is not None:
+            _signal_group(process, signum if len(received) == 1 else signal.SIGKILL)
+
+    marker = uuid.uuid4().hex
+    start = log.seek(0, os.SEEK_END)
+    with _handled(forward):
+        try:
+            process = subprocess.Popen(
+                command.arguments,
+                cwd=command.directory,
+                env={**os.environ, **command.environment, MARKER: marker},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            if received:  # came before there was a process to forward it to
+                _signal_group(process, received[0])
+            _wait(process, tick, received)
+        finally:
+            if process is not None:
+                _end(process)
+            _kill_all(f"{MARKER}={marker}".encode())
+    tick()
+    text = _read_from(Path(log.name), start)
+    return Outcome(_worker_status(process.returncode, text), received[0] if received else None, text)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Make sure that the launcher is gone; it still runs only if something went wrong on this side."""
+    if process.poll() is None:
+        _signal_group(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    if process.poll() is None:
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], tick: Tick, received: list[int]) -> None:
+    deadline: float | None = None
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(POLL_SECONDS)
+            return
+        tick()
+        if received and deadline is None:
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            _signal_group(process, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals that end a run, but for those that the caller's shell ignores (nohup)."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    previous = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signum)
+
+
+def _kill_all(mark: bytes) -> None:
+    """Kill what still carries the mark: workers lead sessions of their own and outlive a killed launcher."""
+    while True:
+        marked = [pid for pid, environment in _environments() if mark in environment.split(b"\0")]
+        if not marked:
+            return
+        for pid in marked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _environments() -> Iterator[tuple[int, bytes]]:
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            yield int(path.parent.name), path.read_bytes()
+
+
+def _read_from(path: Path, start: int) -> str:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read().decode("utf-8", errors="replace")
+
+
+def _worker_status(status: int, log: str) -> int:
+    """The launcher exits with 1 whatever its workers did; its report names the first one's status."""
+    reported = re.findall(r"^\s*exitcode\s*: (-?\d+) \(pid", log, re.MULTILINE)
+    return int(reported[-1]) if status and reported else status

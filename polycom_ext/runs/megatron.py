@@ -1,0 +1,255 @@
+"""Megatron-LM's adapter: `megatron:` in a spec holds upstream's own long options without the dashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from polycom_ext import activations, upstream
+from polycom_ext.errors import PolycomError
+from polycom_ext.runs import megatron_options
+from polycom_ext.runs.spec import Spec
+from polycom_ext.runs.suggest import did_you_mean
+
+RESERVED = {
+    "save": "checkpoints go to the run directory",
+    "load": "a run resumes from its own directory; to start from elsewhere use pretrained-checkpoint",
+    "polycom-activation": "name it with `activation:`",
+    "polycom-metrics": "metrics go to the run directory",
+    **{
+        option: "name the activation with `activation:`"
+        for entry in activations.REGISTRY.values()
+        for option in entry.native.get("megatron", {})
+    },
+}
+"""Options that a run sets itself -> why a spec cannot."""
+
+MODEL_OPTIONS = (
+    "num-layers",
+    "hidden-size",
+    "ffn-hidden-size",
+    "num-attention-heads",
+    "group-query-attention",
+    "num-query-groups",
+    "kv-channels",
+    "normalization",
+    "position-embedding-type",
+    "max-position-embeddings",
+    "rotary-base",
+    "rotary-percent",
+    "untie-embeddings-and-output-weights",
+    "disable-bias-linear",
+    "add-qkv-bias",
+    "qk-layernorm",
+    "multi-latent-attention",
+    "num-experts",
+    "moe-layer-freq",
+    "moe-ffn-hidden-size",
+    "moe-router-topk",
+    "moe-shared-expert-intermediate-size",
+    "mtp-num-layers",
+    "tokenizer-type",
+    "tokenizer-model",
+    "vocab-size",
+    "padded-vocab-size",
+    "make-vocab-size-divisible-by",
+)
+"""Options that fix the model's function: a checkpoint written under other values is another model's."""
+
+DATA_OPTIONS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
+UNEVEN_PIPELINE = (
+    "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers",
+    "pipeline-model-parallel-layout",
+    "account-for-embedding-in-pipeline-split",
+    "account-for-loss-in-pipeline-split",
+)
+
+
+class MegatronTrainer:
+    """Runs `polycom_ext.integrations.megatron.pretrain` on Megatron-LM's own training loop."""
+
+    name = "megatron"
+    upstreams = ("megatron",)
+
+    def validate(self, spec: Spec) -> None:
+        _check_reserved(spec)
+        tree = upstream.tree("megatron")
+        if tree.exists():
+            _check_options(spec, megatron_options.known(tree))
+        _check_length(spec)
+        _check_layout(spec)
+        _check_batch(spec)
+
+    def check_inputs(self, spec: Spec) -> None:
+        for name in DATA_OPTIONS:
+            value = spec.options.get(name, [])
+            for item in value if isinstance(value, list) else [value]:
+                files = [] if _is_weight(item) else [f"{item}.bin", f"{item}.idx"]
+                missing = [file for file in files if not Path(file).exists()]
+                if missing:
+                    raise PolycomError(
+                        f"{spec.name}: megatron.{name}: {' and '.join(missing)} not found "
+                        f"(looked in {Path.cwd()}); `polycom data` makes token files"
+                    )
+
+    def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
+        checkpoints = str(run_dir / "checkpoints")
+        options = {
+            **_resolved(spec),
+            "save": checkpoints,
+            "load": checkpoints,
+            "polycom-metrics": str(run_dir / "metrics.jsonl"),
+        }
+        arguments = ["-m", "polycom_ext.integrations.megatron.pretrain"]
+        for name, value in options.items():
+            if value is True:
+                arguments.append(f"--{name}")
+            elif value is not False:
+                values = value if isinstance(value, list) else [value]
+                arguments += [f"--{name}", *map(str, values)]
+        return arguments
+
+    def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
+        return {}
+
+    def model(self, spec: Spec) -> dict[str, Any]:
+        entry, order = activations.parse(spec.activation)
+        resolved = _resolved(spec)
+        shape = {f"megatron.{name}": resolved[name] for name in MODEL_OPTIONS if resolved.get(name)}
+        return {"activation": (entry.name, order), **shape}
+
+    def total_steps(self, spec: Spec) -> int | None:
+        return _integer(spec, "train-iters", None)
+
+    def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
+        try:
+            return int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def is_complete(self, spec: Spec, run_dir: Path) -> bool:
+        latest, total = self.latest_step(spec, run_dir), self.total_steps(spec)
+        return latest is not None and total is not None and latest >= total
+
+
+def _resolved(spec: Spec) -> dict[str, Any]:
+    """The spec's options with the activation and the widths in upstream's terms."""
+    options = dict(spec.options)
+    native = spec.entry.native.get("megatron")
+    options.update({"polycom-activation": spec.activation} if native is None else native)
+    width = spec.matched_ffn_width
+    if width is not None:
+        options["ffn-hidden-size"] = width
+        if options.get("num-experts"):
+            options["moe-ffn-hidden-size"] = width
+    return options
+
+
+def _check_reserved(spec: Spec) -> None:
+    for name in spec.options:
+        if name in RESERVED:
+            raise PolycomError(f"{spec.name}: megatron.{name} cannot be set: {RESERVED[name]}")
+    if spec.ffn_width is not None:
+        for name in ("ffn-hidden-size", "moe-ffn-hidden-size"):
+            if name in spec.options:
+                raise PolycomError(f"{spec.name}: give either ffn_width or megatron.{name}, not both")
+
+
+def _check_options(spec: Spec, known: dict[str, megatron_options.Option]) -> None:
+    for name, value in spec.options.items():
+        option = known.get(name)
+        if option is None:
+            near = did_you_mean(name, known)
+            raise PolycomError(f"{spec.name}: Megatron has no option megatron.{name}{near}")
+        problem = option.problem(value)
+        if problem:
+            raise PolycomError(f"{spec.name}: megatron.{name} {problem}")
+
+
+def _integer(spec: Spec, name: str, default: int | None) -> int | None:
+    value = spec.options.get(name, default)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise PolycomError(f"{spec.name}: megatron.{name} must be an integer of at least 1, not {value!r}")
+    return value
+
+
+def _size(spec: Spec, name: str) -> int:
+    size = _integer(spec, name, 1)
+    assert size is not None
+    return size
+
+
+def _check_length(spec: Spec) -> None:
+    if "train-iters" not in spec.options and "train-samples" not in spec.options:
+        raise PolycomError(f"{spec.name}: megatron.train-iters (or train-samples) must say how long to train")
+    if "save-interval" not in spec.options:
+        raise PolycomError(
+            f"{spec.name}: megatron.save-interval must say how often to save, so that a run can resume"
+        )
+
+
+def _check_layout(spec: Spec) -> None:
+    """Processes, widths, layers, heads and experts must divide evenly over the ranks that share them."""
+    tensor = _size(spec, "tensor-model-parallel-size")
+    pipeline = _size(spec, "pipeline-model-parallel-size")
+    context = _size(spec, "context-parallel-size")
+    expert = _size(spec, "expert-model-parallel-size")
+    expert_tensor = _integer(spec, "expert-tensor-parallel-size", tensor) or tensor
+    experts = _integer(spec, "num-experts", None)
+    resolved = _resolved(spec)
+
+    def divides(divisor: int, divisor_name: str, number: Any, number_name: str) -> None:
+        if isinstance(number, int) and number % divisor:
+            raise PolycomError(
+                f"{spec.name}: {divisor_name} {divisor} does not divide {number_name} {number}"
+            )
+
+    divides(
+        tensor * pipeline * context, "tensor x pipeline x context parallel size", spec.processes, "processes"
+    )
+    divides(tensor, "tensor-model-parallel-size", resolved.get("ffn-hidden-size"), "the FFN width")
+    divides(tensor, "tensor-model-parallel-size", resolved.get("num-attention-heads"), "num-attention-heads")
+    if not any(resolved.get(name) for name in UNEVEN_PIPELINE):
+        divides(pipeline, "pipeline-model-parallel-size", resolved.get("num-layers"), "num-layers")
+    if experts is None:
+        if expert > 1:
+            raise PolycomError(f"{spec.name}: expert-model-parallel-size {expert} needs megatron.num-experts")
+        return
+    divides(
+        expert_tensor * expert * pipeline,
+        "expert-tensor x expert x pipeline parallel size",
+        spec.processes,
+        "processes",
+    )
+    divides(expert, "expert-model-parallel-size", experts, "num-experts")
+    divides(
+        expert_tensor,
+        "expert-tensor-parallel-size",
+        resolved.get("moe-ffn-hidden-size"),
+        "the experts' width",
+    )
+
+
+def _check_batch(spec: Spec) -> None:
+    micro, batch = _integer(spec, "micro-batch-size", None), _integer(spec, "global-batch-size", None)
+    if micro is None or batch is None:
+        return
+    model = 1
+    for dimension in ("tensor", "pipeline"):
+        model *= _size(spec, f"{dimension}-model-parallel-size")
+    replicas = spec.processes // (model * _size(spec, "context-parallel-size"))
+    if batch % (micro * replicas):
+        raise PolycomError(
+            f"{spec.name}: global-batch-size {batch} is not a multiple of micro-batch-size {micro} times "
+            f"{replicas} data-parallel ranks"
+        )
+
+
+def _is_weight(item: Any) -> bool:
+    """Blends alternate weights and prefixes."""
+    try:
+        float(item)
+    except ValueError:
+        return False
+    return True
