@@ -11,36 +11,89 @@ Conventions, those of the authors' released code:
   the paper divides by the L2 norm instead, which is the same up to the constant sqrt(width).
 - Powers, sums and gradients are formed in float32 (float64 for float64 input); the result has the type of x.
 
+Three variants save passes over memory where the operations are fused, and mean the same where they are not:
+
+- `pre_bias`, (width,): the function of x + pre_bias, the sum formed in float32.
+- `row_scale`, x.shape[:-1]: the result times row_scale[..., None], as a router's probabilities need it.
+- `offsets`, (E,) integers: x is (rows, width) and its rows are grouped by expert; expert e owns the rows
+  from offsets[e - 1] (or 0) to offsets[e], as in torch's grouped_mm, and has the coefficients weight[e] (r,)
+  and bias[e] (1,) and, where it is two-dimensional, pre_bias[e]. Rows past the last offset count as the last
+  expert's.
+
 Where the last dimension is sharded over a process group (tensor parallelism), pass `group`: row sums are
 reduced over it, so the function is the one of the whole row, and coefficient gradients come out complete on
-every rank.
+every rank. The gradient of `row_scale` is the rank's own share, as that of any factor of a sharded tensor.
 """
 
 from __future__ import annotations
 
+from typing import TypedDict
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
-from polycom_ext.ops import eager
+from polycom_ext.ops import dispatch
 from polycom_ext.ops.eager import Rho
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor | None = None) -> None:
+class Variants(TypedDict, total=False):
+    """Optional arguments of every function but `poly_prelu`; see the module's docstring."""
+
+    pre_bias: Tensor | None
+    row_scale: Tensor | None
+    offsets: Tensor | None
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    slope: Tensor | None = None,
+    pre_bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
-    if weight.dim() != 1 or weight.numel() == 0:
-        raise ValueError(f"weight must have shape (r,) with r >= 1, got {tuple(weight.shape)}")
-    for name, scalar in (("bias", bias), ("slope", slope)):
-        if scalar is not None and scalar.shape != (1,):
-            raise ValueError(f"{name} must have shape (1,), got {tuple(scalar.shape)}")
-    for name, other in (("weight", weight), ("bias", bias), ("slope", slope)):
+    experts: tuple[int, ...] = ()
+    if offsets is not None:
+        if offsets.dim() != 1 or offsets.numel() == 0 or offsets.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                "offsets must be a one-dimensional tensor of int32 or int64 with an entry per expert"
+            )
+        if x.dim() != 2:
+            raise ValueError(f"with offsets, x must have shape (rows, width), got {tuple(x.shape)}")
+        experts = (offsets.numel(),)
+    lead = "E, " if experts else ""
+    if weight.dim() != 1 + len(experts) or weight.shape[:-1] != experts or weight.shape[-1] == 0:
+        raise ValueError(f"weight must have shape ({lead}r) with r >= 1, got {tuple(weight.shape)}")
+    if bias.shape != (*experts, 1):
+        raise ValueError(f"bias must have shape ({lead}1), got {tuple(bias.shape)}")
+    if slope is not None and slope.shape != (1,):
+        raise ValueError(f"slope must have shape (1,), got {tuple(slope.shape)}")
+    if pre_bias is not None and pre_bias.shape not in (x.shape[-1:], (*experts, x.shape[-1])):
+        raise ValueError(f"pre_bias must have shape ({x.shape[-1]},), got {tuple(pre_bias.shape)}")
+    if row_scale is not None and row_scale.shape != x.shape[:-1]:
+        raise ValueError(f"row_scale must have shape {tuple(x.shape[:-1])}, got {tuple(row_scale.shape)}")
+    others = {"weight": weight, "bias": bias, "slope": slope, "pre_bias": pre_bias, "row_scale": row_scale}
+    for name, other in {**others, "offsets": offsets}.items():
         if other is not None and other.device != x.device:
             raise ValueError(f"{name} is on {other.device} but x is on {x.device}")
 
 
-def poly_relu(x: Tensor, weight: Tensor, bias: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+def poly_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    **variants: Unpack[Variants],
+) -> Tensor:
     """PolyReLU: y = sum_{i=1..r} weight[r-i] ReLU(x)^i + bias.
 
     Args:
@@ -49,11 +102,12 @@ def poly_relu(x: Tensor, weight: Tensor, bias: Tensor, *, group: dist.ProcessGro
         bias: (1,), the constant term.
         group: process group over which the last dimension is sharded; only gradients of the coefficients need
             it.
+        variants: pre_bias, row_scale, offsets; see the module's docstring.
 
     Returns: a tensor of x's shape and type. Raises ValueError for shapes or devices that do not match.
     """
-    _check(x, weight, bias)
-    return eager.polynomial(x, weight, bias, rho=Rho.RELU, normalize=False, group=group)
+    _check(x, weight, bias, **variants)
+    return dispatch.polynomial(x, weight, bias, rho=Rho.RELU, normalize=False, group=group, **variants)
 
 
 def poly_prelu(
@@ -62,12 +116,18 @@ def poly_prelu(
     """PolyPReLU: PolyReLU with PReLU(x) = x for x > 0 and slope * x elsewhere in place of ReLU; slope:
     (1,).
     """
-    _check(x, weight, bias, slope)
-    return eager.polynomial(x, weight, bias, rho=Rho.PRELU, normalize=False, slope=slope, group=group)
+    _check(x, weight, bias, slope=slope)
+    return dispatch.polynomial(x, weight, bias, rho=Rho.PRELU, normalize=False, slope=slope, group=group)
 
 
 def poly_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, group: dist.ProcessGroup | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    *,
+    group: dist.ProcessGroup | None = None,
+    **variants: Unpack[Variants],
 ) -> Tensor:
     """PolyNorm: y = sum_{i=1..r} weight[r-i] x^i / rms(x^i) + bias, rms(v) = sqrt(mean(v^2) + eps) over a
     row.
@@ -79,20 +139,31 @@ def poly_norm(
         bias: (1,), the constant term.
         eps: added to the mean of squares.
         group: process group over which the row is sharded in equal parts.
+        variants: pre_bias, row_scale, offsets; see the module's docstring.
 
     Returns: a tensor of x's shape and type. Raises ValueError for shapes or devices that do not match.
     """
-    _check(x, weight, bias)
-    return eager.polynomial(x, weight, bias, rho=Rho.IDENTITY, normalize=True, eps=eps, group=group)
+    _check(x, weight, bias, **variants)
+    return dispatch.polynomial(
+        x, weight, bias, rho=Rho.IDENTITY, normalize=True, eps=eps, group=group, **variants
+    )
 
 
 def poly_relu_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, group: dist.ProcessGroup | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    *,
+    group: dist.ProcessGroup | None = None,
+    **variants: Unpack[Variants],
 ) -> Tensor:
     """PolyReLUNorm: PolyNorm of ReLU(x), y = sum_i weight[r-i] ReLU(x)^i / rms(ReLU(x)^i) + bias.
 
     The paper names it in figure 5b without a formula; this is the reading that combines the two as they
     stand.
     """
-    _check(x, weight, bias)
-    return eager.polynomial(x, weight, bias, rho=Rho.RELU, normalize=True, eps=eps, group=group)
+    _check(x, weight, bias, **variants)
+    return dispatch.polynomial(
+        x, weight, bias, rho=Rho.RELU, normalize=True, eps=eps, group=group, **variants
+    )

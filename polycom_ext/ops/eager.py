@@ -75,8 +75,16 @@ def _root_scales(u: Tensor, order: int, eps: float, group: dist.ProcessGroup | N
     return (mean + eps).pow(-0.5 / powers).to(u.dtype)
 
 
+def _ascending(weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """a_1, ..., a_r, each of shape (1,), or (*rows, 1) where every row has its own coefficients."""
+    return list(weight.to(dtype).flip(-1).split(1, dim=-1))
+
+
 class _Polynomial(torch.autograd.Function):
-    """y = sum_i a_i t_i + a_0 for every member of the family above."""
+    """y = sum_i a_i t_i + a_0 for every member of the family above.
+
+    weight is (r,) and bias (1,), or (*rows, r) and (*rows, 1): coefficients of each row.
+    """
 
     @staticmethod
     def forward(
@@ -91,9 +99,9 @@ class _Polynomial(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         u = _rectify(x, rho, slope)
-        order = weight.numel()
+        order = weight.shape[-1]
         scales = _root_scales(u, order, eps, group) if normalize else None
-        a = weight.to(u.dtype).flip(0)
+        a = _ascending(weight, u.dtype)
         if scales is None:
             y = a[-1] * u
             for i in range(order - 1, 0, -1):  # Horner
@@ -113,8 +121,8 @@ class _Polynomial(torch.autograd.Function):
         x, weight, bias, slope, scales = ctx.saved_tensors
         u = _rectify(x, ctx.rho, slope)
         g = grad_output.to(u.dtype)
-        order, group = weight.numel(), ctx.group
-        a = weight.to(u.dtype).flip(0)
+        order, group = weight.shape[-1], ctx.group
+        a = _ascending(weight, u.dtype)
 
         # sums over the row: <g, t_1>, ..., <g, t_r>, sum(g); they are all that coefficients and normalisation
         # need
@@ -126,7 +134,7 @@ class _Polynomial(torch.autograd.Function):
         dots = torch.stack(row_sums, dim=-1)
         if scales is not None:
             all_reduce(dots, group)
-        coefficients = dots.reshape(-1, order + 1).sum(dim=0)
+        coefficients = dots if weight.dim() > 1 else dots.reshape(-1, order + 1).sum(dim=0)
         if scales is None:
             all_reduce(coefficients, group)
 
@@ -151,9 +159,17 @@ class _Polynomial(torch.autograd.Function):
             grad_x = torch.where(negative, slope.to(u.dtype) * grad_u, grad_u)
         else:
             grad_x = grad_u
-        grad_weight = coefficients[:order].flip(0).to(weight.dtype)
-        grad_bias = coefficients[order:].to(bias.dtype)
+        grad_weight = coefficients[..., :order].flip(-1).to(weight.dtype)
+        grad_bias = coefficients[..., order:].to(bias.dtype)
         return grad_x.to(x.dtype), grad_weight, grad_bias, grad_slope, None, None, None, None
+
+
+def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
+    """Index of each row's set of coefficients: the first whose end, offsets[e], lies beyond the row; the last
+    one for rows past all ends.
+    """
+    row = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, row, right=True).clamp_max(offsets.numel() - 1)
 
 
 def polynomial(
@@ -166,6 +182,22 @@ def polynomial(
     slope: Tensor | None = None,
     eps: float = 1e-6,
     group: dist.ProcessGroup | None = None,
+    pre_bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    """Apply one member of the family; see the module's docstring."""
-    return _Polynomial.apply(x, weight, bias, slope, rho, normalize, eps, group)
+    """Apply one member of the family; see the module's docstring, and functional.py for the variants."""
+    if pre_bias is None and row_scale is None and offsets is None:
+        return _Polynomial.apply(x, weight, bias, slope, rho, normalize, eps, group)
+    u = x.to(compute_dtype(x.dtype))
+    if offsets is not None:
+        expert = expert_of_rows(offsets, x.shape[0])
+        weight, bias = weight[expert], bias[expert]
+        if pre_bias is not None and pre_bias.dim() == 2:
+            pre_bias = pre_bias[expert]
+    if pre_bias is not None:
+        u = u + pre_bias
+    y = _Polynomial.apply(u, weight, bias, slope, rho, normalize, eps, group)
+    if row_scale is not None:
+        y = y * row_scale.unsqueeze(-1)
+    return y.to(x.dtype)

@@ -1,0 +1,214 @@
+"""Compiles the fused operations: `_cpu.so`, and `_cuda.so` where there is nvcc.
+
+    python polycom_ext/ops/build.py [--cuda] [--output DIRECTORY]
+
+`pip install . --no-build-isolation` does the same through setup.py. The libraries use torch's stable ABI and
+no Python API: one build serves torch 2.11 and later and every Python. This file imports nothing of the
+package, so that setup.py can load it before the package can be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+TARGET_TORCH = "0x020b000000000000"
+"""2.11 in the encoding of torch/csrc/stable/version.h."""
+CUDA_ARCHITECTURES = ("80", "90", "100")
+MAX_JOBS = 2
+
+_INSTRUCTION_SETS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
+}
+_WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-unused-function"]
+# GCC 12 warns of its own intrinsics, which start from a deliberately undefined register.
+_WARNINGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+_CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", *_WARNINGS]
+
+
+class BuildError(Exception):
+    """A compiler is missing or refused a source; the message holds its output."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """Where the headers and libraries of the installed torch are, and whether it is a CUDA build."""
+
+    root: Path
+    cuda: bool
+
+    @classmethod
+    def find(cls) -> Torch:
+        try:
+            import torch
+        except ImportError as error:
+            raise BuildError("torch is not installed in the building environment") from error
+        return cls(Path(torch.__file__).parent, torch.version.cuda is not None)
+
+    @property
+    def include(self) -> list[str]:
+        root = self.root / "include"
+        return ["-isystem", str(root), "-isystem", str(root / "torch" / "csrc" / "api" / "include")]
+
+    @property
+    def link(self) -> list[str]:
+        return [f"-L{self.root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+def sources_digest() -> str:
+    """Sixteen hexadecimal digits of everything under csrc: a library says which sources it was built from."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def find_cxx() -> str:
+    """The C++ compiler: $CXX, else c++, g++ or clang++; raises BuildError without one."""
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        if path := shutil.which(name):
+            return path
+    raise BuildError("no C++ compiler was found (set CXX)")
+
+
+def find_nvcc() -> str:
+    """nvcc: of $CUDA_HOME, else on PATH, else of /usr/local/cuda; raises BuildError without one."""
+    home = os.environ.get("CUDA_HOME")
+    for name in filter(None, (f"{home}/bin/nvcc" if home else None, "nvcc", "/usr/local/cuda/bin/nvcc")):
+        if path := shutil.which(name):
+            return path
+    raise BuildError("nvcc was not found (set CUDA_HOME)")
+
+
+def wants_cuda(torch: Torch) -> bool:
+    """POLYCOM_BUILD_CUDA=1 or 0 decides; otherwise a CUDA build of torch together with nvcc does."""
+    choice = os.environ.get("POLYCOM_BUILD_CUDA")
+    if choice is not None:
+        return choice not in ("", "0")
+    try:
+        return torch.cuda and bool(find_nvcc())
+    except BuildError:
+        return False
+
+
+def run(command: Sequence[str]) -> str:
+    """Run a compiler and return its output; raises BuildError with the output if it fails."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if result.returncode:
+        raise BuildError(f"{' '.join(command)}\n{result.stdout[-4000:]}")
+    return result.stdout
+
+
+def run_all(commands: Iterable[Sequence[str]]) -> list[str]:
+    """The same for several commands, MAX_JOBS at a time."""
+    with ThreadPoolExecutor(MAX_JOBS) as pool:
+        return list(pool.map(run, commands))
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """Instruction set -> compiler flags, for this machine's architecture."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return _INSTRUCTION_SETS
+    return {"baseline": []}
+
+
+def build_cpu(output: Path, torch: Torch) -> None:
+    """Compile the CPU operations into the file `output`."""
+    cxx = find_cxx()
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = [Path(scratch) / "ops.o"]
+        macros = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", f'-DPOLYCOM_SOURCES="{sources_digest()}"']
+        source = str(SOURCES / "cpu_ops.cpp")
+        commands = [[cxx, *_CXX_FLAGS, *macros, *torch.include, "-c", source, "-o", str(objects[0])]]
+        for name, flags in instruction_sets().items():
+            objects.append(Path(scratch) / f"{name}.o")
+            source = str(SOURCES / "cpu_kernels.cpp")
+            macro = f"-DPOLYCOM_ISA={name}"
+            commands.append([cxx, *_CXX_FLAGS, *flags, macro, "-c", source, "-o", str(objects[-1])])
+        run_all(commands)
+        _link([cxx, "-shared", *map(str, objects), *torch.link], output)
+
+
+def cuda_flags(architectures: Sequence[str], ptx: str | None = None) -> list[str]:
+    """Flags of nvcc for machine code of each architecture, and PTX of one for those that come later."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    if ptx is not None:
+        codes.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
+    return [
+        "-std=c++20",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+        *codes,
+    ]
+
+
+def build_cuda(output: Path, torch: Torch) -> None:
+    """Compile the CUDA operations into the file `output`."""
+    nvcc = find_nvcc()
+    flags = cuda_flags(CUDA_ARCHITECTURES, ptx=CUDA_ARCHITECTURES[-1])
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = []
+        commands = []
+        for name in ("cuda_float", "cuda_bfloat16", "cuda_half", "cuda_ops"):
+            objects.append(str(Path(scratch) / f"{name}.o"))
+            include = torch.include if name == "cuda_ops" else []
+            macros = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DUSE_CUDA"] if include else []
+            source = str(SOURCES / f"{name}.cu")
+            commands.append([nvcc, *flags, *macros, *include, "-c", source, "-o", objects[-1]])
+        run_all(commands)
+        _link([nvcc, "-shared", "--cudart", "static", *objects, *torch.link], output)
+
+
+def _link(command: list[str], output: Path) -> None:
+    """Link beside the output and move it into place: no half-written library is ever seen."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        run([*command, "-o", str(partial)])
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main() -> int:
+    """Build into the package, or into --output."""
+    parser = argparse.ArgumentParser(description="Compile the fused operations.")
+    parser.add_argument("--output", type=Path, default=SOURCES.parent, help="directory of the libraries")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA operations too")
+    args = parser.parse_args()
+    try:
+        torch = Torch.find()
+        build_cpu(args.output / "_cpu.so", torch)
+        if args.cuda or wants_cuda(torch):
+            build_cuda(args.output / "_cuda.so", torch)
+    except BuildError as error:
+        print(f"the fused operations were not built: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

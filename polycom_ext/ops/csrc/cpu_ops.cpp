@@ -1,0 +1,105 @@
+// The library `polycom`: the operations' schemas, and their CPU implementations through torch's stable ABI.
+#include <string>
+#include <vector>
+
+#include "cpu_kernels.h"
+#include "operators.h"
+#include "polynomial.h"
+
+namespace polycom {
+namespace {
+
+struct Kernels {
+  const char* name;
+  ForwardKernel forward;
+  BackwardKernel backward;
+};
+
+const Kernels& kernels() {
+  static const Kernels chosen = [] {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      return Kernels{"avx512", avx512::forward, avx512::backward};
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      return Kernels{"avx2", avx2::forward, avx2::backward};
+    }
+#endif
+    return Kernels{"baseline", baseline::forward, baseline::backward};
+  }();
+  return chosen;
+}
+
+// Rows that are worth a thread's start.
+int64_t grain(const Problem& problem) {
+  constexpr int64_t elements = 32768;
+  return elements / problem.width + 1;
+}
+
+// coefficients[expert] = sum over its rows of row_scale * dots, powers descending and then the constant.
+void sum_coefficients(const BackwardArguments& arguments, float* coefficients) {
+  const Parameters& parameters = arguments.parameters;
+  const int order = arguments.problem.order;
+  std::vector<double> sums(size_t(parameters.experts) * (order + 1));
+  for (int64_t row = 0; row < arguments.problem.rows; ++row) {
+    const int expert = parameters.ends ? expert_of_row(parameters.ends, parameters.experts, row) : 0;
+    const float scale = parameters.row_scale ? parameters.row_scale[row] : 1.0f;
+    for (int i = 0; i <= order; ++i) {
+      sums[size_t(expert) * (order + 1) + order - i] += double(scale) * double(arguments.dots[row * (order + 1) + i]);
+    }
+  }
+  for (size_t i = 0; i < sums.size(); ++i) coefficients[i] = float(sums[i]);
+}
+
+struct Cpu {
+  static void run(const ForwardArguments& arguments, const Tensor&) {
+    torch::stable::parallel_for(0, arguments.problem.rows, grain(arguments.problem), [&](int64_t begin, int64_t end) {
+      kernels().forward(arguments, begin, end);
+    });
+  }
+
+  static void run(BackwardArguments arguments, const Tensor&, float* coefficients) {
+    std::vector<float> dots;
+    if (arguments.problem.step == Step::WHOLE) {
+      dots.resize(size_t(arguments.problem.rows) * (arguments.problem.order + 1));
+      arguments.dots = dots.data();
+    }
+    torch::stable::parallel_for(0, arguments.problem.rows, grain(arguments.problem), [&](int64_t begin, int64_t end) {
+      kernels().backward(arguments, begin, end);
+    });
+    if (coefficients) sum_coefficients(arguments, coefficients);
+  }
+};
+
+// The digest of the sources that this library was built from, and the instruction set chosen.
+std::string build() { return std::string(POLYCOM_SOURCES) + " " + kernels().name; }
+
+}  // namespace
+}  // namespace polycom
+
+STABLE_TORCH_LIBRARY(polycom, library) {
+  library.def("build() -> str");
+  library.def(
+      "forward(Tensor x, Tensor weight, Tensor bias, Tensor? pre_bias, Tensor? row_scale, Tensor? offsets, int rho, "
+      "bool normalize, float eps) -> (Tensor y, Tensor scales)");
+  library.def(
+      "backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor scales, Tensor? pre_bias, "
+      "Tensor? row_scale, Tensor? offsets, int rho, bool normalize, bool recompute) "
+      "-> (Tensor grad_x, Tensor grad_coefficients, Tensor grad_row_scale, Tensor y)");
+  library.def("power_sums(Tensor x, Tensor? pre_bias, Tensor? offsets, int rho, int order) -> Tensor");
+  library.def(
+      "apply(Tensor x, Tensor weight, Tensor bias, Tensor power_sums, Tensor? pre_bias, Tensor? row_scale, "
+      "Tensor? offsets, int rho, float eps, int total_width) -> (Tensor y, Tensor scales)");
+  library.def(
+      "row_dots(Tensor grad_y, Tensor x, Tensor scales, Tensor? pre_bias, Tensor? offsets, int rho) -> Tensor");
+  library.def(
+      "apply_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor scales, Tensor dots, "
+      "Tensor? pre_bias, Tensor? row_scale, Tensor? offsets, int rho, int total_width) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(polycom, CompositeExplicitAutograd, library) {
+  library.impl("build", TORCH_BOX(&polycom::build));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(polycom, CPU, library) { polycom::register_operators<polycom::Cpu>(library); }

@@ -1,0 +1,75 @@
+"""The one place that chooses between the fused operations and the eager ones.
+
+Fused: CPU and CUDA where compiled, float16, bfloat16 and float32, order 1 to 4, every rho but PReLU. The
+rest is eager. `POLYCOM_OPS=eager` in the environment, read at import, makes everything eager.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from polycom_ext.ops import eager, fused, library
+from polycom_ext.ops.eager import Rho
+
+MAX_FUSED_ORDER = 4
+FUSED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+
+_said: set[str] = set()
+
+
+@torch.compiler.assume_constant_result
+def _say_once(device: str) -> None:
+    """One warning a process and device type, also when the call is being compiled."""
+    if device not in _said and library.problem:
+        _said.add(device)
+        warnings.warn(
+            f"PolyCom runs plain torch operations on {device}, which is slower: {library.problem}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def is_fused(x: Tensor, order: int, rho: Rho) -> bool:
+    """Whether a call runs the fused operations; warns, once, if only their absence stands in the way."""
+    device = x.device.type
+    if (
+        x.dtype not in FUSED_DTYPES
+        or order > MAX_FUSED_ORDER
+        or rho is Rho.PRELU
+        or device not in ("cpu", "cuda")
+    ):
+        return False
+    if device in library.devices:
+        return True
+    _say_once(device)
+    return False
+
+
+def polynomial(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    rho: Rho,
+    normalize: bool,
+    slope: Tensor | None = None,
+    eps: float = 1e-6,
+    group: dist.ProcessGroup | None = None,
+    pre_bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """One member of the family, with its variants; arguments as in functional.py, already checked."""
+    if is_fused(x, weight.shape[-1], rho):
+        return fused.polynomial(
+            x, weight, bias, rho=rho, normalize=normalize, eps=eps, group=group, pre_bias=pre_bias,
+            row_scale=row_scale, offsets=offsets,
+        )  # fmt: skip
+    return eager.polynomial(
+        x, weight, bias, rho=rho, normalize=normalize, slope=slope, eps=eps, group=group, pre_bias=pre_bias,
+        row_scale=row_scale, offsets=offsets,
+    )  # fmt: skip

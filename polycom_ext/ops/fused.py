@@ -1,0 +1,122 @@
+"""The fused operations as differentiable functions: whole rows in one operation, sharded rows in two.
+
+A row that is sharded over a process group is summed locally, all-reduced (order float64 numbers a row
+forward, order + 1 float32 numbers backward) and then applied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from polycom_ext.ops.eager import Rho, all_reduce, expert_of_rows, group_size
+from polycom_ext.ops.library import pre_bias_gradient, split_coefficients
+
+_ops = torch.ops.polycom
+
+
+class _Sharded(torch.autograd.Function):
+    """The function of rows of which every rank of a group holds an equal part."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        pre_bias: Tensor | None,
+        row_scale: Tensor | None,
+        offsets: Tensor | None,
+        rho: int,
+        normalize: bool,
+        eps: float,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        if normalize:
+            sums = all_reduce(_ops.power_sums(x, pre_bias, offsets, rho, weight.shape[-1]), group)
+            total_width = x.shape[1] * group_size(group)
+            y, scales = _ops.apply(x, weight, bias, sums, pre_bias, row_scale, offsets, rho, eps, total_width)
+        else:
+            y, scales = _ops.forward(x, weight, bias, pre_bias, row_scale, offsets, rho, False, eps)
+        ctx.save_for_backward(x, weight, bias, scales, pre_bias, row_scale, offsets)
+        ctx.rho, ctx.normalize, ctx.group = rho, normalize, group
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, scales, pre_bias, row_scale, offsets = ctx.saved_tensors
+        rho, group, grad_y = ctx.rho, ctx.group, grad_y.contiguous()
+        if ctx.normalize:
+            dots = _ops.row_dots(grad_y, x, scales, pre_bias, offsets, rho)
+            grad_row_scale = _row_scale_gradient(dots, weight, bias, offsets)
+            all_reduce(dots, group)
+            coefficients = _coefficient_gradients(dots, bias.numel(), row_scale, offsets)
+            total_width = x.shape[1] * group_size(group)
+            grad_x = _ops.apply_backward(
+                grad_y, x, weight, bias, scales, dots, pre_bias, row_scale, offsets, rho, total_width
+            )
+        else:
+            grad_x, coefficients, grad_row_scale, _ = _ops.backward(
+                grad_y, x, weight, bias, scales, pre_bias, row_scale, offsets, rho, False, False
+            )
+            all_reduce(coefficients, group)
+        grad_weight, grad_bias = split_coefficients(coefficients, weight, bias)
+        grad_pre_bias = None if pre_bias is None else pre_bias_gradient(grad_x, pre_bias, offsets)
+        if row_scale is None:  # then the operations' answer is a placeholder
+            return grad_x, grad_weight, grad_bias, grad_pre_bias, None, None, None, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_pre_bias, grad_row_scale, None, None, None, None, None
+
+
+def _row_scale_gradient(dots: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor | None) -> Tensor:
+    """sum_i a_i <g, t_i> of each row; dots[:, i] = <g, t_i>, i = 0..order."""
+    coefficients = torch.cat((bias.reshape(-1, 1), weight.reshape(bias.numel(), -1).flip(1)), dim=1)
+    if offsets is not None:
+        coefficients = coefficients[expert_of_rows(offsets, dots.shape[0])]
+    return (dots * coefficients).sum(dim=1)
+
+
+def _coefficient_gradients(
+    dots: Tensor, experts: int, row_scale: Tensor | None, offsets: Tensor | None
+) -> Tensor:
+    """(experts, order + 1): each expert's sum of its rows' dots, powers descending and then the constant."""
+    terms = dots.double() if row_scale is None else dots.double() * row_scale.double().unsqueeze(1)
+    if offsets is None:
+        sums = terms.sum(dim=0, keepdim=True)
+    else:
+        sums = terms.new_zeros((experts, terms.shape[1]))
+        sums.index_add_(0, expert_of_rows(offsets, dots.shape[0]), terms)
+    return sums.flip(1).float()
+
+
+def polynomial(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    rho: Rho,
+    normalize: bool,
+    eps: float,
+    group: dist.ProcessGroup | None,
+    pre_bias: Tensor | None,
+    row_scale: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    """One member of the family by the compiled operations; arguments as in functional.py, already checked."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    parameters = (
+        weight.float().contiguous(),
+        bias.float().contiguous(),
+        None if pre_bias is None else pre_bias.float().contiguous(),
+        None if row_scale is None else row_scale.float().reshape(-1).contiguous(),
+        None if offsets is None else offsets.to(torch.int32).contiguous(),
+    )
+    if group_size(group) > 1:
+        y = _Sharded.apply(rows, *parameters, int(rho), normalize, eps, group)
+    else:
+        y, _ = _ops.forward(rows, *parameters, int(rho), normalize, eps)
+    return y.view(x.shape)

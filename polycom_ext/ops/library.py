@@ -1,0 +1,151 @@
+"""Loads the compiled operations, and gives them fake (shape) and autograd implementations.
+
+`devices` names the device types whose operations are loaded; `problem` says in a sentence why some are not.
+A library built from other sources than those beside it is refused: its operations may differ.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polycom_ext.errors import PolycomError
+from polycom_ext.ops import build
+from polycom_ext.ops.eager import expert_of_rows
+
+_HERE = Path(__file__).resolve().parent
+_REBUILD = "build it with `pip install . --no-build-isolation`"
+
+
+def _load(directory: Path) -> tuple[frozenset[str], str]:
+    mode = os.environ.get("POLYCOM_OPS", "")
+    if mode == "eager":
+        return frozenset(), ""
+    if mode:
+        raise PolycomError(f"POLYCOM_OPS must be `eager` or unset, got {mode!r}")
+    library = directory / "_cpu.so"
+    if not library.exists():
+        return frozenset(), f"no compiled operations are installed; {_REBUILD}"
+    try:
+        torch.ops.load_library(str(library))
+        built_from = torch.ops.polycom.build().split()[0]
+    except (OSError, RuntimeError, AttributeError) as error:
+        return frozenset(), f"{library.name} cannot be loaded ({str(error).splitlines()[0]}); {_REBUILD}"
+    if built_from != build.sources_digest():
+        return frozenset(), f"{library.name} was built from other sources than those in csrc; {_REBUILD}"
+    _register()
+    library = directory / "_cuda.so"
+    if torch.version.cuda is None or not library.exists():
+        return frozenset({"cpu"}), f"the CUDA operations are not compiled; with nvcc at hand {_REBUILD}"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return frozenset(
+            {"cpu"}
+        ), f"{library.name} cannot be loaded ({str(error).splitlines()[0]}); {_REBUILD}"
+    return frozenset({"cpu", "cuda"}), ""
+
+
+def _register() -> None:
+    register_fake = torch.library.register_fake
+    register_fake("polycom::forward", _fake_forward)
+    register_fake("polycom::backward", _fake_backward)
+    register_fake("polycom::power_sums", _fake_power_sums)
+    register_fake("polycom::apply", _fake_apply)
+    register_fake("polycom::row_dots", _fake_row_dots)
+    register_fake("polycom::apply_backward", lambda grad_y, x, *rest: torch.empty_like(x))
+    torch.library.register_autograd("polycom::forward", _backward, setup_context=_setup_context)
+    for name in ("backward", "power_sums", "apply", "row_dots", "apply_backward"):
+        torch.library.register_autograd(f"polycom::{name}", _not_differentiable)
+
+
+def _floats(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, pre_bias: Any, row_scale: Any, offsets: Any, rho: int,
+    normalize: bool, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), _floats(x, x.shape[0] if normalize else 0, weight.shape[-1])
+
+
+def _fake_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scales: Tensor, pre_bias: Any, row_scale: Any,
+    offsets: Any, rho: int, normalize: bool, recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    coefficients = _floats(x, bias.numel(), weight.shape[-1] + 1)
+    grad_row_scale = _floats(x, 0 if row_scale is None else x.shape[0])
+    return (
+        torch.empty_like(x),
+        coefficients,
+        grad_row_scale,
+        x.new_empty((x.shape[0] if recompute else 0, x.shape[1])),
+    )
+
+
+def _fake_power_sums(x: Tensor, pre_bias: Any, offsets: Any, rho: int, order: int) -> Tensor:
+    return x.new_empty((x.shape[0], order), dtype=torch.float64)
+
+
+def _fake_apply(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _floats(x, x.shape[0], weight.shape[-1])
+
+
+def _fake_row_dots(grad_y: Tensor, x: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    return _floats(x, x.shape[0], scales.shape[-1] + 1)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, pre_bias, row_scale, offsets, ctx.rho, ctx.normalize, _ = inputs
+    scales = output[1]
+    ctx.mark_non_differentiable(scales)
+    ctx.save_for_backward(x, weight, bias, scales, pre_bias, row_scale, offsets)
+
+
+def _backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, bias, scales, pre_bias, row_scale, offsets = ctx.saved_tensors
+    grad_x, coefficients, grad_row_scale, _ = torch.ops.polycom.backward(
+        grad_y.contiguous(),
+        x,
+        weight,
+        bias,
+        scales,
+        pre_bias,
+        row_scale,
+        offsets,
+        ctx.rho,
+        ctx.normalize,
+        False,
+    )
+    grad_weight, grad_bias = split_coefficients(coefficients, weight, bias)
+    grad_pre_bias = pre_bias_gradient(grad_x, pre_bias, offsets) if ctx.needs_input_grad[3] else None
+    if row_scale is None:
+        grad_row_scale = None
+    return grad_x, grad_weight, grad_bias, grad_pre_bias, grad_row_scale, None, None, None, None
+
+
+def _not_differentiable(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("PolyCom's fused operations can be differentiated once only")
+
+
+def split_coefficients(coefficients: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(experts, order + 1), powers descending, then the constant -> gradients shaped as weight and bias."""
+    order = weight.shape[-1]
+    return coefficients[:, :order].reshape(weight.shape), coefficients[:, order].reshape(bias.shape)
+
+
+def pre_bias_gradient(grad_x: Tensor, pre_bias: Tensor, offsets: Tensor | None) -> Tensor:
+    """The sum of grad_x over the rows that a bias was added to, in float32."""
+    if pre_bias.dim() == 1:
+        return grad_x.sum(dim=0, dtype=torch.float32)
+    assert offsets is not None
+    expert = expert_of_rows(offsets, grad_x.shape[0])
+    return torch.zeros_like(pre_bias).index_add_(0, expert, grad_x.float())
+
+
+devices, problem = _load(_HERE)

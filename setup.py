@@ -1,0 +1,65 @@
+"""Builds the fused operations with the package where torch and a compiler are there; otherwise it is pure Python.
+
+Everything declarative is in pyproject.toml, the compiling in polycom_ext/ops/build.py. Build isolation hides the
+installed torch: use `pip install . --no-build-isolation`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+
+def _load_build() -> ModuleType:
+    path = Path(__file__).parent / "polycom_ext" / "ops" / "build.py"
+    spec = importlib.util.spec_from_file_location("polycom_build", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+build = _load_build()
+
+
+class BuildOperations(build_ext):
+    """Compiles by build.py; a failure is said once and leaves the pure Python package."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_library = build.build_cuda if ext.name.endswith("_cuda") else build.build_cpu
+        try:
+            compile_library(Path(self.get_ext_fullpath(ext.name)).resolve(), build.Torch.find())
+        except build.BuildError as error:
+            print(f"polycom-ext: {ext.name} was not built, plain torch operations serve instead: {error}")
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The libraries use no Python API, so one wheel serves every Python of its platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def _extensions() -> list[Extension]:
+    try:
+        torch = build.Torch.find()
+        build.find_cxx()
+    except build.BuildError as error:
+        print(f"polycom-ext: installing without compiled operations: {error}")
+        return []
+    names = ["_cpu", "_cuda"] if build.wants_cuda(torch) else ["_cpu"]
+    return [Extension(f"polycom_ext.ops.{name}", sources=[], optional=True) for name in names]
+
+
+setup(ext_modules=_extensions(), cmdclass={"build_ext": BuildOperations, "bdist_wheel": AnyPythonWheel})
