@@ -1,10 +1,10 @@
-"""The learned coefficients of a Megatron `torch_dist` checkpoint, read without Megatron and without the model.
+"""The learned coefficients of a Megatron `torch_dist` checkpoint, read without Megatron or the model.
 
 Megatron saves through torch.distributed.checkpoint. Its keys are the parameters' names, and the layers of a
 homogeneous stack share one key, with the layer as leading dimension:
 
     decoder.layers.mlp.activation_func.weight            (layers, r)
-    decoder.layers.mlp.experts.activation_func.weight    (layers, r) or, one set an expert, (layers, experts, r)
+    decoder.layers.mlp.experts.activation_func.weight    (layers, r), or (layers, experts, r)
     decoder.layers.0.mlp.activation_func.weight          (r,)        where the layers of a model differ
 
 Only these tensors are read: a few kilobytes, whatever the size of the checkpoint.
@@ -39,9 +39,9 @@ def from_megatron(checkpoint_dir: str | Path, activation: str) -> dict[str, Any]
         checkpoint_dir: an `iter_XXXXXXX` folder, or the folder above it, of which the latest is taken.
         activation: NAME[-ORDER] of the registry.
 
-    Returns: {"step": int, "activation": str, "layers": [{"name": str, "weight": [r floats, descending powers],
-        "bias": [1 float], "slope": [1 float, PolyPReLU only]}]}, layers in the model's order. `layers` is empty
-        for an activation without coefficients.
+    Returns: {"step": int, "activation": str, "layers": [{"name": str, "weight": [r floats], "bias": [1 float],
+        "slope": [1 float, PolyPReLU only]}]}, weight in descending powers, layers in the model's order. `layers`
+        is empty for an activation without coefficients.
 
     Raises PolycomError where there is no such checkpoint, or none with coefficients of that order.
     """
@@ -80,8 +80,8 @@ def _iteration_directory(directory: Path) -> Path:
         directory = directory / f"iter_{int(iteration):07d}"
     if not re.fullmatch(r"iter_\d+", directory.name) or not (directory / ".metadata").is_file():
         raise PolycomError(
-            f"{directory} is not a torch_dist checkpoint of Megatron (an iter_XXXXXXX folder with a .metadata "
-            "file)"
+            f"{directory} is not a torch_dist checkpoint of Megatron (an iter_XXXXXXX folder "
+            "with a .metadata file)"
         )
     return directory
 

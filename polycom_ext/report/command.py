@@ -1,0 +1,31 @@
+"""`polycom report RUN_DIR [RUN_DIR …] --output DIR [--title TITLE]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from polycom_ext.errors import MissingDependencyError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the verb takes."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's output directory")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the report goes")
+    parser.add_argument("--title", default="PolyCom activations in pre-training", help="heading of the page")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the report; print where it is and what it shows."""
+    try:
+        from polycom_ext.report.page import write_report
+    except ImportError as error:
+        if error.name not in ("jinja2", "matplotlib"):
+            raise
+        raise MissingDependencyError(
+            f"a report needs {error.name}: pip install 'polycom-ext[report]'"
+        ) from error
+    page, sentence = write_report(args.runs, args.output, args.title)
+    print(f"Report: {page}")
+    print(sentence)
+    return 0

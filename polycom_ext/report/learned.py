@@ -1,0 +1,153 @@
+"""Figures of what the activations learned: their coefficients and their shape, layer by layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from polycom_ext import activations
+from polycom_ext.report.drawing import WIDTH, Look, Plot, legend, name_axes, save
+from polycom_ext.report.results import Result
+
+Learned = Sequence[tuple[Result, Look]]
+RANGE = 3.0
+"""The shapes are drawn for x from -RANGE to RANGE."""
+DEFAULT_ROW = 4096
+"""Length of the standard-normal row where the spec gives no FFN width."""
+
+
+def by_layer(result: Result) -> list[tuple[int, dict[str, float]]]:
+    """(layer, {a_0 … a_r, and `slope` where there is one}) for each entry of coefficients.json.
+
+    Experts with coefficients of their own give several entries a layer.
+    """
+    entries = []
+    for position, layer in enumerate((result.run.coefficients or {})["layers"]):
+        number = re.search(r"\.(\d+)(\.|$)", layer["name"])
+        entries.append((int(number[1]) if number else position, _ascending(layer)))
+    return entries
+
+
+def coefficient_plot(learned: Learned, path: Path) -> Plot:
+    """One panel a coefficient, over the layers; the initial value as a dotted line."""
+    names = sorted({name for result, _ in learned for _, values in by_layer(result) for name in values})
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(WIDTH, 0.7 + 1.7 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+    several = False
+    for ax, name in zip(panels, names, strict=False):
+        for result, look in learned:
+            points = [(layer, values[name]) for layer, values in by_layer(result) if name in values]
+            if not points:
+                continue
+            layers = sorted({layer for layer, _ in points})
+            means = [fmean(value for at, value in points if at == layer) for layer in layers]
+            ax.axhline(_initial(result)[name], color="#555555", linestyle=":", linewidth=0.9)
+            ax.plot(layers, means, color=look.color, marker=look.marker, linestyle=look.dashes)
+            if len(points) > len(layers):
+                several = True
+                ax.plot(*zip(*points, strict=True), ".", color=look.color, alpha=0.35, markersize=2)
+        ax.set_title("negative slope" if name == "slope" else f"${name}$", loc="left")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    name_axes(panels, columns, len(names), "layer")
+    figure.supylabel("coefficient", fontsize=8)
+    start = Line2D([], [], color="#555555", linestyle=":", linewidth=0.9, label="at the start")
+    legend(figure, [result.label for result, _ in learned], [look for _, look in learned], [start])
+    caption = (
+        f"After {_steps(learned)} steps, by layer, the first layer being 0. Each panel has its own scale; "
+        "aᵢ multiplies the i-th power, a₀ is the constant."
+        + (" Small points: single experts; lines: their mean." if several else "")
+    )
+    return save(figure, path, "Learned coefficients", caption)
+
+
+def shape_plot(learned: Learned, path: Path) -> Plot:
+    """One panel an activation: its function in each layer, and as it was at the start."""
+    columns = min(3, len(learned))
+    rows = -(-len(learned) // columns)
+    figure = Figure(figsize=(WIDTH, 0.3 + 2.5 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    depth = 1 + max(layer for result, _ in learned for layer, _ in by_layer(result))
+    colors = matplotlib.colormaps["viridis"].resampled(max(depth, 2))
+    for ax, (result, look) in zip(panels, learned, strict=False):
+        assert result.run.coefficients is not None
+        x = _inputs(result)
+        for (layer, _), parameters in zip(by_layer(result), result.run.coefficients["layers"], strict=True):
+            ax.plot(x, _module(result, parameters)(x).detach(), color=colors(layer), linewidth=1.2)
+        ax.plot(x, _module(result)(x).detach(), color="black", linestyle="--", linewidth=1.1)
+        ax.set_title(result.label, loc="left", color=look.color, fontweight="bold")
+        ax.set_xlim(-RANGE, RANGE)
+        ax.set_xlabel("x, a row of standard-normal values" if result.spec.entry.normalizes else "x")
+    panels[0].set_ylabel("y(x)")
+    for ax in panels[len(learned) :]:
+        ax.set_axis_off()
+    scale = ScalarMappable(
+        BoundaryNorm([layer - 0.5 for layer in range(max(depth, 2) + 1)], colors.N), colors
+    )
+    bar = figure.colorbar(scale, ax=panels, pad=0.02, aspect=30, label="layer")
+    bar.ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    bar.ax.minorticks_off()
+    start = Line2D([], [], color="black", linestyle="--", linewidth=1.1, label="at the start of training")
+    figure.legend(handles=[start], loc="outside lower center")
+    caption = f"After {_steps(learned)} steps, one curve a layer."
+    if any(result.spec.entry.normalizes for result, _ in learned):
+        caption += (
+            " An activation that normalises acts on a whole row: it is shown on one row of the FFN's width, the "
+            "quantiles of the standard normal distribution."
+        )
+    return save(figure, path, "Shape of the learned activations", caption)
+
+
+def _steps(learned: Learned) -> str:
+    steps = sorted({int(result.run.coefficients["step"]) for result, _ in learned if result.run.coefficients})
+    return " and ".join(map(str, steps))
+
+
+def _module(result: Result, parameters: dict[str, Any] | None = None) -> torch.nn.Module:
+    """The activation in float64, with the coefficients of one layer, or as it is at the start."""
+    assert result.run.coefficients is not None
+    order = len(result.run.coefficients["layers"][0]["weight"])
+    module = activations.build(f"{result.spec.entry.name}-{order}", dtype=torch.float64)
+    if parameters is not None:
+        module.load_state_dict(
+            {
+                key: torch.tensor(value, dtype=torch.float64)
+                for key, value in parameters.items()
+                if key != "name"
+            }
+        )
+    return module
+
+
+def _initial(result: Result) -> dict[str, float]:
+    state = {key: value.tolist() for key, value in _module(result).state_dict().items()}
+    return _ascending(state)
+
+
+def _ascending(parameters: dict[str, Any]) -> dict[str, float]:
+    """a_0 … a_r, and the slope, from the descending layout of modules and files: a_i = weight[r - i]."""
+    named = {
+        f"a_{power}": value for power, value in enumerate([*parameters["bias"], *parameters["weight"][::-1]])
+    }
+    return named | ({"slope": parameters["slope"][0]} if "slope" in parameters else {})
+
+
+def _inputs(result: Result) -> Tensor:
+    """x in ascending order: an even grid, or a row with the quantiles of the standard normal distribution."""
+    if not result.spec.entry.normalizes:
+        return torch.linspace(-RANGE, RANGE, 601, dtype=torch.float64)
+    width = result.spec.matched_ffn_width or DEFAULT_ROW
+    return torch.special.ndtri((torch.arange(width, dtype=torch.float64) + 0.5) / width)

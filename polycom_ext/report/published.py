@@ -1,0 +1,91 @@
+"""The paper's tables, as published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from polycom_ext.report.facts import Facts
+
+_FILE = Path(__file__).with_name("published.yaml")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number an activation, shown beside the measured results."""
+
+    title: str
+    table: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the paper, or the part of it that lists tasks or texts."""
+
+    number: int
+    title: str
+    metric: str
+    """`loss` (validation, by text) or `accuracy` (in percent, by task)."""
+    columns: dict[str, str]
+    """Label under which a trainer here logs it -> the paper's name for it."""
+    average: dict[str, float]
+    rows: dict[str, dict[str, float]]
+    """Activation -> label -> value."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the paper says of one kind of model."""
+
+    model: str
+    source: str
+    order: int
+    conditions: dict[str, Any]
+    """Named as the fields of Facts, and `tokens`, `data`."""
+    headline: list[Column]
+    tables: list[Table]
+    note: str
+
+    def table(self, metric: str) -> Table | None:
+        """The table of that metric, if the paper has one for this kind of model."""
+        return next((table for table in self.tables if table.metric == metric), None)
+
+    def same_conditions(self, facts: Facts, steps: int) -> bool:
+        """Whether a run has the paper's model and at least its number of tokens."""
+        tokens = facts.tokens(steps)
+        model = {key: value for key, value in self.conditions.items() if key not in ("tokens", "data")}
+        return all(getattr(facts, key) == value for key, value in model.items()) and (
+            tokens is not None and tokens >= self.conditions["tokens"]
+        )
+
+
+@cache
+def load(kind: str) -> Published:
+    """`dense` or `moe`."""
+    content = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    entry = content[kind]
+    return Published(
+        model=entry["model"],
+        source=content["source"],
+        order=content["order"],
+        conditions=entry["conditions"],
+        headline=[Column(**column) for column in entry["headline"]],
+        tables=[
+            Table(
+                **{
+                    **table,
+                    "rows": {
+                        activation: dict(zip(table["columns"], values, strict=True))
+                        for activation, values in table["rows"].items()
+                    },
+                }
+            )
+            for table in entry["tables"]
+        ],
+        note=entry["note"],
+    )
