@@ -69,7 +69,7 @@ def coefficient_plot(learned: Learned, path: Path) -> Plot:
     caption = (
         f"After {_steps(learned)} steps, by layer, the first layer being 0. Each panel has its own scale; "
         "aᵢ multiplies the i-th power, a₀ is the constant."
-        + (" Small points: single experts; lines: their mean." if several else "")
+        + (" Small points: several sets in one layer; lines: their mean." if several else "")
     )
     return save(figure, path, "Learned coefficients", caption)
 
@@ -84,10 +84,9 @@ def shape_plot(learned: Learned, path: Path) -> Plot:
     colors = matplotlib.colormaps["viridis"].resampled(max(depth, 2))
     for ax, (result, look) in zip(panels, learned, strict=False):
         assert result.run.coefficients is not None
-        x = _inputs(result)
         for (layer, _), parameters in zip(by_layer(result), result.run.coefficients["layers"], strict=True):
-            ax.plot(x, _module(result, parameters)(x).detach(), color=colors(layer), linewidth=1.2)
-        ax.plot(x, _module(result)(x).detach(), color="black", linestyle="--", linewidth=1.1)
+            ax.plot(*shape(result, parameters), color=colors(layer), linewidth=1.2)
+        ax.plot(*shape(result), color="black", linestyle="--", linewidth=1.1)
         ax.set_title(result.label, loc="left", color=look.color, fontweight="bold")
         ax.set_xlim(-RANGE, RANGE)
         ax.set_xlabel("x, a row of standard-normal values" if result.spec.entry.normalizes else "x")
@@ -105,10 +104,24 @@ def shape_plot(learned: Learned, path: Path) -> Plot:
     caption = f"After {_steps(learned)} steps, one curve a layer."
     if any(result.spec.entry.normalizes for result, _ in learned):
         caption += (
-            " An activation that normalises acts on a whole row: it is shown on one row of the FFN's width, the "
-            "quantiles of the standard normal distribution."
+            " An activation that normalises acts on a whole row: it is shown on one row of the FFN's width, "
+            "the quantiles of the standard normal distribution."
         )
     return save(figure, path, "Shape of the learned activations", caption)
+
+
+def shape(result: Result, parameters: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
+    """(x, y(x)) in float64 with the coefficients of one layer, or as it is at the start of training.
+
+    x is an even grid; for an activation that normalises, a row of the FFN's width with the quantiles of the
+    standard normal distribution.
+    """
+    if result.spec.entry.normalizes:
+        width = result.spec.matched_ffn_width or DEFAULT_ROW
+        x = torch.special.ndtri((torch.arange(width, dtype=torch.float64) + 0.5) / width)
+    else:
+        x = torch.linspace(-RANGE, RANGE, 601, dtype=torch.float64)
+    return x, _module(result, parameters)(x).detach()
 
 
 def _steps(learned: Learned) -> str:
@@ -143,11 +156,3 @@ def _ascending(parameters: dict[str, Any]) -> dict[str, float]:
         f"a_{power}": value for power, value in enumerate([*parameters["bias"], *parameters["weight"][::-1]])
     }
     return named | ({"slope": parameters["slope"][0]} if "slope" in parameters else {})
-
-
-def _inputs(result: Result) -> Tensor:
-    """x in ascending order: an even grid, or a row with the quantiles of the standard normal distribution."""
-    if not result.spec.entry.normalizes:
-        return torch.linspace(-RANGE, RANGE, 601, dtype=torch.float64)
-    width = result.spec.matched_ffn_width or DEFAULT_ROW
-    return torch.special.ndtri((torch.arange(width, dtype=torch.float64) + 0.5) / width)

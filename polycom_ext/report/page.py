@@ -15,6 +15,7 @@ import yaml
 
 from polycom_ext._version import __version__
 from polycom_ext.activations import REGISTRY
+from polycom_ext.errors import PolycomError
 from polycom_ext.report import rundir, tables
 from polycom_ext.report.drawing import Plot
 from polycom_ext.report.plots import draw
@@ -42,8 +43,6 @@ class Section:
     """One family on the page."""
 
     family: Family
-    tokens: int | None
-    """Of the longest run."""
     conditions: list[tuple[str, Any, Any]]
     """(name, here, in the paper)"""
     differences: tables.Differences | None
@@ -55,21 +54,22 @@ class Section:
 def write_report(run_dirs: Sequence[Path], output: Path, title: str) -> tuple[Path, str]:
     """Write index.html, the plots and results.csv into `output`.
 
-    Returns the page's path and the sentence on what it shows. Raises PolycomError, with nothing written, where
-    a directory is no run or its run logged nothing.
+    Returns the page's path and the sentence on what it shows. Raises PolycomError, with nothing written,
+    where a directory is no run or its run logged nothing.
     """
     found = families([rundir.read(path) for path in dict.fromkeys(path.resolve() for path in run_dirs)])
     sentence = summarize(found)
+    if output.exists() and not output.is_dir():
+        raise PolycomError(f"the report cannot go to {output}: it is a file, not a folder")
     output.mkdir(parents=True, exist_ok=True)
     sections = [
         Section(
-            family,
-            _tokens(family),
-            _conditions(family),
-            tables.differences(family),
-            tables.side_by_side(family, "loss"),
-            tables.side_by_side(family, "accuracy"),
-            draw(family, output),
+            family=family,
+            conditions=_conditions(family),
+            differences=tables.differences(family),
+            losses=tables.side_by_side(family, "loss"),
+            accuracies=tables.side_by_side(family, "accuracy"),
+            plots=draw(family, output),
         )
         for family in found
     ]
@@ -79,13 +79,9 @@ def write_report(run_dirs: Sequence[Path], output: Path, title: str) -> tuple[Pa
     return page, sentence
 
 
-def _tokens(family: Family) -> int | None:
-    return max((one.tokens for one in family.results if one.tokens is not None), default=None)
-
-
 def _conditions(family: Family) -> list[tuple[str, Any, Any]]:
     here: dict[str, Any] = {name: getattr(family.facts, name, None) for name in CONDITIONS}
-    here["tokens"] = _tokens(family)
+    here["tokens"] = family.tokens
     paper = family.published.conditions
     return [
         (title, here[name], paper.get(name))

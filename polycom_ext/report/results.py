@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import PurePath
 from statistics import fmean, median
 from typing import Any
 
@@ -154,6 +155,11 @@ class Family:
         return published.load(self.facts.kind)
 
     @property
+    def tokens(self) -> int | None:
+        """Training tokens of the longest run."""
+        return max((one.tokens for one in self.results if one.tokens is not None), default=None)
+
+    @property
     def best(self) -> Result | None:
         """Lowest validation loss among the runs that came furthest; None where they are fewer than two."""
         step = max((max(one.validation) for one in self.results if one.validation), default=None)
@@ -202,14 +208,14 @@ def families(runs: Sequence[Run]) -> list[Family]:
 
 
 def _settings(result: Result) -> dict[str, Any]:
-    """The spec, flattened, without its name, its activation and paths that contain the name."""
+    """The spec, flattened, without its name, its activation and paths through a folder of that name."""
     mapping = result.spec.as_mapping()
     for key in ("name", "activation", "sources"):
         mapping.pop(key, None)
     return {
         key: value
         for key, value in _flatten(mapping).items()
-        if not (isinstance(value, str) and result.run.name in value)
+        if not (isinstance(value, str) and result.run.name in PurePath(value).parts)
     }
 
 

@@ -14,8 +14,8 @@ _KINDS = {"dense": "the dense model", "moe": "the mixture of experts"}
 def summarize(families: Sequence[Family]) -> str:
     """The best run of the first family of each kind against that family's baseline.
 
-    For example: "PolyNorm ended at validation loss 4.30 against SwiGLU's 4.58 after 400 iterations; a rehearsal
-    that does not reproduce the paper."
+    For example: "PolyNorm ended at validation loss 4.30 against SwiGLU's 4.58 after 400 iterations; a
+    rehearsal that does not reproduce the paper."
     """
     first: dict[str, Family] = {}
     for family in families:

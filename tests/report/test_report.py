@@ -1,0 +1,196 @@
+"""The whole report, through the command line, on run directories of every condition."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from polycom_ext import cli, reference
+from polycom_ext.report import drawing, learned
+from polycom_ext.report.results import Result, families
+from polycom_ext.report.rundir import read
+
+from .conftest import DENSE, MOE, RunMaker, coefficients, curve, metrics
+
+
+def report(output: Path, *runs: Path) -> int:
+    return cli.main(["report", *map(str, runs), "--output", str(output), "--title", "Tiny <models>"])
+
+
+def test_a_report_of_two_families(
+    make_run: RunMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "report"
+    runs = [
+        make_run("d-swiglu", "swiglu", metrics(4.577)),
+        make_run("d-polynorm", "polynorm", metrics(4.304), learned=coefficients("polynorm")),
+        make_run("m-swiglu", "swiglu", metrics(4.5), options=MOE, ffn_width=192),
+        make_run(
+            "m-polynorm",
+            "polynorm",
+            metrics(4.45, labels=("c4_en-validation", "pile-validation"), tasks=("piqa", "sciq")),
+            options=MOE,
+            ffn_width=192,
+            learned=coefficients("polynorm", suffix="mlp.experts"),
+        ),
+    ]
+    assert report(output, *runs) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"Report: {output / 'index.html'}"
+    assert said[1].startswith(
+        "PolyNorm ended at validation loss 4.30 against SwiGLU's 4.58 after 400 iterations"
+    )
+    assert len(said) == 2
+
+    page = (output / "index.html").read_text()
+    assert "<h1>Tiny &lt;models&gt;</h1>" in page
+    assert "rehearsal: does not reproduce the paper" in page
+    assert said[1].replace("'", "&#39;") in page
+    for number in ("4.577", f"{math.exp(curve(400, 4.304)):.1f}", "3.22", "58.68", "2.41", "87.60"):
+        assert f">{number}<" in page
+    assert "its PPL is not exp(loss)" in page
+    assert "upstreams megatron state applied" in page
+    assert "polycom_ext.integrations.megatron.pretrain" in page
+
+    images = sorted(path.name for path in output.glob("*.png"))
+    assert images == [
+        "dense-megatron-coefficients.png",
+        "dense-megatron-loss.png",
+        "dense-megatron-perplexity.png",
+        "dense-megatron-shapes.png",
+        "moe-megatron-accuracy.png",
+        "moe-megatron-coefficients.png",
+        "moe-megatron-loss.png",
+        "moe-megatron-perplexity.png",
+        "moe-megatron-shapes.png",
+        "moe-megatron-validation.png",
+    ]
+    assert all(Image.open(output / name).size[0] == round(drawing.WIDTH * 200) for name in images)
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
+    assert len(sources) == len(images)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "<script" not in page
+
+    with (output / "results.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["d-swiglu", "d-polynorm", "m-swiglu", "m-polynorm"]
+    assert float(rows["d-polynorm"]["validation_loss"]) == pytest.approx(curve(400, 4.304))
+    assert float(rows["d-polynorm"]["validation_loss_minus_baseline"]) == pytest.approx(-0.273, abs=1e-3)
+    assert rows["d-polynorm"]["paper table 1: validation PPL"] == "3.17"
+    assert rows["m-polynorm"]["eval/piqa/accuracy_percent"] != ""
+    assert rows["m-swiglu"]["eval/piqa/accuracy_percent"] == ""
+
+
+def test_a_report_of_runs_that_stopped_diverged_or_have_an_order_of_their_own(
+    make_run: RunMaker, tmp_path: Path
+) -> None:
+    diverged = metrics(4.4)
+    for step in range(220, 401, 2):
+        diverged[step] = dict.fromkeys(diverged[step], math.nan)
+    runs = [
+        make_run("relu2", "relu2", diverged),
+        make_run("short", "polyprelu", metrics(4.4, steps=40), learned=coefficients("polyprelu", step=40)),
+        make_run("four", "polyrelu-4", metrics(4.4), learned=coefficients("polyrelu", order=4)),
+        make_run("one", "polynorm", metrics(4.4), learned=coefficients("polynorm", layers=1)),
+        make_run("two", "polynorm", metrics(4.3)),
+        make_run("first", "silu", {1: {"train/loss": math.inf}}),
+    ]
+    assert report(tmp_path / "report", *runs, runs[0]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "not finite from step 220" in page
+    assert "ReLU² from step 220" in page
+    assert ">40 of 400<" in page
+    assert "PolyReLU (order 4)" in page
+    assert "PolyNorm · two" in page
+
+
+def test_a_report_of_one_run_that_logged_little(make_run: RunMaker, tmp_path: Path) -> None:
+    run = make_run("only", "swiglu", {1: {"train/loss": 7.6}}, options={}, ffn_width=None)
+    assert report(tmp_path / "report", run) == 0
+    assert [path.name for path in (tmp_path / "report").glob("*.png")] == ["dense-megatron-loss.png"]
+
+
+def test_a_run_that_never_logged_is_one_sentence_and_status_2(
+    make_run: RunMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, silent = make_run("good", "swiglu", metrics(4.5)), make_run("silent", "polynorm")
+    assert report(tmp_path / "report", good, silent) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("polycom report: run ")
+    assert error.count("\n") == 1
+    assert "silent never logged a metric" in error
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_report_cannot_replace_a_file(
+    make_run: RunMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report").write_text("mine")
+    assert report(tmp_path / "report", make_run("good", "swiglu", metrics(4.5))) == 2
+    assert "it is a file" in capsys.readouterr().err
+
+
+def result_of(run: Path) -> Result:
+    return families([read(run)])[0].results[0]
+
+
+def test_coefficients_are_named_by_power(make_run: RunMaker) -> None:
+    layers = [{"name": "decoder.layers.7.mlp", "weight": [0.3, 0.2, 0.1], "bias": [-1.0], "slope": [0.5]}]
+    run = make_run(
+        "p", "polyprelu", metrics(4.3), learned={"step": 400, "activation": "polyprelu", "layers": layers}
+    )
+    assert learned.by_layer(result_of(run)) == [
+        (7, {"a_0": -1.0, "a_1": 0.1, "a_2": 0.2, "a_3": 0.3, "slope": 0.5})
+    ]
+
+
+@pytest.mark.parametrize("activation", ["polyrelu", "polynorm"])
+def test_shapes_are_those_of_the_reference(make_run: RunMaker, activation: str) -> None:
+    run = make_run("p", activation, metrics(4.3), learned=coefficients(activation))
+    result = result_of(run)
+    x, start = learned.shape(result)
+    expected = reference.poly_relu if activation == "polyrelu" else reference.poly_norm
+    torch.testing.assert_close(
+        start, expected(x, torch.full((3,), 1 / 3), torch.zeros(1)), rtol=1e-6, atol=1e-6
+    )
+    assert result.run.coefficients is not None
+    layer = result.run.coefficients["layers"][3]
+    weight, bias = (torch.tensor(layer[name], dtype=torch.float64) for name in ("weight", "bias"))
+    torch.testing.assert_close(learned.shape(result, layer)[1], expected(x, weight, bias))
+    assert len(x) == (768 if activation == "polynorm" else 601)
+
+
+def test_an_activation_keeps_its_colour_in_every_family(make_run: RunMaker) -> None:
+    first = families([read(make_run(name, name, metrics(4.3))) for name in ("swiglu", "polynorm")])[0]
+    second = families([read(make_run("p", "polynorm", metrics(4.3), options={**DENSE, "lr": 1}))])[0]
+    assert drawing.looks(first.results)[1] == drawing.looks(second.results)[0]
+    assert len({look.color for look in drawing.looks(first.results)}) == 2
+
+
+def test_smoothing_has_no_lag_and_does_not_hide_what_is_not_finite() -> None:
+    line = {step: 2.0 * step for step in range(100)}
+    smoothed, window = drawing.smooth(line)
+    assert window == 5
+    assert all(smoothed[step] == pytest.approx(line[step]) for step in range(2, 98))
+    gap, _ = drawing.smooth(line | {50: math.nan})
+    assert math.isnan(gap[50])
+    assert gap[51] == pytest.approx((98 + 102 + 104 + 106) / 4)
+
+
+def test_labels_are_moved_apart_as_little_as_needed() -> None:
+    assert drawing.spread([0.1, 0.5], 0.1) == [0.1, 0.5]
+    assert drawing.spread([0.5, 0.5, 0.9], 0.1) == pytest.approx([0.45, 0.55, 0.9])
+    assert drawing.spread([0.99, 1.0], 0.1) == pytest.approx([0.9, 1.0])
+
+
+def test_the_first_descent_is_cut_from_the_frame() -> None:
+    falling = {step: 8.0 if step < 10 else 5 - step / 100 for step in range(101)}
+    assert drawing.cut([falling]) == pytest.approx((3.955, 4.945))
+    assert drawing.cut([{step: 5.0 - step for step in range(20, 30)}]) is None
+    assert drawing.cut([{}, {1: math.nan}]) is None

@@ -1,0 +1,244 @@
+"""Numbers, families, differences and the sentence."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from polycom_ext.activations import REGISTRY
+from polycom_ext.report import facts, published
+from polycom_ext.report.results import Family, families
+from polycom_ext.report.rundir import read
+from polycom_ext.report.sentence import summarize
+from polycom_ext.report.tables import differences, side_by_side
+from polycom_ext.runs.spec import Spec
+
+from .conftest import DENSE, MOE, RunMaker, curve, metrics
+
+
+def grouped(*runs: Path) -> list[Family]:
+    return families([read(run) for run in runs])
+
+
+def test_runs_that_differ_only_in_activation_are_one_family_with_the_baseline_first(
+    make_run: RunMaker,
+) -> None:
+    runs = [
+        make_run("m-polynorm", "polynorm", metrics(4.4), options=MOE, ffn_width=192, processes=2),
+        make_run("d-polynorm", "polynorm", metrics(4.3)),
+        make_run(
+            "d-order4", "polyrelu-4", metrics(4.3), options={**DENSE, "tensorboard-dir": "x/d-order4/tb"}
+        ),
+        make_run("d-swiglu", "swiglu", metrics(4.5), options={**DENSE, "tensorboard-dir": "x/d-swiglu/tb"}),
+        make_run("d-gelu", "gelu", metrics(4.5)),
+        make_run("d-fast", "gelu", metrics(4.5), options={**DENSE, "lr": 0.01}),
+    ]
+    found = grouped(*runs)
+    assert [(family.title, [one.label for one in family.results]) for family in found] == [
+        ("Dense model, Megatron-LM: megatron.lr 0.01", ["GELU"]),
+        (
+            "Dense model, Megatron-LM: megatron.lr not set",
+            ["SwiGLU", "GELU", "PolyReLU (order 4)", "PolyNorm"],
+        ),
+        ("Mixture-of-experts model, Megatron-LM", ["PolyNorm"]),
+    ]
+    assert len({family.slug for family in found}) == 3
+    assert found[1].baseline.label == "SwiGLU"
+    assert found[2].facts.kind == "moe"
+
+
+def test_a_title_that_occurs_twice_gets_the_run_s_name(make_run: RunMaker) -> None:
+    (family,) = grouped(make_run("one", "polynorm", metrics(4.3)), make_run("two", "polynorm", metrics(4.4)))
+    assert [one.label for one in family.results] == ["PolyNorm · one", "PolyNorm · two"]
+
+
+def test_widths_and_parameters_are_matched(make_run: RunMaker) -> None:
+    (family,) = grouped(make_run("s", "swiglu", metrics(4.5)), make_run("p", "polynorm", metrics(4.3)))
+    swiglu, polynorm = family.results
+    assert (swiglu.spec.matched_ffn_width, polynorm.spec.matched_ffn_width) == (512, 768)
+    assert swiglu.ffn_parameters == polynorm.ffn_parameters == 4 * 2 * 192 * 768
+    (moe,) = grouped(make_run("m", "polynorm", metrics(4.3), options=MOE, ffn_width=192))
+    assert moe.results[0].ffn_parameters == 4 * 4 * 2 * 192 * 192
+    assert moe.tokens == 400 * 16 * 128
+
+
+def test_final_losses(make_run: RunMaker) -> None:
+    logged = metrics(4.3)
+    (family,) = grouped(make_run("p", "polynorm", logged))
+    (result,) = family.results
+    assert result.train_loss == pytest.approx(
+        fmean(logged[step]["train/loss"] for step in range(362, 401, 2))
+    )
+    assert result.validation_loss == pytest.approx(curve(400, 4.3))
+    assert result.perplexity == pytest.approx(math.exp(curve(400, 4.3)))
+    assert result.step_seconds == pytest.approx(0.306, abs=0.005)
+    assert (result.unfinished, result.progress, result.diverged_at) == (False, "400", None)
+
+
+def test_the_validation_loss_is_the_mean_over_texts_at_steps_that_have_all(make_run: RunMaker) -> None:
+    logged = metrics(4.3, labels=("c4_en-validation", "pile-validation"))
+    del logged[400]["valid/pile-validation/loss"]
+    (family,) = grouped(make_run("p", "polynorm", logged))
+    (result,) = family.results
+    assert max(result.validation) == 350
+    assert result.validation_loss == pytest.approx(curve(350, 4.3) + 0.05)
+
+
+def test_a_text_without_a_label_is_the_validation_text(make_run: RunMaker) -> None:
+    (family,) = grouped(make_run("p", "polynorm", {10: {"train/loss": 5.0, "valid/loss": 5.25}}))
+    assert family.results[0].losses == {"validation": {10: 5.25}}
+
+
+def test_differences_are_taken_at_common_steps_only(make_run: RunMaker) -> None:
+    (family,) = grouped(
+        make_run("s", "swiglu", metrics(4.5)),
+        make_run("r", "polyrelu", metrics(4.4, steps=200)),
+        make_run("p", "polynorm", metrics(4.3)),
+    )
+    table = differences(family)
+    assert table is not None
+    assert table.steps == [50, 100, 150, 200, 250, 300, 350, 400]
+    (polyrelu, short), (_, full) = table.rows
+    assert (polyrelu.unfinished, polyrelu.progress) == (True, "200 of 400")
+    assert short[:4] == pytest.approx([curve(s, 4.4) - curve(s, 4.5) for s in (50, 100, 150, 200)])
+    assert short[4:] == [None] * 4
+    assert full[-1] == pytest.approx(curve(400, 4.3) - curve(400, 4.5))
+    assert family.best is family.results[2]
+
+
+def test_an_unfinished_run_is_not_the_best_of_those_that_went_further(make_run: RunMaker) -> None:
+    (family,) = grouped(
+        make_run("s", "swiglu", metrics(4.5)),
+        make_run("g", "gelu", metrics(4.45)),
+        make_run("p", "polynorm", metrics(3.0, steps=350)),
+    )
+    assert family.best is family.results[1]
+
+
+def test_texts_and_tasks_stand_beside_the_paper_s(make_run: RunMaker) -> None:
+    labels, tasks = ("pile-validation", "c4_en-validation", "own"), ("piqa", "hellaswag")
+    (family,) = grouped(
+        *(
+            make_run(name, name, metrics(4.4, labels=labels, tasks=tasks), options=MOE, ffn_width=192)
+            for name in ("swiglu", "polynorm", "polynorm-4")
+        )
+    )
+    losses, accuracies = side_by_side(family, "loss"), side_by_side(family, "accuracy")
+    assert losses is not None
+    assert accuracies is not None
+    assert losses.names == ["swiglu", "polynorm"]
+    assert [(name, paper) for name, _, paper in losses.rows] == [
+        ("C4", [2.72, 2.71]),
+        ("Pile", [2.07, 2.03]),
+        ("own", [None, None]),
+    ]
+    assert losses.means[0] == pytest.approx([curve(400, 4.4) + 0.1] * 3)
+    assert losses.means[1] == [2.41, 2.39]
+    assert [(name, here[0], paper) for name, here, paper in accuracies.rows] == [
+        ("HellaSwag", pytest.approx(36.2), [66.49, 67.63]),
+        ("PIQA", pytest.approx(31.2), [76.61, 77.04]),
+    ]
+    assert [one.in_paper for one in family.results] == ["swiglu", "polynorm", None]
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_the_published_means_are_those_of_the_published_columns(kind: str) -> None:
+    for table in published.load(kind).tables:
+        for activation, row in table.rows.items():
+            assert fmean(row.values()) == pytest.approx(table.average[activation], abs=0.0075)
+            assert activation in REGISTRY
+
+
+def test_only_the_paper_s_model_and_tokens_are_no_rehearsal(make_run: RunMaker) -> None:
+    options = {
+        "num-layers": 24,
+        "hidden-size": 2048,
+        "num-attention-heads": 16,
+        "seq-length": 4096,
+        "global-batch-size": 64,
+        "train-iters": 953675,
+    }
+    full = {953675: {"train/loss": 2.17, "valid/validation/loss": 2.2}}
+    (family,) = grouped(make_run("p", "polynorm", full, options=options, ffn_width=8256))
+    assert not family.rehearsal
+    assert summarize([family]) == "PolyNorm reached validation loss 2.20 after 953675 iterations."
+    short = {953600: full[953675]}
+    (family,) = grouped(make_run("q", "polynorm", short, options=options, ffn_width=8256))
+    assert family.rehearsal
+
+
+def test_facts_of_an_olmo_spec() -> None:
+    options = {
+        "model": {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_sequence_length": 32,
+            "block_type": "moe",
+            "moe_num_experts": 8,
+            "moe_top_k": 2,
+        },
+        "global_train_batch_size": 4,
+        "data": {"paths": ["data/demo/part-0.npy", "data/demo/part-1.npy"]},
+    }
+    found = facts.of(Spec("o", "olmo", "polynorm", 96, 2, {}, options))
+    assert (found.layers, found.hidden, found.experts, found.active_experts) == (2, 64, 8, 2)
+    assert found.tokens(10) == 10 * 4 * 32
+    assert found.data == "demo/part-0.npy, demo/part-1.npy"
+
+
+REHEARSAL = "; a rehearsal that does not reproduce the paper."
+
+
+def test_the_sentence_names_the_best_and_the_baseline_of_each_kind(make_run: RunMaker) -> None:
+    found = grouped(
+        make_run("s", "swiglu", metrics(4.577)),
+        make_run("g", "gelu", metrics(4.45)),
+        make_run("p", "polynorm", metrics(4.304)),
+        make_run("ms", "swiglu", metrics(4.5), options=MOE, ffn_width=192),
+        make_run("mp", "polynorm", metrics(4.4997), options=MOE, ffn_width=192),
+    )
+    dense = "PolyNorm ended at validation loss 4.30 against SwiGLU's 4.58 after 400 iterations"
+    moe = "PolyNorm ended at validation loss 4.4999 against SwiGLU's 4.5002 after 400 iterations"
+    assert summarize(found[:1]) == dense + REHEARSAL
+    assert summarize(found) == f"{dense} in the dense model, and {moe} in the mixture of experts{REHEARSAL}"
+
+
+def test_the_sentence_says_so_if_the_baseline_is_best(make_run: RunMaker) -> None:
+    found = grouped(make_run("s", "swiglu", metrics(4.2)), make_run("p", "polynorm", metrics(4.3)))
+    assert summarize(found) == (
+        "SwiGLU ended at validation loss 4.20 against PolyNorm's 4.30 after 400 iterations" + REHEARSAL
+    )
+
+
+def test_the_sentence_compares_unfinished_runs_at_a_common_step(make_run: RunMaker) -> None:
+    found = grouped(make_run("s", "swiglu", metrics(4.5)), make_run("p", "polynorm", metrics(4.3, steps=260)))
+    low, high = curve(250, 4.3), curve(250, 4.5)
+    assert summarize(found) == (
+        f"PolyNorm stood at validation loss {low:.2f} against SwiGLU's {high:.2f} after 250 of 400 iterations"
+        + REHEARSAL
+    )
+
+
+def test_the_sentence_names_a_run_that_diverged_and_compares_the_others(make_run: RunMaker) -> None:
+    diverged = metrics(4.1)
+    for step in range(220, 401, 2):
+        diverged[step] = dict.fromkeys(diverged[step], math.nan)
+    found = grouped(
+        make_run("s", "swiglu", metrics(4.5)),
+        make_run("r", "polyrelu", diverged),
+        make_run("p", "polynorm", metrics(4.3)),
+    )
+    assert found[0].results[1].diverged_at == 220
+    assert summarize(found) == (
+        "PolyNorm ended at validation loss 4.30 against SwiGLU's 4.50 after 400 iterations; "
+        "PolyReLU diverged at step 220" + REHEARSAL
+    )
+
+
+def test_the_sentence_of_a_run_without_validation(make_run: RunMaker) -> None:
+    found = grouped(make_run("p", "polynorm", {10: {"train/loss": 5.0}}))
+    assert summarize(found) == "PolyNorm reached training loss 5.00 after 10 of 400 iterations" + REHEARSAL
