@@ -18,6 +18,7 @@ import yaml
 
 import polycom_ext
 from polycom_ext import upstream
+from polycom_ext._version import __version__
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import spec as specs
 from polycom_ext.runs.rendering import Command
@@ -109,7 +110,7 @@ class RunDirectory:
 
 def _versions(trainer: Trainer) -> dict[str, Any]:
     return {
-        "polycom-ext": polycom_ext.__version__,
+        "polycom-ext": __version__,
         "commit": _checkout_commit(),
         "python": platform.python_version(),
         "torch": metadata.version("torch"),

@@ -1,0 +1,47 @@
+"""The toy trainer among the trainers, and an empty folder to run in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from polycom_ext.cli import main
+from polycom_ext.runs import trainer
+
+
+@pytest.fixture
+def toy_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Write a spec of the toy trainer, with these options, into the current directory; returns its name."""
+    register(monkeypatch, tmp_path)
+
+    def write(name: str = "small", processes: int = 1, **options: Any) -> str:
+        return write_spec(name, processes, options)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def finished_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of two steps, made once."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        register(monkeypatch, folder)
+        assert main(["run", write_spec("small", 1, {"steps": 2})]) == 0
+    return folder / "outputs" / "small"
+
+
+def register(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.setitem(trainer.TRAINERS, "toy", ("toy", "ToyTrainer"))
+    monkeypatch.chdir(folder)
+
+
+def write_spec(name: str, processes: int, options: dict[str, Any]) -> str:
+    toy = {key.replace("_", "-"): value for key, value in options.items()}
+    spec = {"trainer": "toy", "activation": "polynorm", "processes": processes, "toy": toy}
+    Path(f"{name}.yaml").write_text(yaml.safe_dump(spec))
+    return f"{name}.yaml"

@@ -1,0 +1,149 @@
+"""`polycom run`: what it writes, what it refuses before it starts, and when there is nothing to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from polycom_ext import __version__
+from polycom_ext.cli import main
+from polycom_ext.runs.spec import load
+
+RUN = Path("outputs/small")
+
+
+@pytest.fixture
+def finished(toy_spec: Callable[..., str], finished_directory: Path) -> str:
+    """The spec of a finished run of two steps, whose directory lies where it belongs."""
+    shutil.copytree(finished_directory, RUN)
+    return toy_spec(steps=2)
+
+
+def test_a_run_leaves_its_spec_command_versions_and_log(finished: str) -> None:
+    assert load(RUN / "run.yaml") == load(Path(finished))
+    assert sorted(path.name for path in RUN.iterdir()) == sorted(
+        ["checkpoints", "command.sh", "log.txt", "metrics.jsonl", "pid-0", "run.yaml", "versions.json"]
+    )
+    versions = json.loads((RUN / "versions.json").read_text())
+    assert versions["polycom-ext"] == __version__
+    assert versions["python"] == platform.python_version()
+    assert versions["torch"] == torch.__version__
+    assert versions["upstreams"] == {}
+    [attempt] = versions["attempts"]
+    assert attempt["status"] == 0
+    assert attempt["from_step"] is None
+    assert attempt["started"] <= attempt["ended"]
+
+
+def test_a_dry_run_prints_the_command_that_a_run_saves_and_writes_nothing(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = toy_spec(steps=2, needs="not-there")
+    assert main(["run", spec, "--dry-run"]) == 0
+    printed = capfd.readouterr().out
+    assert [path.name for path in Path.cwd().iterdir()] == [spec]
+    Path("not-there").touch()
+    assert main(["run", spec]) == 0
+    assert (RUN / "command.sh").read_text() == printed
+
+
+def test_the_saved_command_is_the_run(finished_directory: Path) -> None:
+    metrics = finished_directory / "metrics.jsonl"
+    logged = metrics.read_text()
+    metrics.unlink()
+    (finished_directory / "checkpoints" / "step").unlink()
+    environment = {"PATH": os.environ["PATH"]}
+    subprocess.run(
+        [finished_directory / "command.sh"], cwd="/", env=environment, check=True, capture_output=True
+    )
+    assert metrics.read_text() == logged
+
+
+def test_a_complete_run_is_left_alone_and_says_so(finished: str, capfd: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in RUN.rglob("*")}
+    assert main(["run", finished]) == 0
+    assert "already complete at step 2, nothing to do" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in RUN.rglob("*")} == before
+
+
+def test_a_run_that_saved_its_last_step_but_failed_after_it_is_not_complete(
+    finished: str,
+) -> None:
+    versions = json.loads((RUN / "versions.json").read_text())
+    versions["attempts"][0]["status"] = 1
+    (RUN / "versions.json").write_text(json.dumps(versions))
+    assert main(["run", finished]) == 0
+    assert len(json.loads((RUN / "versions.json").read_text())["attempts"]) == 2
+
+
+def test_another_model_over_existing_checkpoints_is_refused_by_the_keys_that_differ(
+    finished: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    saved = (RUN / "run.yaml").read_text()
+    changes = ["--set", "activation=gelu", "--set", "toy.size=2", "--set", "toy.steps=3"]
+    assert main(["run", finished, *changes]) == 2
+    assert "another model (it differs in activation, toy.size)" in capfd.readouterr().err
+    assert (RUN / "run.yaml").read_text() == saved
+
+
+def test_a_longer_run_of_the_same_model_goes_on(finished: str) -> None:
+    assert main(["run", finished, "--set", "toy.steps=4"]) == 0
+    steps = [json.loads(line)["step"] for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_fresh_start_forgets_the_metrics_of_an_attempt_that_saved_nothing(
+    finished: str,
+) -> None:
+    (RUN / "checkpoints" / "step").unlink()
+    assert main(["run", finished, "--set", "toy.steps=1", "--set", "activation=gelu"]) == 0
+    assert len((RUN / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_several_runs_go_one_after_the_other_into_one_folder(toy_spec: Callable[..., str]) -> None:
+    assert main(["run", toy_spec("a", steps=1), toy_spec("b", steps=1), "--output", "out"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a", "b"]
+
+
+def test_one_run_goes_where_output_says(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", toy_spec("a", steps=1), "--output", "out/x", "--dry-run"]) == 0
+    assert f"--run-dir={Path('out/x').absolute()}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["trainer=tox"], "unknown trainer 'tox' (did you mean 'toy'?)"),
+        (["toy.steps=null"], "b: toy.steps is missing"),
+        (["toy.needs=nowhere.bin"], "b: toy.needs: nowhere.bin not found"),
+        (["name=a"], "give each its own `name:`"),
+    ],
+)
+def test_a_mistake_in_any_of_several_specs_stops_all_before_one_starts(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str], changes: list[str], sentence: str
+) -> None:
+    good, wrong = toy_spec("a", steps=1), toy_spec("b", steps=1)
+    content = yaml.safe_load(Path(wrong).read_text())
+    for change in changes:
+        key, _, value = change.partition("=")
+        section = content["toy"] if "." in key else content
+        section[key.rpartition(".")[2]] = yaml.safe_load(value)
+    if content["trainer"] != "toy":
+        del content["toy"]
+    Path(wrong).write_text(yaml.safe_dump(content))
+    assert main(["run", good, wrong]) == 2
+    error = capfd.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not Path("outputs").exists()

@@ -1,0 +1,173 @@
+"""What is launched on this machine is followed, explained when it fails, and never outlives its run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from polycom_ext.cli import main
+from polycom_ext.runs import local
+
+RUN = Path("outputs/small")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie that nobody has reaped yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def worker_pids(count: int) -> list[int]:
+    """The pids that the toy's workers wrote, once they are all there."""
+    deadline = time.monotonic() + 30
+    paths = [RUN / f"pid-{rank}" for rank in range(count)]
+    while not all(path.exists() and path.read_text() for path in paths):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return [int(path.read_text()) for path in paths]
+
+
+def in_the_background(action: Callable[[list[int]], None], workers: int) -> list[int]:
+    """Do something to a run once its workers are up, while the main thread waits for it; their pids."""
+    pids: list[int] = []
+
+    def act() -> None:
+        pids.extend(worker_pids(workers))
+        action(pids)
+
+    threading.Thread(target=act, daemon=True).start()
+    return pids
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_every_worker_and_the_run_can_go_on(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str], signum: signal.Signals
+) -> None:
+    spec = toy_spec(processes=2, steps=500, seconds=0.05)
+    pids = in_the_background(lambda _: os.kill(os.getpid(), signum), workers=2)
+    handler = signal.getsignal(signum)
+    assert main(["run", spec]) == 128 + signum
+    assert len(pids) == 2
+    assert not any(map(alive, pids))
+    assert signal.getsignal(signum) is handler
+    assert "the same command goes on from the last checkpoint" in capfd.readouterr().err
+
+
+def test_workers_die_with_a_killed_launcher(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def kill_launcher(pids: list[int]) -> None:
+        parent = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(parent, signal.SIGKILL)
+
+    spec = toy_spec(processes=2, steps=500, seconds=0.05)
+    pids = in_the_background(kill_launcher, workers=2)
+    assert main(["run", spec]) == 1
+    assert not any(map(alive, pids))
+    assert "was killed by SIGKILL" in capfd.readouterr().err
+
+
+def test_a_run_killed_in_the_middle_goes_on_where_it_was(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def kill_worker(pids: list[int]) -> None:
+        while not (RUN / "checkpoints" / "step").exists():
+            time.sleep(0.02)
+        os.kill(pids[0], signal.SIGKILL)
+
+    spec = toy_spec(steps=30, seconds=0.05)
+    in_the_background(kill_worker, workers=1)
+    assert main(["run", spec]) == 1
+    reached = int((RUN / "checkpoints" / "step").read_text())
+    assert 1 <= reached < 30
+    capfd.readouterr()
+
+    assert main(["run", spec]) == 0
+    assert f"resuming from step {reached}" in capfd.readouterr().out
+    log = (RUN / "log.txt").read_text()
+    assert log.count("about step 30") == 1
+    assert log.count(f"about step {reached + 1}\n") <= 2, "the log keeps both attempts"
+    assert "attempt 2" in log
+
+
+def test_a_failure_shows_the_trainers_last_lines_and_not_the_launchers(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", toy_spec(steps=5, fail_at=3)]) == 1
+    error = capfd.readouterr().err
+    assert "the trainer failed with exit status 1" in error
+    assert str(RUN / "log.txt") in error
+    assert error.rstrip().endswith("RuntimeError: no step 3 in this world")
+    assert "ChildFailedError" not in error
+    assert "ChildFailedError" in (RUN / "log.txt").read_text(), "the full text is in the log"
+
+
+def test_a_trainers_refusal_is_passed_on_with_exit_status_2(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", toy_spec(processes=2, steps=5, refuse="it cannot be right")]) == 2
+    assert capfd.readouterr().err == "polycom run: small: it cannot be right\n"
+
+
+def test_an_option_that_the_trainer_does_not_know_is_passed_on_too(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", toy_spec(steps=5, stepz=5)]) == 2
+    assert capfd.readouterr().err == "polycom run: small: unrecognized arguments: --stepz=5\n"
+
+
+def test_the_terminal_gets_a_line_a_step_and_the_log_everything(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", toy_spec(steps=3)]) == 0
+    out = capfd.readouterr().out
+    assert "  step  2/3  loss 2.5000  0.50 s/step  0:00 left\n" in out.replace("step 2/3", "step  2/3")
+    assert "chatter" not in out
+    assert (RUN / "log.txt").read_text().count("chatter") == 3
+
+
+def test_two_runs_cannot_share_a_directory(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = toy_spec(steps=1)
+    RUN.mkdir(parents=True)
+    holder = (
+        "import fcntl, sys; log = open('outputs/small/log.txt', 'ab'); "
+        "fcntl.flock(log, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        assert main(["run", spec]) == 2
+        process.communicate("")
+    assert "is in use by another run" in capfd.readouterr().err
+    assert not (RUN / "run.yaml").exists()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(toy_spec: Callable[..., str]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        in_the_background(lambda _: os.kill(os.getpid(), signal.SIGHUP), workers=1)
+        assert main(["run", toy_spec(steps=5, seconds=0.1)]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_root_cause_is_the_status_of_a_run() -> None:
+    log = "  exitcode  : -15 (pid: 8)\nRoot Cause (first observed failure):\n  exitcode  : 2 (pid: 7) \n"
+    assert local._worker_status(1, log) == 2
+    assert local._worker_status(0, log) == 0
+    assert local._worker_status(-9, "") == -9

@@ -1,0 +1,47 @@
+"""The adapter of a trainer small enough to start in a second: real processes under the real launcher.
+
+It keeps the contracts of a run directory: a line of metrics and a checkpoint a step, and exit status 2 with a
+sentence for what it refuses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from polycom_ext.errors import PolycomError
+from polycom_ext.runs.spec import Spec
+
+
+class ToyTrainer:
+    name = "toy"
+    upstreams: tuple[str, ...] = ()
+
+    def validate(self, spec: Spec) -> None:
+        if "steps" not in spec.options:
+            raise PolycomError(f"{spec.name}: toy.steps is missing")
+
+    def check_inputs(self, spec: Spec) -> None:
+        needed = spec.options.get("needs")
+        if needed and not Path(needed).exists():
+            raise PolycomError(f"{spec.name}: toy.needs: {needed} not found")
+
+    def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
+        options = [f"--{name}={value}" for name, value in spec.options.items() if name != "needs"]
+        return [str(Path(__file__).with_name("toy_worker.py")), f"--run-dir={run_dir}", *options]
+
+    def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
+        return {"TOY": "1", "OMP_NUM_THREADS": "1"}
+
+    def model(self, spec: Spec) -> dict[str, Any]:
+        return {"activation": spec.activation, "toy.size": spec.options.get("size")}
+
+    def total_steps(self, spec: Spec) -> int | None:
+        return int(spec.options["steps"])
+
+    def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
+        path = run_dir / "checkpoints" / "step"
+        return int(path.read_text()) if path.exists() else None
+
+    def is_complete(self, spec: Spec, run_dir: Path) -> bool:
+        return (self.latest_step(spec, run_dir) or 0) >= int(spec.options["steps"])

@@ -1,0 +1,43 @@
+"""The toy trainer itself, without torch so that it starts at once: counts steps, saves each, logs each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--size", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=0.0, help="a step")
+    parser.add_argument("--fail-at", type=int)
+    parser.add_argument("--refuse", help="the sentence")
+    args = parser.parse_args()
+    if args.refuse:
+        print(f"polycom: error: {args.refuse}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    rank = int(os.environ["RANK"])
+    (args.run_dir / f"pid-{rank}").write_text(str(os.getpid()))
+    checkpoint = args.run_dir / "checkpoints" / "step"
+    checkpoint.parent.mkdir(exist_ok=True)
+    first = int(checkpoint.read_text()) + 1 if checkpoint.exists() else 1
+    for step in range(first, args.steps + 1):
+        if step == args.fail_at:
+            raise RuntimeError(f"no step {step} in this world")
+        time.sleep(args.seconds)
+        print(f"upstream's own chatter about step {step}", flush=True)
+        if rank == 0:
+            record = {"step": step, "metrics": {"train/loss": 5.0 / step, "train/step_seconds": 0.5}}
+            with (args.run_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            checkpoint.write_text(str(step))
+
+
+if __name__ == "__main__":
+    main()
