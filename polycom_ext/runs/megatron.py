@@ -57,6 +57,7 @@ MODEL_OPTIONS = (
 """Options that fix the model's function: a checkpoint written under other values is another model's."""
 
 DATA_OPTIONS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
+DATA_FILE_OPTIONS = ("data-args-path", "per-split-data-args-path")
 UNEVEN_PIPELINE = (
     "decoder-first-pipeline-num-layers",
     "decoder-last-pipeline-num-layers",
@@ -82,6 +83,14 @@ class MegatronTrainer:
         _check_batch(spec)
 
     def check_inputs(self, spec: Spec) -> None:
+        if not any(spec.options.get(name) for name in (*DATA_OPTIONS, *DATA_FILE_OPTIONS, "mock-data")):
+            raise PolycomError(
+                f"{spec.name}: megatron.train-data-path must name token files (or set mock-data)"
+            )
+        for name in DATA_FILE_OPTIONS:
+            path = spec.options.get(name)
+            if path is not None and not Path(path).exists():
+                raise PolycomError(f"{spec.name}: megatron.{name}: {path} not found (looked in {Path.cwd()})")
         for name in DATA_OPTIONS:
             value = spec.options.get(name, [])
             for item in value if isinstance(value, list) else [value]:

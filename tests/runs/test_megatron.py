@@ -1,0 +1,269 @@
+"""A spec in Megatron's own terms: options, activation, widths, layout and data, checked before a start."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polycom_ext import upstream
+from polycom_ext.activations import REGISTRY
+from polycom_ext.cli import main
+from polycom_ext.errors import PolycomError
+from polycom_ext.runs import megatron_options
+from polycom_ext.runs.megatron import MegatronTrainer
+from polycom_ext.runs.spec import Spec, load
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny"
+SPECS = sorted([*TINY.glob("dense-*.yaml"), *TINY.glob("moe-*.yaml")])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tree() -> Path:
+    """The patched Megatron: its own argument parser says which options there are."""
+    return upstream.ensure_applied("megatron")
+
+
+def make(activation: str = "polynorm", processes: int = 1, width: int | None = 768, **options: Any) -> Spec:
+    section = {"num-layers": 4, "num-attention-heads": 4, "train-iters": 8, "save-interval": 4}
+    section.update({key.replace("_", "-"): value for key, value in options.items()})
+    section = {key: value for key, value in section.items() if value is not None}
+    return Spec("run", "megatron", activation, width, processes, {}, section)
+
+
+def arguments(spec: Spec) -> list[str]:
+    return MegatronTrainer().arguments(spec, Path("/run"))
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_an_activation_is_asked_for_in_upstreams_way_where_it_has_one(name: str) -> None:
+    entry = REGISTRY[name]
+    spec = make(name)
+    MegatronTrainer().validate(spec)
+    given = arguments(spec)
+    native = {"swiglu": ["--swiglu"], "gelu": [], "relu2": ["--squared-relu"]}
+    if name in native:
+        assert all(flag in given for flag in native[name])
+        assert "--polycom-activation" not in given
+    else:
+        assert given[given.index("--polycom-activation") + 1] == name
+        assert not {"--swiglu", "--squared-relu"} & set(given)
+    assert given[given.index("--ffn-hidden-size") + 1] == ("512" if entry.gated else "768")
+
+
+def test_an_order_reaches_the_trainer() -> None:
+    given = arguments(make("polyrelu-4"))
+    assert given[given.index("--polycom-activation") + 1] == "polyrelu-4"
+
+
+def test_the_width_of_experts_follows_the_same_rule() -> None:
+    given = arguments(make("swiglu", num_experts=4))
+    assert given[given.index("--moe-ffn-hidden-size") + 1] == "512"
+    assert "--moe-ffn-hidden-size" not in arguments(make("swiglu"))
+
+
+def test_values_become_flags_lists_and_words() -> None:
+    given = shlex.join(arguments(make(bf16=True, fp16=False, split=[99, 1], lr=2e-3, moe_layer_freq="[0]*2")))
+    assert "--bf16 " in given
+    assert "fp16 " not in given
+    assert "--split 99 1 --lr 0.002 --moe-layer-freq '[0]*2'" in given
+
+
+def test_a_run_saves_and_resumes_in_its_own_directory() -> None:
+    given = shlex.join(arguments(make()))
+    assert "--save /run/checkpoints --load /run/checkpoints --polycom-metrics /run/metrics.jsonl" in given
+    assert given.startswith("-m polycom_ext.integrations.megatron.pretrain ")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_layer": 4}, "no option megatron.num-layer (did you mean 'num-layers'?)"),
+        ({"lr_decay_stile": "cosine"}, "(did you mean 'lr-decay-style'?)"),
+        ({"num_layers": "four"}, "megatron.num-layers must be an integer, not 'four'"),
+        ({"num_layers": 4.5}, "megatron.num-layers must be an integer, not 4.5"),
+        ({"lr": "fast"}, "megatron.lr must be a number, not 'fast'"),
+        ({"lr": True}, "megatron.lr needs a value"),
+        ({"lr": [1, 2]}, "megatron.lr takes one value, not a list"),
+        ({"bf16": 1}, "megatron.bf16 is a flag: true or false, not 1"),
+        ({"normalization": "RMS"}, "must be one of LayerNorm, RMSNorm, not 'RMS'"),
+        ({"swiglu": True}, "megatron.swiglu cannot be set: name the activation with `activation:`"),
+        ({"squared_relu": True}, "name the activation with `activation:`"),
+        ({"polycom_activation": "relu"}, "with `activation:`"),
+        ({"load": "elsewhere"}, "use pretrained-checkpoint"),
+        ({"save": "elsewhere"}, "checkpoints go to the run directory"),
+        ({"ffn_hidden_size": 512}, "give either ffn_width or megatron.ffn-hidden-size, not both"),
+        ({"train_iters": None}, "must say how long to train"),
+        ({"save_interval": None}, "must say how often to save"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(PolycomError) as error:
+        MegatronTrainer().validate(make(**options))
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("processes", "width", "options", "sentence"),
+    [
+        (
+            2,
+            769,
+            {"tensor_model_parallel_size": 2},
+            "tensor-model-parallel-size 2 does not divide the FFN width 769",
+        ),
+        (8, 768, {"tensor_model_parallel_size": 8}, "8 does not divide num-attention-heads 4"),
+        (3, 768, {"pipeline_model_parallel_size": 3}, "size 3 does not divide num-layers 4"),
+        (3, 768, {"tensor_model_parallel_size": 2}, "parallel size 2 does not divide processes 3"),
+        (2, 768, {"context_parallel_size": 4}, "parallel size 4 does not divide processes 2"),
+        (2, 768, {"expert_model_parallel_size": 2}, "needs megatron.num-experts"),
+        (2, 768, {"expert_model_parallel_size": 2, "num_experts": 5}, "size 2 does not divide num-experts 5"),
+        (
+            2,
+            768,
+            {"expert_model_parallel_size": 2, "num_experts": 4, "tensor_model_parallel_size": 2},
+            "expert-tensor x expert x pipeline parallel size 4 does not divide processes 2",
+        ),
+        (
+            6,
+            768,
+            {"expert_tensor_parallel_size": 6, "num_experts": 6, "moe_ffn_hidden_size": 100, "width": None},
+            "expert-tensor-parallel-size 6 does not divide the experts' width 100",
+        ),
+        (
+            2,
+            768,
+            {"micro_batch_size": 3, "global_batch_size": 16},
+            "16 is not a multiple of micro-batch-size 3 times 2",
+        ),
+        (1, 768, {"tensor_model_parallel_size": 0}, "must be an integer of at least 1, not 0"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_refused(
+    processes: int, width: int, options: dict[str, Any], sentence: str
+) -> None:
+    spec = make(**{"processes": processes, "width": width, **options})
+    with pytest.raises(PolycomError) as error:
+        MegatronTrainer().validate(spec)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"processes": 4, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+        {"processes": 3, "pipeline_model_parallel_size": 3, "decoder_first_pipeline_num_layers": 2},
+        {"processes": 2, "expert_model_parallel_size": 2, "num_experts": 4},
+        {"processes": 2, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "num_experts": 4},
+        {"processes": 2, "micro_batch_size": 4, "global_batch_size": 16},
+    ],
+)
+def test_a_layout_that_divides_is_accepted(options: dict[str, Any]) -> None:
+    MegatronTrainer().validate(make(**options))
+
+
+def test_token_files_must_be_there_weights_need_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = MegatronTrainer()
+    spec = make(train_data_path=[0.3, "a", "0.7", "b"])
+    for name in ("a.bin", "a.idx", "b.bin"):
+        Path(name).touch()
+    with pytest.raises(PolycomError, match=r"megatron\.train-data-path: b\.idx not found"):
+        trainer.check_inputs(spec)
+    Path("b.idx").touch()
+    trainer.check_inputs(spec)
+    with pytest.raises(PolycomError, match=r"megatron\.data-path: c\.bin and c\.idx not found"):
+        trainer.check_inputs(make(data_path="c"))
+    with pytest.raises(PolycomError, match=r"megatron\.per-split-data-args-path: splits\.json not found"):
+        trainer.check_inputs(make(per_split_data_args_path="splits.json"))
+
+
+def test_data_is_never_invented_unasked() -> None:
+    with pytest.raises(PolycomError, match="must name token files"):
+        MegatronTrainer().check_inputs(make())
+    MegatronTrainer().check_inputs(make(mock_data=True))
+
+
+def test_a_missing_data_file_is_exit_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(TINY / "dense-polynorm.yaml")]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(
+        "polycom run: tiny-dense-polynorm: megatron.train-data-path: build/demo/train.bin and"
+    )
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fixes_the_model_tells_activation_order_and_shape_and_not_the_schedule() -> None:
+    trainer = MegatronTrainer()
+    base = trainer.model(make())
+    assert trainer.model(make("polynorm-3", lr=1e-3, train_iters=9, bf16=True)) == base
+    assert trainer.model(make("polynorm-4")) != base
+    assert trainer.model(make("polyrelu")) != base
+    assert trainer.model(make(num_layers=8)) != base
+    assert trainer.model(make(width=384)) != base
+
+
+def test_the_run_is_complete_at_its_last_iteration(tmp_path: Path) -> None:
+    trainer, spec = MegatronTrainer(), make()
+    assert trainer.latest_step(spec, tmp_path) is None
+    assert not trainer.is_complete(spec, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    for step, complete in (("4", False), ("8", True), ("9", True)):
+        (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(step)
+        assert trainer.latest_step(spec, tmp_path) == int(step)
+        assert trainer.is_complete(spec, tmp_path) is complete
+
+
+def test_options_are_asked_of_a_tree_once_a_commit(tree: Path) -> None:
+    cached = next(tree.parent.glob(f".options-{tree.name}-*.json"))
+    stamp = cached.stat().st_mtime_ns
+    known = megatron_options.known(tree)
+    assert cached.stat().st_mtime_ns == stamp
+    assert known["polycom-activation"].takes_value
+    assert known["bf16"] == megatron_options.Option(False, False, False, "any", None)
+    assert "inference-wandb-logging" in known
+    assert "no-inference-wandb-logging" not in known
+
+
+def test_a_tree_whose_parser_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "megatron"
+    (broken / "megatron" / "training").mkdir(parents=True)
+    (broken / "megatron" / "training" / "arguments.py").write_text("import a_package_that_is_not_there\n")
+    git = ["git", "-C", str(broken), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "tree"]):
+        subprocess.run([*git, *command], check=True)
+    with pytest.raises(PolycomError, match="No module named 'a_package_that_is_not_there'"):
+        megatron_options.known(broken)
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_a_tiny_spec_is_valid_and_says_where_its_numbers_come_from(path: Path) -> None:
+    spec = load(path)
+    MegatronTrainer().validate(spec)
+    assert spec.name == f"tiny-{path.stem}"
+    assert spec.sources
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_tiny_specs_of_a_kind_differ_in_their_activation_only(kind: str) -> None:
+    specs = [load(path) for path in SPECS if path.stem.startswith(kind)]
+    assert len(specs) >= 2
+    alike = {json.dumps({**spec.as_mapping(), "name": "", "activation": ""}) for spec in specs}
+    assert len(alike) == 1
+    assert len({spec.activation for spec in specs}) == len(specs)
+    for spec in specs:
+        width, gated = spec.matched_ffn_width, spec.entry.gated
+        assert width is not None
+        assert spec.ffn_width is not None
+        assert (3 if gated else 2) * width == 2 * spec.ffn_width, (
+            "FFN parameters: 3 or 2 matrices of this width"
+        )
