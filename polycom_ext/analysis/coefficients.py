@@ -39,9 +39,9 @@ def from_megatron(checkpoint_dir: str | Path, activation: str) -> dict[str, Any]
         checkpoint_dir: an `iter_XXXXXXX` folder, or the folder above it, of which the latest is taken.
         activation: NAME[-ORDER] of the registry.
 
-    Returns: {"step": int, "activation": str, "layers": [{"name": str, "weight": [r floats], "bias": [1 float],
-        "slope": [1 float, PolyPReLU only]}]}, weight in descending powers, layers in the model's order. `layers`
-        is empty for an activation without coefficients.
+    Returns: {"step": int, "activation": str, "layers": [{"name": str, "weight": [r floats],
+        "bias": [1 float], "slope": [1 float, PolyPReLU only]}]}, weight in descending powers, layers in the
+        model's order. `layers` is empty for an activation without coefficients.
 
     Raises PolycomError where there is no such checkpoint, or none with coefficients of that order.
     """
@@ -108,7 +108,7 @@ def _split(module: str, tensor: Tensor) -> list[tuple[str, list[float]]]:
         rest = list(index)
         name = module
         if rest and re.search(r"\.layers\.(?!\d)", module):
-            name = re.sub(r"\.layers\.(?!\d)", f".layers.{rest.pop(0)}.", module, count=1)
+            name = re.sub(r"\.layers\.(?!\d)", f".layers.{rest.pop(0)}.", module)
         split.append((".".join([name, *map(str, rest)]), tensor[index].double().tolist()))
     return split
 

@@ -164,6 +164,9 @@ def test_shapes_are_those_of_the_reference(make_run: RunMaker, activation: str) 
     weight, bias = (torch.tensor(layer[name], dtype=torch.float64) for name in ("weight", "bias"))
     torch.testing.assert_close(learned.shape(result, layer)[1], expected(x, weight, bias))
     assert len(x) == (768 if activation == "polynorm" else 601)
+    if activation == "polynorm":
+        assert x.square().mean().item() == pytest.approx(1, abs=0.01)
+        assert x.mean().item() == pytest.approx(0, abs=1e-9)
 
 
 def test_an_activation_keeps_its_colour_in_every_family(make_run: RunMaker) -> None:

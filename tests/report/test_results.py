@@ -55,6 +55,11 @@ def test_a_title_that_occurs_twice_gets_the_run_s_name(make_run: RunMaker) -> No
     assert [one.label for one in family.results] == ["PolyNorm · one", "PolyNorm · two"]
 
 
+def test_orders_stand_in_ascending_order(make_run: RunMaker) -> None:
+    (family,) = grouped(make_run("a", "polynorm-4", metrics(4.3)), make_run("b", "polynorm", metrics(4.4)))
+    assert [one.label for one in family.results] == ["PolyNorm", "PolyNorm (order 4)"]
+
+
 def test_widths_and_parameters_are_matched(make_run: RunMaker) -> None:
     (family,) = grouped(make_run("s", "swiglu", metrics(4.5)), make_run("p", "polynorm", metrics(4.3)))
     swiglu, polynorm = family.results
@@ -118,6 +123,16 @@ def test_an_unfinished_run_is_not_the_best_of_those_that_went_further(make_run: 
     assert family.best is family.results[1]
 
 
+def test_a_mean_needs_all_its_rows(make_run: RunMaker) -> None:
+    (family,) = grouped(
+        make_run("s", "swiglu", metrics(4.4, tasks=("piqa", "sciq"))),
+        make_run("p", "polynorm", metrics(4.4, tasks=("piqa",))),
+    )
+    table = side_by_side(family, "accuracy")
+    assert table is not None
+    assert table.means[0] == [pytest.approx(33.7), None]
+
+
 def test_texts_and_tasks_stand_beside_the_paper_s(make_run: RunMaker) -> None:
     labels, tasks = ("pile-validation", "c4_en-validation", "own"), ("piqa", "hellaswag")
     (family,) = grouped(
@@ -150,6 +165,16 @@ def test_the_published_means_are_those_of_the_published_columns(kind: str) -> No
         for activation, row in table.rows.items():
             assert fmean(row.values()) == pytest.approx(table.average[activation], abs=0.0075)
             assert activation in REGISTRY
+        for column in published.load(kind).headline:
+            if "mean" in column.title and column.table == table.number:
+                assert column.values == table.average
+
+
+def test_table_1_is_the_paper_s() -> None:
+    loss, perplexity, _ = published.load("dense").headline
+    assert list(loss.values) == list(perplexity.values) == ["swiglu", "gelu", "relu", "polyrelu", "polynorm"]
+    assert list(loss.values.values()) == [2.19, 2.20, 2.21, 2.17, 2.17]
+    assert list(perplexity.values.values()) == [3.22, 3.24, 3.26, 3.18, 3.17]
 
 
 def test_only_the_paper_s_model_and_tokens_are_no_rehearsal(make_run: RunMaker) -> None:
