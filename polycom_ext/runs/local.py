@@ -17,8 +17,12 @@ from typing import BinaryIO
 
 from polycom_ext.runs.rendering import Command
 
-ERROR_MARK = re.compile(r"^polycom: error: (?P<sentence>.+)$|^\S+: error: (?P<usage>.+)$")
-"""The line of a log that says why a trainer refused to start: a PolycomError's, or argparse's."""
+REFUSALS = (
+    re.compile(r"polycom: error: (.+?)\s*(?=polycom: error: |$)", re.MULTILINE),
+    re.compile(r"^\S+: error: (.+)$", re.MULTILINE),
+)
+"""What in a log says why a trainer refused to start: a PolycomError, else argparse. Every rank says it, and the
+unbuffered ranks may put theirs on one line."""
 
 POLL_SECONDS = 0.3
 Tick = Callable[[], None]
@@ -45,11 +49,8 @@ class Outcome:
         """The trainer's own sentence, if it refused to run (exit status 2)."""
         if self.status != 2:
             return None
-        for line in reversed(self.log.splitlines()):
-            match = ERROR_MARK.match(line)
-            if match:
-                return match["sentence"] or match["usage"]
-        return None
+        matches = (pattern.search(self.log) for pattern in REFUSALS)
+        return next((match[1] for match in matches if match), None)
 
     def last_lines(self, count: int) -> list[str]:
         """The end of the trainer's own output, without the launcher's report on its workers."""

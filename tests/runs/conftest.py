@@ -42,6 +42,12 @@ def register(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def write_spec(name: str, processes: int, options: dict[str, Any]) -> str:
     toy = {key.replace("_", "-"): value for key, value in options.items()}
-    spec = {"trainer": "toy", "activation": "polynorm", "processes": processes, "toy": toy}
+    spec = {
+        "trainer": "toy",
+        "activation": "polynorm",
+        "processes": processes,
+        "environment": {"TOY_SPEC": "a b"},
+        "toy": toy,
+    }
     Path(f"{name}.yaml").write_text(yaml.safe_dump(spec))
     return f"{name}.yaml"

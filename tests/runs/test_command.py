@@ -118,7 +118,7 @@ def test_one_run_goes_where_output_says(
     toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", toy_spec("a", steps=1), "--output", "out/x", "--dry-run"]) == 0
-    assert f"--run-dir={Path('out/x').absolute()}" in capfd.readouterr().out
+    assert f"--run-dir={Path('out/x').absolute()} " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

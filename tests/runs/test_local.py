@@ -166,6 +166,19 @@ def test_a_signal_that_is_ignored_stays_ignored(toy_spec: Callable[..., str]) ->
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize(
+    "log",
+    [
+        "chatter\npolycom: error: it: cannot be\npolycom: error: it: cannot be\nmore\n",
+        "polycom: error: it: cannot bepolycom: error: it: cannot be\n\n",
+        "usage: pretrain\npretrain.py: error: it: cannot be\n",
+    ],
+)
+def test_a_refusal_is_found_however_the_ranks_lines_fall(log: str) -> None:
+    assert local.Outcome(2, None, log).refusal == "it: cannot be"
+    assert local.Outcome(1, None, log).refusal is None
+
+
 def test_the_root_cause_is_the_status_of_a_run() -> None:
     log = "  exitcode  : -15 (pid: 8)\nRoot Cause (first observed failure):\n  exitcode  : 2 (pid: 7) \n"
     assert local._worker_status(1, log) == 2

@@ -22,6 +22,8 @@ def main() -> None:
     if args.refuse:
         print(f"polycom: error: {args.refuse}", file=sys.stderr, flush=True)
         sys.exit(2)
+    assert os.environ["TOY"] == "1", "the adapter's environment"
+    assert os.environ["TOY_SPEC"] == "a b", "the spec's environment"
     rank = int(os.environ["RANK"])
     (args.run_dir / f"pid-{rank}").write_text(str(os.getpid()))
     checkpoint = args.run_dir / "checkpoints" / "step"
