@@ -21,10 +21,12 @@ REFUSALS = (
     re.compile(r"polycom: error: (.+?)\s*(?=polycom: error: |$)", re.MULTILINE),
     re.compile(r"^\S+: error: (.+)$", re.MULTILINE),
 )
-"""What in a log says why a trainer refused to start: a PolycomError, else argparse. Every rank says it, and the
-unbuffered ranks may put theirs on one line."""
+"""What in a log says why a trainer refused to start: a PolycomError, else argparse. All ranks say it, and two of
+them may share a line."""
 
 POLL_SECONDS = 0.3
+LOG_BYTES = 1 << 20
+"""As much of the end of a log is looked at for what went wrong."""
 Tick = Callable[[], None]
 """Called while a trainer runs, to show what is new."""
 GRACE_SECONDS = 60.0
@@ -42,7 +44,7 @@ class Outcome:
     interrupted: int | None
     """The signal that was forwarded to the trainer, if one was."""
     log: str
-    """What the trainer wrote in this attempt."""
+    """What the trainer wrote in this attempt, or the end of it."""
 
     @property
     def refusal(self) -> str | None:
@@ -159,7 +161,7 @@ def _environments() -> Iterator[tuple[int, bytes]]:
 
 def _read_from(path: Path, start: int) -> str:
     with path.open("rb") as file:
-        file.seek(start)
+        file.seek(max(start, path.stat().st_size - LOG_BYTES))
         return file.read().decode("utf-8", errors="replace")
 
 
