@@ -1,0 +1,1 @@
+"""Text in, token files out: `prepare` for Megatron-LM and OLMo, and a public-domain corpus to try it on."""

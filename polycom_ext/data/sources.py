@@ -1,0 +1,253 @@
+"""Documents as they lie in text, JSON Lines and Parquet files, read as streams.
+
+Reading is kept apart from decoding (`document_text`), so that one process reads in order while many decode
+and tokenize, and so that a bad line is only named here, not judged: whether it ends the run is the caller's
+choice.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from polycom_ext.errors import PolycomError
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+TEXT_DOCUMENTS = ("file", "paragraph", "line")
+
+MAX_DOCUMENT_BYTES = 16 << 20
+"""Longest document: `tokenizers` needs about 140 bytes of memory for each byte of one text."""
+
+
+class BadDocument(Exception):
+    """A record that holds no text; the message says why, the record says where."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One document, not yet decoded."""
+
+    where: str
+    """`FILE:LINE`, `FILE:row N` (from 1) or, where a whole file is one document, `FILE`."""
+    data: bytes
+    is_json: bool
+    position: int
+    """Bytes of the file, as stored, that were read so far: for a progress bar."""
+    problem: str = ""
+    """Why there is no `data`, if there is none."""
+
+
+def check_input(path: Path) -> None:
+    """Refuse what cannot be read at all.
+
+    Raises:
+        PolycomError: `path` is missing, a directory, or of an unknown kind.
+    """
+    if path.is_dir():
+        raise PolycomError(f"{path} is a directory; name its files, for example {path}/*.jsonl")
+    if not path.exists():
+        raise PolycomError(f"no file {path}; check the name of the input")
+    if not path.is_file():
+        raise PolycomError(
+            f"{path} is not a regular file; inputs are read more than once, so save it to one first"
+        )
+    kind, compression = _kind(path)
+    if kind not in SUFFIXES or (kind == ".parquet" and compression):
+        raise PolycomError(
+            f"{path} is of an unknown kind; inputs end in .txt, .jsonl or .json (one object a line), "
+            "each plain, .gz or .zst, or in .parquet"
+        )
+
+
+def read_records(path: Path, text_key: str = "text", text_documents: str = "file") -> Iterator[Record]:
+    """Yield the documents of one file in order, holding one of them (or one Parquet batch) in memory.
+
+    Args:
+        path: a file that `check_input` accepts.
+        text_key: the Parquet column; JSON objects are decoded later, by `document_text`.
+        text_documents: what a document is in a .txt file: the whole "file", a "paragraph" (lines up to a
+            blank
+            one) or a "line". Blank lines of .txt and JSON Lines files are not documents.
+
+    Raises:
+        PolycomError: the file cannot be read on: damaged compression, not Parquet, no such column.
+    """
+    kind, _ = _kind(path)
+    if kind == ".parquet":
+        records = _parquet_rows(path, text_key)
+    elif kind != ".txt":
+        records = _lines(path, is_json=True)
+    elif text_documents == "paragraph":
+        records = _paragraphs(path)
+    elif text_documents == "line":
+        records = _lines(path, is_json=False)
+    else:
+        records = _whole_file(path)
+    found = False
+    for record in records:
+        found = True
+        yield record
+    if not found:
+        yield Record(str(path), b"", False, path.stat().st_size, problem="the file holds no documents")
+
+
+def document_text(record: Record, text_key: str = "text") -> str:
+    """The text of one record.
+
+    Raises:
+        BadDocument: it is not UTF-8, not JSON, or has no string at `text_key`.
+    """
+    if record.problem:
+        raise BadDocument(record.problem)
+    try:
+        text = record.data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadDocument(f"invalid UTF-8 (byte 0x{record.data[error.start]:02x})") from None
+    if not record.is_json:
+        return text
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadDocument(f"not JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadDocument(f"not JSON that can be read ({error})") from None
+    if not isinstance(value, dict):
+        raise BadDocument(f"a JSON {_json_type(value)}, not an object")
+    if text_key not in value:
+        raise BadDocument(f'the object has no "{text_key}"')
+    text = value[text_key]
+    if not isinstance(text, str):
+        raise BadDocument(f'"{text_key}" is a {_json_type(text)}, not a string')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadDocument(f'"{text_key}" has half of a surrogate pair, which is not Unicode text') from None
+    return text
+
+
+def _kind(path: Path) -> tuple[str, str | None]:
+    """The format's suffix and the compression, if any."""
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS:
+        return path.with_suffix("").suffix.lower(), COMPRESSIONS[suffix]
+    return suffix, None
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The decompressed stream, and the stored one below it whose `tell()` is the progress."""
+    _, compression = _kind(path)
+    with path.open("rb", buffering=1 << 20) as stored:
+        if compression is None:
+            yield stored, stored
+            return
+        try:
+            # Arrow's reader, unlike zstandard's, does not take a truncated file for a short one.
+            with pa.CompressedInputStream(stored, compression) as decompressed:
+                yield cast(BinaryIO, io.BufferedReader(decompressed, 1 << 20)), stored
+        except OSError as error:
+            raise PolycomError(f"{path} is damaged or not {compression} ({error}); fetch it again") from None
+
+
+def _whole_file(path: Path) -> Iterator[Record]:
+    with _open(path) as (stream, stored):
+        data = stream.read(MAX_DOCUMENT_BYTES + 1)
+        if len(data) > MAX_DOCUMENT_BYTES:
+            problem = f"{_too_long()}; split the file with --text-documents paragraph (or line)"
+            yield Record(str(path), b"", False, path.stat().st_size, problem)
+        elif data:
+            yield Record(str(path), data.removeprefix(b"\xef\xbb\xbf"), False, stored.tell())
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes | None, int]]:
+    """Line number from 1, the line (None if it is too long) and the position."""
+    with _open(path) as (stream, stored):
+        number = 0
+        while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
+            number += 1
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if len(line) <= MAX_DOCUMENT_BYTES:
+                yield number, line, stored.tell()
+                continue
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(MAX_DOCUMENT_BYTES)
+            yield number, None, stored.tell()
+
+
+def _lines(path: Path, is_json: bool) -> Iterator[Record]:
+    for number, line, position in _numbered_lines(path):
+        if line is None:
+            yield Record(f"{path}:{number}", b"", is_json, position, problem=_too_long())
+        elif line.strip():
+            yield Record(f"{path}:{number}", line.rstrip(b"\r\n"), is_json, position)
+
+
+def _paragraphs(path: Path) -> Iterator[Record]:
+    first, size = 0, 0
+    lines: list[bytes] = []
+    end = (0, b"", path.stat().st_size)
+    for number, line, position in itertools.chain(_numbered_lines(path), [end]):
+        if line is None or line.strip():
+            first = first or number
+            size += MAX_DOCUMENT_BYTES + 1 if line is None else len(line)
+            if line is not None and size <= MAX_DOCUMENT_BYTES:
+                lines.append(line)
+            continue
+        if first:
+            where = f"{path}:{first}"
+            if size > MAX_DOCUMENT_BYTES:
+                yield Record(where, b"", False, position, problem=_too_long())
+            else:
+                yield Record(where, b"".join(lines).rstrip(b"\r\n"), False, position)
+        first, size, lines = 0, 0, []
+
+
+def _parquet_rows(path: Path, text_key: str) -> Iterator[Record]:
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow
+            if text_key not in columns.names:
+                raise PolycomError(
+                    f"{path} has no column {text_key}; choose of {', '.join(columns.names)} with --text-key"
+                )
+            type_ = columns.field(text_key).type
+            value_type = type_.value_type if pa.types.is_dictionary(type_) else type_
+            if not (pa.types.is_string(value_type) or pa.types.is_large_string(value_type)):
+                raise PolycomError(
+                    f"column {text_key} of {path} is of type {type_}; name one of strings with --text-key"
+                )
+            number, rows, size = 0, file.metadata.num_rows, path.stat().st_size
+            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
+                # As bytes: Parquet does not check that strings are UTF-8, `document_text` does.
+                for data in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
+                    number += 1
+                    where, position = f"{path}:row {number}", size * number // rows
+                    if data is None:
+                        yield Record(where, b"", False, position, problem=f"{text_key} is null")
+                    elif len(data) > MAX_DOCUMENT_BYTES:
+                        yield Record(where, b"", False, position, problem=_too_long())
+                    else:
+                        yield Record(where, data, False, position)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise PolycomError(f"{path} is damaged or not a Parquet file ({reason}); fetch it again") from None
+
+
+def _too_long() -> str:
+    return f"a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB"
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")

@@ -1,0 +1,182 @@
+"""Every kind of input, and every way in which a document can be bad."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from polycom_ext.data import sources
+from polycom_ext.data.sources import BadDocument, document_text, read_records
+from polycom_ext.errors import PolycomError
+
+from .conftest import read_documents, write_jsonl
+
+Prepare = Callable[..., tuple[int, str]]
+
+
+def read(path: Path, **options: str) -> list[str]:
+    return [
+        document_text(record, options.get("text_key", "text")) for record in read_records(path, **options)
+    ]
+
+
+def write(folder: Path, kind: str, texts: list[str]) -> Path:
+    path = folder / f"a{kind}"
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if kind == ".parquet":
+        pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=7)
+    elif kind.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]))
+    elif kind.endswith(".zst"):
+        path.write_bytes(zstandard.compress(lines[:1000]) + zstandard.compress(lines[1000:]))
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".jsonl.gz", ".json.zst", ".parquet"])
+def test_every_kind_gives_the_same_texts(texts: list[str], tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind, texts)
+    assert read(path) == texts
+    positions = [record.position for record in read_records(path)]
+    assert positions == sorted(positions)
+    assert positions[-1] == path.stat().st_size
+
+
+@pytest.mark.parametrize(("what", "count"), [("file", 1), ("paragraph", 3), ("line", 4)])
+def test_documents_of_a_text_file(tmp_path: Path, what: str, count: int) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\r\ntwo\r\n\r\n \t\r\nthrée\n\n\n\nfour".encode())
+    expected = {
+        "file": ["one\r\ntwo\r\n\r\n \t\r\nthrée\n\n\n\nfour"],
+        "paragraph": ["one\r\ntwo", "thrée", "four"],
+        "line": ["one", "two", "thrée", "four"],
+    }[what]
+    assert len(expected) == count
+    assert read(path, text_documents=what) == expected
+    numbers = [record.where.removeprefix(str(path)) for record in read_records(path, text_documents=what)]
+    assert numbers == {"file": [""], "paragraph": [":1", ":5", ":9"], "line": [":1", ":2", ":5", ":9"]}[what]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{oops", "not JSON (Expecting property name"),
+        (b"[1, 2]", "a JSON list, not an object"),
+        (b'{"body": "x"}', 'the object has no "text"'),
+        (b'{"text": 7}', '"text" is a number, not a string'),
+        (b'{"text": null}', '"text" is a null, not a string'),
+        (b'{"text": "\xff"}', "invalid UTF-8 (byte 0xff)"),
+        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
+        (b"[" * 100_000, "not JSON that can be read"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
+    ],
+)
+def test_bad_line_is_fatal_or_skipped_as_asked(
+    prepare: Prepare, texts: list[str], tokenizer: Path, tmp_path: Path, line: bytes, reason: str
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:10], b"\n", line + b"\n", *lines[10:]]))
+    status, printed = prepare(path, "--output", tmp_path / "out", "--tokenizer", tokenizer)
+    assert status == 2
+    assert f"{path}:12: " in printed
+    assert reason in printed
+    assert "--on-bad-line skip" in printed
+
+    status, printed = prepare(
+        path, "--output", tmp_path / "out", "--tokenizer", tokenizer, "--on-bad-line", "skip"
+    )
+    assert status == 0
+    assert "1 bad documents skipped" in printed
+    assert (tmp_path / "out.skipped.txt").read_text().startswith(f"{path}:12: ")
+    assert json.loads((tmp_path / "out.json").read_text())["skipped"] == 1
+    assert len(read_documents(tmp_path / "out")) == len(texts)
+
+
+def test_empty_documents_are_counted_and_left_out(
+    prepare: Prepare, texts: list[str], tokenizer: Path, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["", *texts, " \n\t"])
+    status, printed = prepare(path, "--output", tmp_path / "out", "--tokenizer", tokenizer)
+    assert status == 0
+    assert "2 empty documents left out" in printed
+    assert len(read_documents(tmp_path / "out")) == len(texts)
+
+
+def test_empty_file_among_others_is_skipped_if_asked(
+    prepare: Prepare, texts: list[str], tokenizer: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.txt.gz"
+    empty.write_bytes(gzip.compress(b""))
+    arguments = (
+        empty,
+        write_jsonl(tmp_path / "a.jsonl", texts),
+        "--output",
+        tmp_path / "out",
+        "--tokenizer",
+        tokenizer,
+    )
+    status, printed = prepare(*arguments)
+    assert (status, f"{empty}: the file holds no documents" in printed) == (2, True)
+    assert prepare(*arguments, "--on-bad-line", "skip")[0] == 0
+    assert json.loads((tmp_path / "out.json").read_text())["skipped"] == 1
+
+
+def test_parquet_column_and_rows_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    bytes_ = pa.array([b"fine", b"\xff", None], pa.binary()).view(pa.string())
+    pq.write_table(
+        pa.table({"text": bytes_, "id": [1, 2, 3], "kind": pa.array(["x", "y", "x"]).dictionary_encode()}),
+        path,
+    )
+    with pytest.raises(PolycomError, match="has no column body; choose of text, id, kind"):
+        read(path, text_key="body")
+    with pytest.raises(PolycomError, match=r"column id of .* is of type int64"):
+        read(path, text_key="id")
+    assert read(path, text_key="kind") == ["x", "y", "x"]
+    fine, invalid, null = read_records(path)
+    assert document_text(fine) == "fine"
+    assert (invalid.where, null.where) == (f"{path}:row 2", f"{path}:row 3")
+    with pytest.raises(BadDocument, match="invalid UTF-8"):
+        document_text(invalid)
+    with pytest.raises(BadDocument, match="text is null"):
+        document_text(null)
+
+
+@pytest.mark.parametrize("kind", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
+def test_damaged_file_is_named_not_taken_for_a_short_one(
+    texts: list[str], tmp_path: Path, kind: str, damage: str
+) -> None:
+    path = write(tmp_path, kind, texts)
+    path.write_bytes(path.read_bytes()[:-30] if damage == "cut" else b"plain text\n" * 20)
+    with pytest.raises(PolycomError, match=f"{path} is damaged or not"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "where"),
+    [("a.jsonl", "file", ":2"), ("a.txt", "file", ""), ("a.txt", "line", ":2"), ("a.txt", "paragraph", ":1")],
+)
+def test_a_document_is_bounded_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str, where: str
+) -> None:
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 1000)
+    path = tmp_path / name
+    short = '{"text": "fine"}'
+    path.write_text(f"{short}\n{'x' * 2500}\n\n{short}\n")
+    records = list(read_records(path, text_documents=what))
+    (bad,) = [record for record in records if record.problem]
+    assert bad.where == f"{path}{where}"
+    assert "more than" in bad.problem
+    assert bad.data == b""
+    if what != "file" or name != "a.txt":
+        assert records[-1].data == short.encode()

@@ -1,0 +1,108 @@
+"""The tokenizer that is trained here, and what is done to one that is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from polycom_ext.data.formats import token_dtype
+from polycom_ext.data.tokenizer import EOS, Encoder, train
+from polycom_ext.errors import PolycomError
+
+
+def test_training_is_deterministic_whatever_the_threads(texts: list[str]) -> None:
+    script = (
+        "import json, sys, hashlib; from polycom_ext.data.tokenizer import train;"
+        "print(hashlib.sha256(train(json.load(sys.stdin), 330)).hexdigest())"
+    )
+
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "1"}
+    other = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert other.stdout.strip() == hashlib.sha256(train(texts, 330)).hexdigest()
+
+
+def test_trained_tokenizer_keeps_every_text(texts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(train(texts, 330))
+    encoder, tokenizer = Encoder(path), Tokenizer.from_file(str(path))
+    assert (encoder.vocab_size, encoder.eos, encoder.eos_id) == (330, EOS, 329)
+    for text in [*texts, "never seen: ß∂ƒ \x00 \t\r\n", " leading and trailing "]:
+        ids = encoder(text)
+        assert ids[-1] == encoder.eos_id
+        assert tokenizer.decode(ids[:-1], skip_special_tokens=False) == text
+
+
+def test_text_too_small_gives_a_smaller_vocabulary(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(train(["abab"], 400))
+    encoder = Encoder(path)
+    assert 257 < encoder.vocab_size < 262
+    assert encoder.eos_id == encoder.vocab_size - 1
+
+
+def test_a_document_cannot_end_another(tokenizer: Path) -> None:
+    encoder = Encoder(tokenizer)
+    ids = encoder(f"before {EOS} after")
+    assert ids.count(encoder.eos_id) == 1
+    assert ids[-1] == encoder.eos_id
+    assert Tokenizer.from_file(str(tokenizer)).encode(f"before {EOS} after").ids.count(encoder.eos_id) == 1, (
+        "the plain library does take it for the end, so the test above tests something"
+    )
+
+
+def given(path: Path, tokens: list[str]) -> Tokenizer:
+    vocabulary = {"a": 0, "b": 1, "?": 2, **{token: 3 + index for index, token in enumerate(tokens)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+def test_given_tokenizer_adds_cuts_and_pads_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer = given(path, ["</s>", "<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 4), ("</s>", 3)]
+    )
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8, pad_id=2)
+    tokenizer.save(str(path))
+    assert tokenizer.encode("a b a b a b").ids == [4, 0, 1, 3, 2, 2, 2, 2]
+    assert Encoder(path)("a b a b a b") == [0, 1, 0, 1, 0, 1, 3]
+    assert Encoder(path)(" ") == []
+
+
+def test_end_token_is_found_or_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    given(path, ["</s>"])
+    assert Encoder(path).eos_id == 3
+    assert Encoder(path, eos="b").eos_id == 1
+    with pytest.raises(PolycomError, match="has no <end>; name its token"):
+        Encoder(path, eos="<end>")
+    given(path, ["x"])
+    with pytest.raises(PolycomError, match="has no <|endoftext|> or </s> or".replace("|", r"\|")):
+        Encoder(path)
+    given(path, ["</s>", EOS])
+    with pytest.raises(PolycomError, match="and </s>; name its token that ends a document with --eos"):
+        Encoder(path)
+
+
+def test_token_types_hold_the_vocabulary() -> None:
+    assert token_dtype("megatron", 65499) == "<u2"
+    assert token_dtype("megatron", 65500) == "<i4"
+    assert token_dtype("olmo", 65536) == "<u2"
+    with pytest.raises(PolycomError, match="65537 does not fit into the 16-bit tokens"):
+        token_dtype("olmo", 65537)
