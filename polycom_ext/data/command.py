@@ -86,7 +86,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     try:
-        from polycom_ext.data.prepare import Settings, prepare
+        from polycom_ext.data.prepare import prepare
+        from polycom_ext.data.settings import Settings
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"{error.name} is not installed; pip install 'polycom-ext[data]'"

@@ -1,5 +1,4 @@
-"""What a prepared data set was made from: kept beside it, and compared before work is skipped or gone on
-with."""
+"""What a prepared data set was made from: kept beside it, compared before its work is reused."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ from polycom_ext.data.progress import progress
 from polycom_ext.errors import PolycomError
 
 Manifest = dict[str, Any]
-"""`settings`: name -> value; `inputs`: one {path, size, modified_ns, sha256} a file; and what its writer
-adds."""
+"""`settings`: name -> value; `inputs`: {path, size, modified_ns, sha256} of each; what its writer adds."""
 
 
 def read(path: Path) -> Manifest | None:

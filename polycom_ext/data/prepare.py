@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 import tokenizers
@@ -23,42 +23,9 @@ from polycom_ext._version import __version__
 from polycom_ext.data import formats, manifest, shards, tokenizer
 from polycom_ext.data.files import atomic, exclusive
 from polycom_ext.data.progress import progress
-from polycom_ext.data.sources import BadDocument, check_input, document_text, read_records
+from polycom_ext.data.settings import Settings, check
+from polycom_ext.data.sources import BadDocument, document_text, read_records
 from polycom_ext.errors import PolycomError
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to prepare and how.
-
-    Exactly one of `tokenizer` (a tokenizer.json) and `train_tokenizer` (a vocabulary size) is given. Neither
-    `workers` nor `shard_bytes` changes the tokens that are written.
-    """
-
-    inputs: Sequence[Path]
-    output: Path
-    """The prefix: `OUTPUT.bin`, `OUTPUT.idx`, `OUTPUT.json`, …"""
-    format: Literal["megatron", "olmo"] = "megatron"
-    tokenizer: Path | None = None
-    train_tokenizer: int | None = None
-    eos: str | None = None
-    text_key: str = "text"
-    text_documents: Literal["file", "paragraph", "line"] = "file"
-    on_bad_line: Literal["fail", "skip"] = "fail"
-    workers: int = 1
-    overwrite: bool = False
-    shard_bytes: int | None = None
-
-    def path(self, suffix: str) -> Path:
-        return self.output.with_name(self.output.name + suffix)
-
-    @property
-    def work(self) -> Path:
-        return self.path(".work")
-
-    @property
-    def input_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.inputs)
 
 
 def prepare(settings: Settings) -> manifest.Manifest:
@@ -68,12 +35,12 @@ def prepare(settings: Settings) -> manifest.Manifest:
     out. If the same was prepared before, from the same inputs, nothing is done.
 
     Raises:
-        PolycomError: an input, the tokenizer or a setting is wrong; a bad line, if `on_bad_line` is "fail";
-            the
-            prefix holds something else and `overwrite` is not set; a file cannot be read or written.
+        PolycomError: an input, the tokenizer or a setting is wrong; a document is bad and `on_bad_line` is
+            "fail"; the prefix holds something else and `overwrite` is not set; a file cannot be read or
+            written.
     """
     try:
-        wanted = _check(settings)
+        wanted = check(settings)
         with exclusive(settings.work):
             try:
                 return _prepare(settings, wanted)
@@ -84,55 +51,10 @@ def prepare(settings: Settings) -> manifest.Manifest:
         raise PolycomError(f"{error.filename or settings.output}: {error.strerror or error}") from None
 
 
-def _check(settings: Settings) -> dict[str, str]:
-    """Refuse what can be seen to be wrong before any work; return what must be equal for work to be
-    reused."""
-    if not settings.inputs:
-        raise PolycomError("nothing to prepare; name at least one input file")
-    if (settings.tokenizer is None) == (settings.train_tokenizer is None):
-        raise PolycomError(
-            "give either a tokenizer file (--tokenizer) or a size to train one of (--train-tokenizer)"
-        )
-    if settings.workers < 1:
-        raise PolycomError(f"--workers {settings.workers} is too few; give 1 or more")
-    if settings.output.is_dir():
-        raise PolycomError(
-            f"{settings.output} is a directory; --output is a prefix, such as {settings.output / 'train'}"
-        )
-    for path in settings.inputs:
-        check_input(path)
-    suffixes = (*formats.SUFFIXES[settings.format], ".json", ".tokenizer.json", ".skipped.txt")
-    for output in map(settings.path, suffixes):
-        if any(
-            path and output.resolve() == path.resolve() for path in (*settings.inputs, settings.tokenizer)
-        ):
-            raise PolycomError(f"the output {output} would replace an input; choose another --output")
-    if settings.tokenizer is not None:
-        encoder = tokenizer.Encoder(settings.tokenizer, settings.eos)
-        vocab_size, origin, eos = encoder.vocab_size, encoder.sha256, encoder.eos
-    elif settings.train_tokenizer is not None:
-        vocab_size, origin, eos = (
-            settings.train_tokenizer,
-            f"trained to {settings.train_tokenizer}",
-            tokenizer.EOS,
-        )
-        tokenizer.check_vocabulary(vocab_size)
-    formats.token_dtype(settings.format, vocab_size)
-    if settings.eos not in (None, eos):
-        raise PolycomError(
-            f"a tokenizer trained here ends documents with {eos}; leave --eos {settings.eos} out"
-        )
-    return {
-        "format": settings.format,
-        "tokenizer": origin,
-        "eos": eos,
-        "text_key": settings.text_key,
-        "text_documents": settings.text_documents,
-    }
-
-
 @dataclass
 class _Totals:
+    """Sums over all shards."""
+
     shards: int = 0
     documents: int = 0
     tokens: int = 0
@@ -159,6 +81,11 @@ def _prepare(settings: Settings, wanted: dict[str, str]) -> manifest.Manifest:
     dtype = formats.token_dtype(settings.format, encoder.vocab_size)
     job = shards.Job(settings.work, tokenizer_file, encoder.eos, settings.text_key, dtype)
     totals = _tokenize(settings, job)
+    now = {**identity, "inputs": manifest.fingerprints(settings.inputs, [identity])}
+    if manifest.difference(identity, now):
+        raise PolycomError(
+            "an input changed while it was read; prepare again, with --overwrite, when it is complete"
+        )
     if not totals.documents:
         raise PolycomError(
             f"nothing to write: {totals.empty_documents} documents are empty and {totals.skipped} bad; "
@@ -294,8 +221,7 @@ def _publish(
 ) -> dict[str, int]:
     """Write the output files in the work folder, then rename them into place; return suffix -> size.
 
-    Files of a data set that is `replaced` go first, its metadata before all, so that it never vouches for
-    others.
+    Files of a data set that is `replaced` go first, its metadata before all: it never vouches for others.
     """
     paths = [job.path(index) for index in range(totals.shards)]
     writers: dict[str, Callable[[BinaryIO], object]] = {}

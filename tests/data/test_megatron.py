@@ -13,7 +13,8 @@ import pytest
 from polycom_ext.upstream import ensure_applied
 from tokenizers import AddedToken, Tokenizer
 
-from polycom_ext.data.prepare import Settings, prepare
+from polycom_ext.data.prepare import prepare
+from polycom_ext.data.settings import Settings
 
 from .conftest import read_documents, write_jsonl
 

@@ -16,8 +16,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from polycom_ext.data.files import exclusive
-from polycom_ext.data.prepare import Settings
 from polycom_ext.data.prepare import prepare as prepare_directly
+from polycom_ext.data.settings import Settings
 from polycom_ext.errors import PolycomError
 
 from .conftest import read_documents, write_jsonl
@@ -272,7 +272,7 @@ def test_nothing_appears_when_a_late_line_is_bad(
         (("a.csv", "--train-tokenizer", 300), "unknown kind"),
         (("a.jsonl", "--train-tokenizer", 256), "vocabulary of 256 is too small"),
         (("a.jsonl", "--train-tokenizer", 70000, "--format", "olmo"), "16-bit"),
-        (("a.jsonl", "--train-tokenizer", 300, "--eos", "x"), "leave --eos x out"),
+        (("a.jsonl", "--train-tokenizer", 300, "--eos", "x"), "leave --eos out"),
         (("a.jsonl", "--tokenizer", "missing.json"), "no tokenizer file"),
         (("a.jsonl", "--tokenizer", "a.jsonl"), "is not a tokenizer.json"),
         (("a.jsonl", "--train-tokenizer", 300, "--workers", 0), "--workers 0"),
