@@ -1,0 +1,1 @@
+"""One adapter for each upstream; none imports another."""

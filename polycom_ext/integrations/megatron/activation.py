@@ -1,0 +1,96 @@
+"""The activation as Megatron's MLP and expert blocks hold it: exact and complete in gradient in every layout.
+
+Width sharded over tensor parallelism: row sums are reduced over the group that shards it, see
+`functional.py`.
+
+Gradients of the coefficients. In a dense MLP every tensor-parallel rank ends up with the complete gradient,
+and data parallelism averages it like any other. An expert block's activation is shared by all experts, which
+live on different ranks of the expert-, expert-tensor- and tensor-parallel groups. Its coefficients are
+therefore kept as ordinary (non-expert) parameters: their gradient is the sum over all ranks of tensor and
+data parallelism. The former sum is what Megatron does to parameters marked `sequence_parallel`, the latter is
+data parallelism itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor, nn
+
+from polycom_ext.activations import parse
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+    from torch.distributed import ProcessGroup
+
+
+class _Replicated(nn.Module):
+    """Coefficients that are whole on every rank: float32 whatever the model's type, saved once."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Let `fn` move the coefficients but not change their type (Float16Module casts every parameter)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Entries of a distributed checkpoint, replicated over tensor and data parallelism."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            sharded_offsets=sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+def build_activation(config: TransformerConfig, tp_group: ProcessGroup, is_expert: bool) -> nn.Module:
+    """Make the module that `config.polycom_activation` names.
+
+    Args:
+        config: a configuration that `prepare_config` has passed.
+        tp_group: the group that shards the activation's width: tensor parallel, or expert tensor parallel.
+        is_expert: whether routed experts use it; then it is one for the whole block.
+
+    Returns a module with `forward(x)` and `sharded_state_dict`; x is [..., width / tp_group.size()].
+    """
+    activation, order = parse(config.polycom_activation)
+    cls = type(activation.module.__name__, (_Replicated, activation.module), {})
+    if not activation.coefficients:
+        return cls()
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    module = cls(order, group=tp_group, device=device, dtype=torch.float32)
+    if is_expert:
+        copies = tp_group.size()  # ranks that each have the complete gradient, over which it will be summed
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+            if copies > 1:
+                parameter.register_hook(lambda grad: grad / copies)
+    return module
+
+
+def share_activation(experts: nn.ModuleList) -> nn.Module:
+    """Let all experts of a SequentialMLP use the first one's activation, and return it.
+
+    It stops being a submodule of the experts, so that the caller can own it and it is counted and saved once.
+    """
+    shared: Any = experts[0].activation_func
+    for expert in experts:
+        del expert.activation_func
+        object.__setattr__(expert, "activation_func", shared)
+    return shared  # type: ignore[no-any-return]

@@ -1,0 +1,111 @@
+"""Pre-train a GPT model (dense or MoE) with Megatron's own training loop.
+
+    torchrun --nproc-per-node N -m polycom_ext.integrations.megatron.pretrain MEGATRON-OPTIONS
+
+megatron-core's wheel holds `megatron.training` but no script to call it; this is that script, for GPT pre-
+training from indexed datasets. Every option is upstream's; `--polycom-metrics FILE` is ours. Upstream's own
+pretrain_gpt.py works with the patched tree as well, since the MLP builds the activation.
+
+Megatron is imported in `main`: on a CPU the rehearsal comes first, and the processes that write checkpoints
+import this module without needing any of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polycom_ext import rehearsal
+from polycom_ext.errors import PolycomError
+
+ERROR_MARK = "polycom: error: "
+"""Begins the one line that says why a run was refused; the launcher looks for it in the log."""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = parser.add_argument_group(title="polycom")
+    group.add_argument(
+        "--polycom-metrics", default=None, metavar="FILE", help="Append metrics to FILE as JSON."
+    )
+    return parser
+
+
+def _refuse_before_training() -> None:
+    """Check the whole configuration as soon as it is parsed, on every rank, before anything is built."""
+    from megatron.training import get_args, training
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    initialize = training.initialize_megatron
+
+    def checked(*args: Any, **kwargs: Any) -> None:
+        try:
+            initialize(*args, **kwargs)
+            options = get_args()
+            core_transformer_config_from_args(options)
+            if options.polycom_activation is not None and options.moe_use_upcycling:
+                raise PolycomError("--moe-use-upcycling copies a dense model's fixed activation into experts")
+        except (AssertionError, ValueError, PolycomError) as error:
+            print(f"{ERROR_MARK}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    training.initialize_megatron = checked
+
+
+def _keep_metrics() -> None:
+    """Write what goes to TensorBoard to --polycom-metrics too, on the rank that Megatron logs from."""
+    from megatron.training import global_vars, training
+
+    from polycom_ext.integrations.megatron.metrics import MetricsWriter
+
+    set_tensorboard_writer = global_vars._set_tensorboard_writer
+
+    def set_writer(args: argparse.Namespace) -> None:
+        set_tensorboard_writer(args)
+        if args.polycom_metrics and args.rank == args.world_size - 1:
+            global_vars._GLOBAL_TENSORBOARD_WRITER = MetricsWriter(
+                Path(args.polycom_metrics), global_vars._GLOBAL_TENSORBOARD_WRITER
+            )
+
+    evaluate = training.evaluate_and_print_results
+
+    def evaluate_split(prefix: str, *args: Any, **kwargs: Any) -> Any:
+        writer = global_vars.get_tensorboard_writer()
+        if isinstance(writer, MetricsWriter):
+            writer.split = "test" if prefix.endswith("test set") else "valid"
+        return evaluate(prefix, *args, **kwargs)
+
+    global_vars._set_tensorboard_writer = set_writer
+    training.evaluate_and_print_results = evaluate_split
+
+
+def main() -> None:
+    """Train; exit status 2 with one sentence when the arguments cannot be right."""
+    rehearsal.enable("megatron")
+    from megatron.core.enums import ModelType
+    from megatron.training import global_vars, pretrain
+
+    from polycom_ext.integrations.megatron import gpt
+
+    _refuse_before_training()
+    _keep_metrics()
+    pretrain(
+        gpt.build_datasets,
+        gpt.build_model,
+        ModelType.encoder_or_decoder,
+        gpt.forward_step,
+        extra_args_provider=_add_options,
+        get_embedding_ranks=gpt.embedding_ranks,
+    )
+    writer = global_vars.get_tensorboard_writer()
+    if writer is not None:
+        writer.flush()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

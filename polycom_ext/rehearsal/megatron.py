@@ -1,0 +1,115 @@
+"""Megatron-LM 0.17.1 on a CPU: the few places where torch's names are not enough, and nothing else.
+
+Each function below mends one upstream place and says which. The last three are faults of the distributed
+optimizer that show only with torch's AdamW, that is, without Transformer Engine and Apex.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from polycom_ext.rehearsal import torch_cuda
+
+
+def install() -> None:
+    """Stand in for torch.cuda, then mend Megatron; imports Megatron."""
+    torch_cuda.install()
+    _allow_no_cuda()
+    _use_the_compiled_helpers()
+    _split_sizes_as_numpy()
+    _norm_under_sequence_parallelism()
+    optimizer = import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    _materialise_adam_state(optimizer)
+    _step_is_not_a_saved_tensor(optimizer)
+    _one_step_counter_each(optimizer)
+
+
+def _allow_no_cuda() -> None:
+    """training/initialize.py asserts CUDA unless told not to."""
+    training: Any = import_module("megatron.training.training")
+    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+
+
+def _use_the_compiled_helpers() -> None:
+    """core/datasets/utils.py runs `make` at every start; the wheel has its helper compiled and no
+    Makefile.
+    """
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
+        utils: Any = import_module("megatron.core.datasets.utils")
+        utils.compile_helpers = lambda: None
+
+
+def _split_sizes_as_numpy() -> None:
+    """moe/token_dispatcher.py makes its split sizes numpy arrays only on their way from a CUDA tensor."""
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher: Any = import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+def _norm_under_sequence_parallelism() -> None:
+    """transformer/torch_norm.py refuses sequence parallelism; only the mark that sums gradients is
+    missing.
+    """
+    norm = import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    make = norm.__new__
+
+    def new(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> torch.nn.Module:
+        without = copy.copy(config)
+        without.sequence_parallel = False
+        module: torch.nn.Module = make(cls, without, hidden_size, eps, **kwargs)
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return module
+
+    norm.__new__ = new
+
+
+def _materialise_adam_state(optimizer: Any) -> None:
+    """distrib_optimizer.py:647 reads AdamW's state before its first step, when there is none yet."""
+    state_dict = optimizer.state_dict
+
+    def with_state(self: Any) -> Any:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                state.setdefault("step", torch.tensor(0.0))
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name not in state:
+                        state[name] = torch.zeros_like(parameter.data)
+        return state_dict(self)
+
+    optimizer.state_dict = with_state
+
+
+def _step_is_not_a_saved_tensor(optimizer: Any) -> None:
+    """distrib_optimizer.py:955 looks for all of AdamW's state among the saved tensors; `step` is not
+    there.
+    """
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    def with_step(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> Any:
+        return set_states(self, model_param, {"step": None, **tensors})
+
+    optimizer._set_main_param_and_optimizer_states = with_step
+
+
+def _one_step_counter_each(optimizer: Any) -> None:
+    """distrib_optimizer.py:832 gives all parameters one `step` tensor, which AdamW advances once for each."""
+    load_state_dict = optimizer.load_state_dict
+
+    def with_own_counters(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    optimizer.load_state_dict = with_own_counters
