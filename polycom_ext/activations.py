@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +119,7 @@ class Activation:
     name: str
     title: str
     """As written in the paper's tables."""
-    module: Callable[..., nn.Module]
+    module: type[nn.Module]
     gated: bool = False
     """The first linear layer gives twice the width; at equal parameters that width is 2/3 of an ungated
     one.
