@@ -26,7 +26,9 @@ def homogeneous(layers: int, order: int = 3) -> dict[str, torch.Tensor]:
     weight = torch.arange(layers * order, dtype=torch.float32).reshape(layers, order)
     return {
         "decoder.layers.mlp.activation_func.weight": weight,
-        "decoder.layers.mlp.activation_func.bias": -torch.arange(layers, dtype=torch.float32).reshape(layers, 1),
+        "decoder.layers.mlp.activation_func.bias": -torch.arange(layers, dtype=torch.float32).reshape(
+            layers, 1
+        ),
     }
 
 
@@ -92,5 +94,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         from_megatron(tmp_path, "polynorm")
     with pytest.raises(PolycomError, match="holds no coefficients: it was not trained with 'polynorm'"):
         from_megatron(save(tmp_path, {}), "polynorm")
-    with pytest.raises(PolycomError, match=r"does not hold 'polyrelu-4': decoder.layers.0.mlp has .*weight of 3"):
+    with pytest.raises(
+        PolycomError, match=r"does not hold 'polyrelu-4': decoder.layers.0.mlp has .*weight of 3"
+    ):
         from_megatron(save(tmp_path / "order", homogeneous(1)), "polyrelu-4")
