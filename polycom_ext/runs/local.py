@@ -21,8 +21,8 @@ REFUSALS = (
     re.compile(r"polycom: error: (.+?)\s*(?=polycom: error: |$)", re.MULTILINE),
     re.compile(r"^\S+: error: (.+)$", re.MULTILINE),
 )
-"""What in a log says why a trainer refused to start: a PolycomError, else argparse. All ranks say it, and two of
-them may share a line."""
+"""What in a log says why a trainer refused to start: a PolycomError, else argparse. All ranks say it, and two
+may share a line."""
 
 POLL_SECONDS = 0.3
 LOG_BYTES = 1 << 20

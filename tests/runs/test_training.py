@@ -1,0 +1,142 @@
+"""Real training through `polycom run` on Megatron's own loop, with invented data: killed, resumed, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from polycom_ext.cli import main
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny"
+SMALL = {
+    "num-layers": 2,
+    "hidden-size": 64,
+    "seq-length": 32,
+    "max-position-embeddings": 32,
+    "global-batch-size": 4,
+    "micro-batch-size": 2,
+    "train-data-path": None,
+    "valid-data-path": None,
+    "mock-data": True,
+    "train-iters": 12,
+    "lr-warmup-iters": 2,
+    "save-interval": 4,
+    "eval-interval": 6,
+    "eval-iters": 1,
+    "log-interval": 1,
+    "tensorboard-log-interval": 1,
+}
+
+
+def write_spec(folder: Path, base: str, activation: str, **options: Any) -> Path:
+    section = {**SMALL, **{key.replace("_", "-"): value for key, value in options.items()}}
+    spec = {"extends": str(TINY / base), "activation": activation, "ffn_width": 96, "megatron": section}
+    path = folder / f"{activation}.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return path
+
+
+def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
+    """step -> metrics, without timings; a later line wins."""
+    merged: dict[int, dict[str, float]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        merged.setdefault(record["step"], {}).update(record["metrics"])
+    for values in merged.values():
+        values.pop("train/step_seconds", None)
+    return merged
+
+
+def kill_the_trainer_after_its_first_save(run_dir: Path, killed: list[int]) -> None:
+    latest = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 120
+    while not latest.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(run_dir / "checkpoints").encode() in words and b"torch.distributed.run" not in words:
+            killed.append(int(path.parent.name))
+            os.kill(killed[-1], signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that was killed after its first checkpoint and started again."""
+    folder = tmp_path_factory.mktemp("resumed")
+    spec, run_dir = write_spec(folder, "base-dense.yaml", "polynorm"), folder / "run"
+    killed: list[int] = []
+    watcher = threading.Thread(target=kill_the_trainer_after_its_first_save, args=(run_dir, killed))
+    watcher.start()
+    assert main(["run", str(spec), "--output", str(run_dir)]) == 1
+    watcher.join()
+    assert len(killed) == 1
+    assert main(["run", str(spec), "--output", str(run_dir)]) == 0
+    return run_dir
+
+
+def test_a_killed_trainer_is_resumed_from_its_checkpoint_and_finishes(resumed: Path) -> None:
+    versions = json.loads((resumed / "versions.json").read_text())
+    first, second = versions["attempts"]
+    assert (first["from_step"], first["status"]) == (None, -signal.SIGKILL)
+    assert second["from_step"] in (4, 8)
+    assert second["status"] == 0
+    assert "megatron" in versions["upstreams"]
+    logged = metrics(resumed)
+    assert sorted(logged) == list(range(1, 13))
+    assert logged[12]["train/loss"] < logged[1]["train/loss"]
+    assert {step for step in logged if "valid/loss" in logged[step]} == {6, 12}
+
+
+@pytest.mark.full
+def test_a_killed_and_resumed_run_is_the_straight_run(resumed: Path, tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, "base-dense.yaml", "polynorm")
+    assert main(["run", str(spec), "--output", str(tmp_path / "run")]) == 0
+    straight, again = metrics(tmp_path / "run"), metrics(resumed)
+    names = ("train/loss", "train/grad_norm", "train/learning_rate")
+    assert [[straight[step][name] for name in names] for step in straight] == [
+        [again[step][name] for name in names] for step in straight
+    ]
+
+
+def initial_weights(folder: Path, base: str, activation: str) -> dict[str, torch.Tensor]:
+    """The model's weights after one iteration at learning rate 0."""
+    options = {"train_iters": 1, "lr": 0, "min_lr": 0, "lr_warmup_iters": 0, "eval_iters": 0}
+    spec = write_spec(folder, base, activation, **options)
+    run_dir = folder / activation
+    assert main(["run", str(spec), "--output", str(run_dir)]) == 0
+    plain = folder / f"{activation}.pt"
+    dcp_to_torch_save(run_dir / "checkpoints" / "iter_0000001", plain)
+    state = torch.load(plain, weights_only=False)
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and not name.startswith("optimizer")
+    }
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("base", "shared"), [("base-dense.yaml", 7), ("base-moe.yaml", 8)])
+def test_models_that_differ_in_their_activation_start_from_the_same_shared_weights(
+    tmp_path: Path, base: str, shared: int
+) -> None:
+    gated = initial_weights(tmp_path, base, "swiglu")
+    plain = initial_weights(tmp_path, base, "polynorm")
+    common = [name for name in gated if name in plain and gated[name].shape == plain[name].shape]
+    assert len(common) == shared
+    different = [name for name in common if not torch.equal(gated[name], plain[name])]
+    assert different == []
+    assert all(value.unique().numel() > 1 for name, value in gated.items() if "norm" not in name)
