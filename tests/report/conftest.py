@@ -110,7 +110,7 @@ def make_run(tmp_path: Path) -> RunMaker:
             "polycom-ext": "0.1.0",
             "python": "3.11.7",
             "torch": "2.13.0",
-            "upstreams": {"megatron": {"version": "0.17.1", "state": "applied"}},
+            "upstreams": {"megatron": "applied"},
             "attempts": [{"started": "2026-01-02T03:04:05+00:00", "from_step": None, "status": 0}],
         }
         (directory / "versions.json").write_text(json.dumps(versions))
