@@ -15,8 +15,7 @@ from polycom_ext.errors import PolycomError
 
 @contextmanager
 def atomic(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
-    """Write to `temporary` (default: hidden, beside `path`), which becomes `path` when the block ends
-    well."""
+    """Write to `temporary` (default: hidden, beside `path`); it becomes `path` when the block ends well."""
     temporary = temporary or path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:

@@ -23,7 +23,6 @@ from polycom_ext.errors import PolycomError
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-TEXT_DOCUMENTS = ("file", "paragraph", "line")
 
 MAX_DOCUMENT_BYTES = 16 << 20
 """Longest document: `tokenizers` needs about 140 bytes of memory for each byte of one text."""

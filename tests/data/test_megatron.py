@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from polycom_ext.upstream import ensure_applied
 from tokenizers import AddedToken, Tokenizer
 
 from polycom_ext.data.prepare import prepare
 from polycom_ext.data.settings import Settings
+from polycom_ext.upstream import ensure_applied
 
 from .conftest import read_documents, write_jsonl
 

@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from polycom_ext.data import shards
 from polycom_ext.data.files import exclusive
 from polycom_ext.data.prepare import prepare as prepare_directly
 from polycom_ext.data.settings import Settings
@@ -93,9 +95,11 @@ def test_killed_run_goes_on_and_gives_the_same_bytes(
         process.send_signal(signal.SIGKILL)
     assert outputs(killed) == {}
     deadline = time.monotonic() + 10
-    while _session_is_alive(process.pid):
-        assert time.monotonic() < deadline, "workers outlive the killed run"
+    while (alive := _session_is_alive(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
+    if alive:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not alive, "workers outlive the killed run"
 
     done = len(list(tmp_path.glob("killed.work/*.npz")))
     again = subprocess.run(command, capture_output=True, text=True)
@@ -245,6 +249,23 @@ def test_other_peoples_files_are_left_alone(
     assert (tmp_path / "b.json").read_text() == "{}"
     assert (tmp_path / "c.bin").read_text() == "mine"
     assert not list(tmp_path.glob("*.work"))
+
+
+def test_input_that_changes_meanwhile_is_noticed(tokenizer: Path, texts: list[str], tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    settings = Settings([source], tmp_path / "out", tokenizer=tokenizer)
+    make_shard = shards.make_shard
+
+    def meanwhile(*arguments: Any) -> shards.Summary:
+        with source.open("a") as file:
+            file.write('{"text": "one more"}\n')
+        return make_shard(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "make_shard", meanwhile)
+        with pytest.raises(PolycomError, match="changed while it was read"):
+            prepare_directly(settings)
+    assert outputs(settings.output) == {}
 
 
 def test_two_runs_do_not_share_a_prefix(texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
