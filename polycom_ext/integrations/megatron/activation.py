@@ -93,4 +93,4 @@ def share_activation(experts: nn.ModuleList) -> nn.Module:
     for expert in experts:
         del expert.activation_func
         object.__setattr__(expert, "activation_func", shared)
-    return shared  # type: ignore[no-any-return]
+    return shared
