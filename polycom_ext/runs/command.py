@@ -133,7 +133,12 @@ def _start(run: Run) -> int:
     if outcome.status != 0:
         _explain_failure(run, outcome)
         return 1
-    print(f"{name}: finished in {seconds} ({directory.path})", flush=True)
+    how = (
+        "finished in"
+        if run.trainer.is_complete(spec, directory.path)
+        else "ended before its last step, after"
+    )
+    print(f"{name}: {how} {seconds} ({directory.path})", flush=True)
     return 0
 
 

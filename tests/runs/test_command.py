@@ -95,10 +95,17 @@ def test_another_model_over_existing_checkpoints_is_refused_by_the_keys_that_dif
     assert (RUN / "run.yaml").read_text() == saved
 
 
-def test_a_longer_run_of_the_same_model_goes_on(finished: str) -> None:
+def test_a_longer_run_of_the_same_model_goes_on_where_it_was(
+    finished: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(["run", finished, "--set", "toy.steps=4"]) == 0
+    assert "small: resuming from step 2;" in capfd.readouterr().out
     steps = [json.loads(line)["step"] for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+    log = (RUN / "log.txt").read_text()
+    assert (
+        log.index("attempt 1") < log.index("about step 2\n") < log.index("attempt 2") < log.index("step 3\n")
+    )
 
 
 def test_a_fresh_start_forgets_the_metrics_of_an_attempt_that_saved_nothing(
@@ -109,9 +116,18 @@ def test_a_fresh_start_forgets_the_metrics_of_an_attempt_that_saved_nothing(
     assert len((RUN / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_several_runs_go_one_after_the_other_into_one_folder(toy_spec: Callable[..., str]) -> None:
-    assert main(["run", toy_spec("a", steps=1), toy_spec("b", steps=1), "--output", "out"]) == 0
-    assert sorted(path.name for path in Path("out").iterdir()) == ["a", "b"]
+def test_several_runs_go_into_one_folder(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", toy_spec("a", steps=1), toy_spec("b", steps=1), "--output", "out", "--dry-run"]) == 0
+    printed = capfd.readouterr().out
+    assert [f"--run-dir={Path('out').absolute()}/{name} " in printed for name in "ab"] == [True, True]
+
+
+def test_a_failed_run_keeps_the_next_ones_from_starting(toy_spec: Callable[..., str]) -> None:
+    failing, waiting = toy_spec("a", steps=1, fail_at=1), toy_spec("b", steps=1)
+    assert main(["run", failing, waiting]) == 1
+    assert sorted(path.name for path in Path("outputs").iterdir()) == ["a"]
 
 
 def test_one_run_goes_where_output_says(

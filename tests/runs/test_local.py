@@ -78,29 +78,6 @@ def test_workers_die_with_a_killed_launcher(
     assert "was killed by SIGKILL" in capfd.readouterr().err
 
 
-def test_a_run_killed_in_the_middle_goes_on_where_it_was(
-    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    def kill_worker(pids: list[int]) -> None:
-        while not (RUN / "checkpoints" / "step").exists():
-            time.sleep(0.02)
-        os.kill(pids[0], signal.SIGKILL)
-
-    spec = toy_spec(steps=30, seconds=0.05)
-    in_the_background(kill_worker, workers=1)
-    assert main(["run", spec]) == 1
-    reached = int((RUN / "checkpoints" / "step").read_text())
-    assert 1 <= reached < 30
-    capfd.readouterr()
-
-    assert main(["run", spec]) == 0
-    assert f"resuming from step {reached}" in capfd.readouterr().out
-    log = (RUN / "log.txt").read_text()
-    assert log.count("about step 30") == 1
-    assert log.count(f"about step {reached + 1}\n") <= 2, "the log keeps both attempts"
-    assert "attempt 2" in log
-
-
 def test_a_failure_shows_the_trainers_last_lines_and_not_the_launchers(
     toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
 ) -> None:
