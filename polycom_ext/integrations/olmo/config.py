@@ -1,0 +1,97 @@
+"""What a TrainConfig must satisfy before anything is built; each refusal is one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polycom_ext import activations
+from polycom_ext.errors import PolycomError
+from polycom_ext.integrations.olmo.activation import is_native
+from polycom_ext.integrations.olmo.megablocks import BLOCK_SIZE
+
+
+def check(cfg: Any, world_size: int, on_branch: bool) -> None:
+    """Raise PolycomError for a configuration that `world_size` ranks could not train, or not rightly.
+
+    `on_branch`: OLMo is the MoE branch, whose experts are megablocks', not 0.6.0 with ours.
+    """
+    entry, _ = activations.parse(cfg.model.activation_type)
+    hidden = _hidden_size(cfg.model)
+    if entry.gated and hidden % 2:
+        raise PolycomError(f"model.mlp_hidden_size {hidden} is odd, but {entry.name} is gated and halves it")
+    _check_batch(cfg, world_size)
+    _check_strategy(cfg)
+    if cfg.model.block_type == "moe":
+        _check_moe(cfg)
+        if on_branch:
+            _check_megablocks(cfg.model, hidden // 2 if entry.gated else hidden)
+        elif not cfg.model.moe_dropless:
+            raise PolycomError(
+                "model.moe_dropless: false needs megablocks, and so the MoE branch; on OLMo 0.6.0 every token "
+                "reaches its experts"
+            )
+
+
+def _hidden_size(model: Any) -> int:
+    return model.mlp_hidden_size if model.mlp_hidden_size is not None else model.mlp_ratio * model.d_model
+
+
+def _check_batch(cfg: Any, world_size: int) -> None:
+    batch, micro = cfg.global_train_batch_size, cfg.device_train_microbatch_size
+    if batch % world_size:
+        raise PolycomError(f"global_train_batch_size {batch} is not a multiple of {world_size} processes")
+    if batch // world_size % micro and batch // world_size > micro:
+        raise PolycomError(
+            f"a process's batch of {batch // world_size} is not a multiple of device_train_microbatch_size {micro}"
+        )
+
+
+def _check_strategy(cfg: Any) -> None:
+    strategy = cfg.distributed_strategy
+    if strategy not in ("fsdp", "ddp"):
+        raise PolycomError("distributed_strategy must be fsdp or ddp: OLMo's Trainer has no other")
+    if getattr(cfg, strategy) is None:
+        raise PolycomError(f"distributed_strategy: {strategy} needs a section `{strategy}`")
+    if strategy == "fsdp" and not cfg.fsdp.use_orig_params:
+        raise PolycomError("fsdp.use_orig_params must be true: weight decay is decided parameter by parameter")
+    if strategy == "ddp" and cfg.ddp.find_unused_params and cfg.ddp.grad_sync_mode != "micro_batch":
+        raise PolycomError("ddp.find_unused_params needs ddp.grad_sync_mode: micro_batch")
+    if strategy == "ddp" and cfg.model.init_device == "meta":
+        raise PolycomError("model.init_device: meta needs distributed_strategy: fsdp")
+
+
+def _check_moe(cfg: Any) -> None:
+    model = cfg.model
+    entry, _ = activations.parse(model.activation_type)
+    if entry.gated and not is_native(model.activation_type):
+        raise PolycomError(f"an MoE block gates with swiglu only, not with {entry.name}")
+    if not 1 <= model.moe_top_k <= model.moe_num_experts:
+        raise PolycomError(f"model.moe_top_k {model.moe_top_k} is not in 1..{model.moe_num_experts} experts")
+    if model.moe_mlp_impl not in ("sparse", "grouped"):
+        raise PolycomError(f"model.moe_mlp_impl must be sparse or grouped, not {model.moe_mlp_impl!r}")
+    if cfg.activation_checkpointing not in (None, "fine_grained"):
+        raise PolycomError(
+            f"activation_checkpointing: {cfg.activation_checkpointing} would run the routers twice; an MoE "
+            "model takes fine_grained or none"
+        )
+
+
+def _check_megablocks(model: Any, width: int) -> None:
+    """The fork's losses come as a pair or crash, and some of its layouts cannot hold every activation."""
+    if not model.moe_loss_weight or not model.moe_zloss_weight:
+        raise PolycomError(
+            "model.moe_loss_weight and model.moe_zloss_weight must both be above 0 on the MoE branch: its fork "
+            "of megablocks returns both losses or none (OLMo 0.6.0 takes either)"
+        )
+    if model.moe_dropless and model.moe_mlp_impl == "sparse" and width % BLOCK_SIZE:
+        raise PolycomError(
+            f"an FFN width of {width} is not a multiple of {BLOCK_SIZE}, as moe_mlp_impl: sparse needs; take "
+            "grouped, or another width"
+        )
+    if not model.moe_dropless and activations.parse(model.activation_type)[0].gated:
+        raise PolycomError("moe_dropless: false has no gate in megablocks, so it cannot hold swiglu")
+    if model.moe_shared_expert and not is_native(model.activation_type):
+        raise PolycomError(
+            f"moe_shared_expert on the MoE branch cannot hold {model.activation_type}: its layout is not the "
+            "experts' (OLMo 0.6.0 can)"
+        )
