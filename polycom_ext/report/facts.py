@@ -68,7 +68,7 @@ def _megatron(spec: Spec) -> Facts:
         sequence=_integer(options.get("seq-length")),
         batch=_integer(options.get("global-batch-size")),
         ffn_width=spec.ffn_width,
-        data=_names(paths),
+        data="mock data" if options.get("mock-data") else _names(paths),
     )
 
 

@@ -101,8 +101,8 @@ def _losses(family: Family, drawn: Sequence[Look], folder: Path) -> Plot:
     label_ends(figure, axes[-1], ends)
     window = max(windows)
     caption = (
-        "Left: training loss, thin as logged"
-        + (f", thick the centred mean of {window} values" if window > 1 else "")
+        f"{'Left: training' if validated else 'Training'} loss"
+        + (f", thin as logged, thick the centred mean of {window} values" if window > 1 else " as logged")
         + (". Right: loss on the validation text" if validated else "")
         + (". The first steps lie above the frame" if limits else "")
         + _divergences(family)
