@@ -1,7 +1,7 @@
-"""Builds the fused operations with the package where torch and a compiler are there; otherwise it is pure Python.
+"""Builds the fused operations with the package where torch and a compiler are there; else pure Python.
 
-Everything declarative is in pyproject.toml, the compiling in polycom_ext/ops/build.py. Build isolation hides the
-installed torch: use `pip install . --no-build-isolation`.
+Everything declarative is in pyproject.toml, the compiling in polycom_ext/ops/build.py. Build isolation hides
+the installed torch: use `pip install . --no-build-isolation`.
 """
 
 from __future__ import annotations

@@ -69,11 +69,11 @@ def _check(
         if x.dim() != 2:
             raise ValueError(f"with offsets, x must have shape (rows, width), got {tuple(x.shape)}")
         experts = (offsets.numel(),)
-    lead = "E, " if experts else ""
+    coefficients, constant = ("(E, r)", "(E, 1)") if experts else ("(r,)", "(1,)")
     if weight.dim() != 1 + len(experts) or weight.shape[:-1] != experts or weight.shape[-1] == 0:
-        raise ValueError(f"weight must have shape ({lead}r) with r >= 1, got {tuple(weight.shape)}")
+        raise ValueError(f"weight must have shape {coefficients} with r >= 1, got {tuple(weight.shape)}")
     if bias.shape != (*experts, 1):
-        raise ValueError(f"bias must have shape ({lead}1), got {tuple(bias.shape)}")
+        raise ValueError(f"bias must have shape {constant}, got {tuple(bias.shape)}")
     if slope is not None and slope.shape != (1,):
         raise ValueError(f"slope must have shape (1,), got {tuple(slope.shape)}")
     if pre_bias is not None and pre_bias.shape not in (x.shape[-1:], (*experts, x.shape[-1])):

@@ -19,7 +19,7 @@ struct Problem {
   float eps;
   int64_t rows;
   int64_t width;
-  double total_width;  // of the whole row, over all shards
+  float inverse_width;  // 1 / the width of the whole row, over all shards
 };
 
 struct Parameters {
@@ -51,6 +51,7 @@ struct BackwardArguments {
   void* y;                // recomputed, unless null
   float* dots;            // (rows, order + 1), <g, t_i>: written by WHOLE on CPU and by REDUCE, read by APPLY
   float* grad_row_scale;  // (rows,), unless null
+  float* terms;           // CUDA, WHOLE: (items, order + 1), what the coefficient gradients are the sums of
 };
 
 }  // namespace polycom

@@ -115,7 +115,7 @@ void forward_rows(const ForwardArguments& arguments, int64_t first_row, int64_t 
     float* kept = arguments.scales ? arguments.scales + row * R : kept_here;
     RowScales<R> scales = no_scales<R>();
     if (problem.step == Step::APPLY) {
-      scales = scales_from_total<R>(arguments.power_sums + row * R, problem.total_width, problem.eps, kept);
+      scales = scales_from_total<R>(arguments.power_sums + row * R, problem.inverse_width, problem.eps, kept);
     } else if (problem.normalize) {
       float sums[R];
       const int exponent = safe_power_sums<R>(read, width, sums);
@@ -123,7 +123,7 @@ void forward_rows(const ForwardArguments& arguments, int64_t first_row, int64_t 
         for (int i = 0; i < R; ++i) arguments.power_sums[row * R + i] = unscaled_sum(sums[i], exponent, i + 1);
         continue;
       }
-      scales = scales_from_sums<R>(sums, exponent, float(1.0 / double(width)), problem.eps, kept);
+      scales = scales_from_sums<R>(sums, exponent, problem.inverse_width, problem.eps, kept);
     }
     const Evaluation<R> evaluate(parameters.weight, parameters.bias, parameters.row_scale, scales);
     T* y = static_cast<T*>(arguments.y) + row * width;
@@ -166,7 +166,7 @@ void backward_rows(const BackwardArguments& arguments, int64_t first_row, int64_
       arguments.grad_row_scale[row] = row_scale_gradient<R>(parameters.weight, parameters.bias, dots);
     }
     const Gradient<R> gradient(parameters.weight, parameters.row_scale, scales, dots,
-                               float(1.0 / problem.total_width));
+                               problem.inverse_width);
     T* grad_x = static_cast<T*>(arguments.grad_x) + row * width;
     for_each_vector(0, width, [&](int64_t column, int64_t count) {
       const Floats u = read(column, count);

@@ -51,13 +51,15 @@ inline void check_like(const Tensor& tensor, const char* name, const Tensor& x) 
   check_size(tensor, name, x.numel());
 }
 
-inline Problem make_problem(const Tensor& x, int64_t order, int64_t rho, bool normalize, Step step, double eps) {
+inline Problem make_problem(const Tensor& x, int64_t order, int64_t rho, bool normalize, Step step, double eps,
+                            int64_t total_width = 0) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "polycom: x must have shape (rows, width)");
+  STD_TORCH_CHECK(x.size(1) <= INT32_MAX, "polycom: rows are too wide");
   STD_TORCH_CHECK(x.is_contiguous(), "polycom: x must be contiguous");
   STD_TORCH_CHECK(order >= 1 && order <= MAX_FUSED_ORDER, "polycom: the order must be 1 to 4, got ", order);
   STD_TORCH_CHECK(rho == RELU || (rho == IDENTITY && normalize), "polycom: this rho is not fused");
-  return {storage_of(x), int(order),  rho == RELU, normalize,        step,
-          float(eps),    x.size(0),   x.size(1),   double(x.size(1))};
+  return {storage_of(x), int(order), rho == RELU, normalize, step, float(eps), x.size(0), x.size(1),
+          float(1.0 / double(total_width ? total_width : x.size(1)))};
 }
 
 inline Parameters make_parameters(const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -144,8 +146,7 @@ struct Operators {
                                           int64_t total_width) {
     const int64_t order = order_of(weight, bias);
     ForwardArguments arguments = {};
-    arguments.problem = make_problem(x, order, rho, true, Step::APPLY, eps);
-    arguments.problem.total_width = double(total_width);
+    arguments.problem = make_problem(x, order, rho, true, Step::APPLY, eps, total_width);
     arguments.parameters = make_parameters(x, weight, bias, pre_bias, row_scale, offsets);
     check_tensor(sums, "power_sums", ScalarType::Double, x);
     check_size(sums, "power_sums", x.size(0) * order);
@@ -160,9 +161,9 @@ struct Operators {
   }
 
   static BackwardArguments backward_arguments(const Tensor& grad_y, const Tensor& x, const Tensor& scales, int64_t order,
-                                              int64_t rho, bool normalize, Step step) {
+                                              int64_t rho, bool normalize, Step step, int64_t total_width = 0) {
     BackwardArguments arguments = {};
-    arguments.problem = make_problem(x, order, rho, normalize, step, 0.0);
+    arguments.problem = make_problem(x, order, rho, normalize, step, 0.0, total_width);
     check_like(grad_y, "grad_y", x);
     check_tensor(scales, "scales", ScalarType::Float, x);
     check_size(scales, "scales", normalize ? x.size(0) * order : 0);
@@ -208,8 +209,7 @@ struct Operators {
                                OptionalTensor pre_bias, OptionalTensor row_scale, OptionalTensor offsets, int64_t rho,
                                int64_t total_width) {
     const int64_t order = order_of(weight, bias);
-    BackwardArguments arguments = backward_arguments(grad_y, x, scales, order, rho, true, Step::APPLY);
-    arguments.problem.total_width = double(total_width);
+    BackwardArguments arguments = backward_arguments(grad_y, x, scales, order, rho, true, Step::APPLY, total_width);
     arguments.parameters = make_parameters(x, weight, bias, pre_bias, row_scale, offsets);
     check_tensor(dots, "dots", ScalarType::Float, x);
     check_size(dots, "dots", x.size(0) * (order + 1));

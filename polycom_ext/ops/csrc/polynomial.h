@@ -53,6 +53,9 @@ POLYCOM_INLINE float power_of_two_below(float value) {
   return power > 1.0f ? 1.0f : power < power_of_two(-126) ? power_of_two(-126) : power;
 }
 
+// 1 / power for powers of two within [2^-126, 2^126], without a division.
+POLYCOM_INLINE float inverse_power_of_two(float power) { return float_of_bits((254u << 23) - bits_of_float(power)); }
+
 // The exponent e in [0, 126] of the division by 2^e that makes |u| <= maximum at most 2 (4 above 2^127).
 POLYCOM_INLINE int range_exponent(float maximum) {
   const int exponent = int(bits_of_float(maximum) >> 23 & 0xff) - 127;
@@ -99,7 +102,7 @@ POLYCOM_INLINE RowScales<R> scales_from_sums(const float (&sums)[R], int exponen
   const float first = inverse_sqrt(sums[0] * inverse_width + eps * shrink * shrink) * shrink;
   RowScales<R> scales;
   scales.sigma = power_of_two_below(first);
-  scales.s[0] = first / scales.sigma;
+  scales.s[0] = first * inverse_power_of_two(scales.sigma);
   kept[0] = first;
   const float ratio = power_of_two(exponent) * scales.sigma;
   float padded = eps * scales.sigma * scales.sigma;
@@ -117,9 +120,10 @@ POLYCOM_INLINE RowScales<R> scales_from_sums(const float (&sums)[R], int exponen
 
 // The same from double sums of the whole row, all-reduced over a sharded row.
 template <int R>
-POLYCOM_INLINE RowScales<R> scales_from_total(const double* total, double width, float eps, float* kept) {
-  int exponent = 0;
-  frexp(total[0], &exponent);
+POLYCOM_INLINE RowScales<R> scales_from_total(const double* total, float inverse_width, float eps, float* kept) {
+  uint64_t bits;
+  memcpy(&bits, total, sizeof bits);
+  int exponent = int(bits >> 52) - 1022;  // total[0] < 2^exponent
   exponent = exponent <= 0 ? 0 : exponent > 252 ? 126 : (exponent + 1) / 2;
   const double shrink = double(power_of_two(-exponent)) * double(power_of_two(-exponent));
   float sums[R];
@@ -129,7 +133,7 @@ POLYCOM_INLINE RowScales<R> scales_from_total(const double* total, double width,
     factor *= shrink;
     sums[i] = float(total[i] * factor);
   }
-  return scales_from_sums<R>(sums, exponent, float(1.0 / width), eps, kept);
+  return scales_from_sums<R>(sums, exponent, inverse_width, eps, kept);
 }
 
 // sums[i-1] of u / 2^exponent as the number that scales_from_total takes.
@@ -143,7 +147,7 @@ template <int R>
 POLYCOM_INLINE RowScales<R> scales_from_kept(const float* kept) {
   RowScales<R> scales;
   scales.sigma = power_of_two_below(kept[0]);
-  scales.s[0] = kept[0] / scales.sigma;
+  scales.s[0] = kept[0] * inverse_power_of_two(scales.sigma);
 #pragma unroll
   for (int i = 1; i < R; ++i) scales.s[i] = kept[i];
   return scales;

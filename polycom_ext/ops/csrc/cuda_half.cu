@@ -1,0 +1,3 @@
+#define POLYCOM_STORAGE HalfStorage
+#define POLYCOM_INSTANCE float16
+#include "cuda_instance.cuh"

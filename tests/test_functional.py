@@ -1,0 +1,358 @@
+"""The public functions against their float64 definitions: values, gradients, and the edges of every type."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from polycom_ext import functional, reference
+from polycom_ext.ops import dispatch, library
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+"""Relative error of the result, as a ratio of norms (design: precision)."""
+FUNCTIONS = {
+    "poly_relu": (functional.poly_relu, reference.poly_relu),
+    "poly_norm": (functional.poly_norm, reference.poly_norm),
+    "poly_relu_norm": (functional.poly_relu_norm, reference.poly_relu_norm),
+}
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+@pytest.fixture(params=["dispatched", "eager"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both sides of the dispatch; the fused one only where it is compiled."""
+    if request.param == "eager":
+        monkeypatch.setattr(library, "devices", frozenset())
+        monkeypatch.setattr(library, "problem", "")
+    elif "cpu" not in library.devices:
+        pytest.skip(f"the fused operations are not there: {library.problem}")
+    return str(request.param)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach(), expected.detach()
+    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def coefficients(order: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.randn(order, dtype=dtype), torch.randn(1, dtype=dtype)
+
+
+@every_dtype
+@every_function
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("width", [2, 7, 16, 37, 64, 1536, 8256])
+def test_values_and_gradients(path: str, name: str, dtype: torch.dtype, order: int, width: int) -> None:
+    torch.manual_seed(order * width)
+    function, definition = FUNCTIONS[name]
+    x, grad = torch.randn(5, width).to(dtype), torch.randn(5, width).to(dtype)
+    inputs = leaves(x, *coefficients(order, dtype))
+    y = function(*inputs)
+    y.backward(grad)
+    exact = leaves(*(tensor.double() for tensor in inputs))
+    expected = definition(*exact)
+    expected.backward(grad.double())
+    assert y.dtype == dtype
+    assert y.shape == x.shape
+    assert error(y, expected) <= TOLERANCE[dtype]
+    # A gradient may be a small difference of large terms, above all where rows are short.
+    slack = 20 if width < 64 else 2
+    assert error(inputs[0].grad, exact[0].grad) <= slack * TOLERANCE[dtype]
+    for actual, wanted in zip(inputs[1:], exact[1:], strict=True):
+        assert error(actual.grad, wanted.grad) <= 1e-5
+
+
+@every_function
+def test_non_contiguous_and_higher_dimensional_inputs(path: str, name: str) -> None:
+    function, definition = FUNCTIONS[name]
+    weight, bias = coefficients(3)
+    base = torch.randn(6, 4, 40)
+    for x in (base.transpose(0, 1), base[:, ::2, 3:33], base[0, 0], base.permute(2, 0, 1), base[..., :1]):
+        assert error(function(x, weight, bias), definition(x, weight, bias)) <= TOLERANCE[torch.float32]
+    x = base.transpose(0, 1).clone(memory_format=torch.preserve_format).requires_grad_()
+    function(x, weight, bias).sum().backward()  # the gradient of a sum is an expanded scalar
+    exact = x.detach().double().requires_grad_()
+    definition(exact, weight, bias).sum().backward()
+    assert error(x.grad, exact.grad) <= 5e-6
+
+
+@every_function
+def test_no_rows(path: str, name: str) -> None:
+    inputs = leaves(torch.empty(0, 24), *coefficients(3))
+    FUNCTIONS[name][0](*inputs).sum().backward()
+    assert inputs[0].grad.shape == (0, 24)
+    assert not inputs[1].grad.any()
+    assert not inputs[2].grad.any()
+
+
+@pytest.mark.parametrize("name", ["poly_norm", "poly_relu_norm"])
+@pytest.mark.parametrize("order", [3, 4])
+@pytest.mark.parametrize(
+    ("dtype", "magnitude"),
+    [
+        (torch.float16, 1000.0),
+        (torch.float16, 60000.0),
+        (torch.float16, 1e-7),
+        (torch.bfloat16, 1e18),
+        (torch.bfloat16, 1e-39),
+        (torch.float32, 1e18),
+        (torch.float32, 1e36),
+        (torch.float32, 1e-40),
+    ],
+    ids=str,
+)
+def test_extreme_magnitudes(path: str, name: str, dtype: torch.dtype, magnitude: float, order: int) -> None:
+    """No power overflows whose normalised result is finite; denormals are as good as zero."""
+    function, definition = FUNCTIONS[name]
+    x = ((torch.rand(4, 96) * 2 - 1) * magnitude).to(dtype)
+    x[1] = 0
+    x[2] = 1
+    x[2, 5] = min(magnitude, 6e4 if dtype == torch.float16 else 1e36)
+    inputs = leaves(x, *coefficients(order))
+    y = function(*inputs)
+    expected = definition(x, *inputs[1:])
+    assert error(y, expected) <= TOLERANCE[dtype]
+    y.sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in inputs)
+
+
+def test_coefficient_gradients_over_65536_rows(path: str) -> None:
+    x, grad = torch.randn(65536, 8), torch.randn(65536, 8)
+    inputs = leaves(x, *coefficients(3))
+    functional.poly_norm(*inputs).backward(grad)
+    exact = leaves(*(tensor.double() for tensor in inputs))
+    reference.poly_norm(*exact).backward(grad.double())
+    for actual, wanted in zip(inputs[1:], exact[1:], strict=True):
+        assert error(actual.grad, wanted.grad) <= 1e-5
+
+
+def test_results_are_bitwise_repeatable(path: str) -> None:
+    x, grad = torch.randn(300, 129), torch.randn(300, 129)
+    weight, bias = coefficients(3)
+    runs = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        inputs = leaves(x, weight, bias)
+        functional.poly_norm(*inputs).backward(grad)
+        runs.append([tensor.grad for tensor in inputs])
+        torch.set_num_threads(before)
+    if path == "dispatched":
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_lemma_1_relu_squared_relu_and_polynomials_are_special_cases() -> None:
+    x = torch.randn(4, 33, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+
+    def descending(*values: float) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    assert torch.equal(functional.poly_relu(x, descending(0, 0, 1), zero), x.relu())
+    assert torch.equal(functional.poly_relu(x, descending(0, 1, 0), zero), x.relu().square())
+    # On x >= 0, which the lemma's shift by a constant reaches on every bounded domain, any polynomial.
+    shifted = x - x.min()
+    weight, bias = descending(0.5, -2.0, 3.0), descending(0.25)
+    polynomial = 0.5 * shifted**3 - 2 * shifted**2 + 3 * shifted + 0.25
+    torch.testing.assert_close(functional.poly_relu(shifted, weight, bias), polynomial)
+
+
+@every_function
+def test_gradcheck(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, dtype=torch.float64)
+    x = torch.where(x.abs() < 0.05, 0.1, x)  # away from the kink
+    inputs = leaves(x, *coefficients(3, torch.float64))
+    assert torch.autograd.gradcheck(FUNCTIONS[name][0], inputs)
+
+
+def test_poly_prelu() -> None:
+    x, (weight, bias) = torch.randn(4, 9, dtype=torch.float64), coefficients(3, torch.float64)
+    inputs = leaves(x, weight, bias, torch.tensor([0.25], dtype=torch.float64))
+    assert error(functional.poly_prelu(*inputs), reference.poly_prelu(*inputs)) <= 1e-12
+    assert torch.autograd.gradcheck(functional.poly_prelu, inputs)
+
+
+@every_function
+def test_variants_are_what_they_say(path: str, name: str) -> None:
+    torch.manual_seed(1)
+    function, definition = FUNCTIONS[name]
+    x, weight, bias = torch.randn(11, 40), torch.randn(4, 3), torch.randn(4, 1)
+    pre_bias, row_scale = torch.randn(4, 40), torch.rand(11)
+    offsets = torch.tensor([3, 3, 7, 10])  # an expert without rows; the last row is past the end
+    inputs = leaves(x, weight, bias, pre_bias, row_scale)
+    y = function(*inputs[:3], pre_bias=inputs[3], row_scale=inputs[4], offsets=offsets)
+    exact = leaves(*(tensor.double() for tensor in inputs))
+    expert = [0, 0, 0, 2, 2, 2, 2, 3, 3, 3, 3]
+    rows = [
+        definition(exact[0][i] + exact[3][e], exact[1][e], exact[2][e]) * exact[4][i]
+        for i, e in enumerate(expert)
+    ]
+    expected = torch.stack(rows)
+    assert error(y, expected) <= TOLERANCE[torch.float32]
+    grad = torch.randn(11, 40)
+    y.backward(grad)
+    expected.backward(grad.double())
+    for actual, wanted in zip(inputs, exact, strict=True):
+        assert error(actual.grad, wanted.grad) <= 1e-5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(FUNCTIONS)),
+    st.sampled_from(sorted(TOLERANCE, key=str)),
+    st.integers(1, 6),
+    st.lists(st.integers(0, 5), max_size=2),
+    st.integers(1, 70),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_any_shape_stride_type_and_order(
+    name: str, dtype: torch.dtype, order: int, lead: list[int], width: int, strided: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    function, definition = FUNCTIONS[name]
+    x = torch.randn(*lead, 2 * width).to(dtype)
+    x = x[..., ::2] if strided else x[..., width:]
+    weight, bias = coefficients(order, dtype)
+    y = function(x, weight, bias)
+    expected = definition(x, weight, bias)
+    # Terms may cancel: the error is one of the terms, not of their sum.
+    scale = expected.norm() + float(weight.abs().sum() + bias.abs()) * x.numel() ** 0.5
+    assert y.shape == x.shape
+    assert float((y.double() - expected).norm()) <= TOLERANCE[dtype] * max(float(scale), 1e-30)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(2, 2)}, r"weight must have shape \(r,\)"),
+        ({"bias": torch.zeros(2)}, r"bias must have shape \(1,\)"),
+        ({"x": torch.zeros(3, 0)}, "at least 1"),
+        ({"weight": torch.zeros(3, device="meta")}, "weight is on meta but x is on cpu"),
+        ({"pre_bias": torch.zeros(5)}, "pre_bias must have shape"),
+        ({"row_scale": torch.zeros(4)}, "row_scale must have shape"),
+        ({"offsets": torch.tensor([1.0])}, "offsets must be"),
+        ({"offsets": torch.tensor([3])}, r"weight must have shape \(E, r\)"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Tensor], message: str) -> None:
+    arguments = {"x": torch.zeros(3, 4), "weight": torch.zeros(3), "bias": torch.zeros(1)} | change
+    with pytest.raises(ValueError, match=message):
+        functional.poly_norm(**arguments)
+
+
+needs_fused = pytest.mark.skipif("cpu" not in library.devices, reason="the fused operations are not compiled")
+
+
+@needs_fused
+@pytest.mark.parametrize("variants", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_opcheck(normalize: bool, variants: bool) -> None:
+    ops = torch.ops.polycom
+    x, weight, bias = leaves(torch.randn(5, 24), *coefficients(3))
+    extra: tuple[Tensor | None, ...] = (None, None, None)
+    if variants:
+        weight, bias = leaves(torch.randn(2, 3), torch.randn(2, 1))
+        extra = (*leaves(torch.randn(24), torch.rand(5)), torch.tensor([2, 5], dtype=torch.int32))
+    torch.library.opcheck(ops.forward.default, (x, weight, bias, *extra, 1, normalize, 1e-6))
+    tensors = [t.detach() if t is not None else None for t in (x, weight, bias, *extra)]
+    scales = ops.forward(*tensors, 1, normalize, 1e-6)[1]
+    x, weight, bias, *extra_tensors = tensors
+    arguments = (x.sin(), x, weight, bias, scales, *extra_tensors, 1, normalize, True)
+    torch.library.opcheck(ops.backward.default, arguments)
+    if normalize:
+        pre_bias, _, offsets = extra_tensors
+        sums = ops.power_sums(x, pre_bias, offsets, 1, 3)
+        dots = ops.row_dots(x.sin(), x, scales, pre_bias, offsets, 1)
+        torch.library.opcheck(ops.power_sums.default, (x, pre_bias, offsets, 1, 3))
+        torch.library.opcheck(ops.row_dots.default, (x.sin(), x, scales, pre_bias, offsets, 1))
+        torch.library.opcheck(ops.apply.default, (x, weight, bias, sums, *extra_tensors, 1, 1e-6, 24))
+        arguments = (x.sin(), x, weight, bias, scales, dots, *extra_tensors, 1, 24)
+        torch.library.opcheck(ops.apply_backward.default, arguments)
+
+
+@needs_fused
+def test_compiles_in_one_graph() -> None:
+    def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.poly_norm(x * 2, weight, bias).sin()
+
+    inputs = leaves(torch.randn(5, 24), *coefficients(3))
+    expected = leaves(*inputs)
+    compiled: Callable[..., Tensor] = torch.compile(block, fullgraph=True, backend="aot_eager")
+    compiled(*inputs).sum().backward()
+    block(*expected).sum().backward()
+    for actual, wanted in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(actual.grad, wanted.grad)
+
+
+def test_checkpointing_and_autocast(path: str) -> None:
+    inputs = leaves(torch.randn(5, 24), torch.randn(48, 24), *coefficients(3))
+    expected = leaves(*inputs)
+
+    def block(x: Tensor, linear: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = functional.poly_norm(x @ linear.T, weight, bias)
+        assert y.dtype == torch.bfloat16
+        return y
+
+    checkpoint(block, *inputs, use_reentrant=False).sum().backward()
+    block(*expected).sum().backward()
+    for actual, wanted in zip(inputs, expected, strict=True):
+        assert torch.equal(actual.grad, wanted.grad)
+
+
+@needs_fused
+def test_second_derivatives_are_refused() -> None:
+    x, weight, bias = leaves(torch.randn(5, 24), *coefficients(3))
+    (grad,) = torch.autograd.grad(functional.poly_norm(x, weight, bias).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="once only"):
+        grad.sum().backward()
+
+
+@needs_fused
+def test_what_is_fused() -> None:
+    x = torch.randn(2, 8)
+    assert dispatch.is_fused(x, 4, dispatch.Rho.RELU)
+    assert not dispatch.is_fused(x, 5, dispatch.Rho.RELU)
+    assert not dispatch.is_fused(x, 3, dispatch.Rho.PRELU)
+    assert not dispatch.is_fused(x.double(), 3, dispatch.Rho.RELU)
+    assert not dispatch.is_fused(x.to("meta"), 3, dispatch.Rho.RELU)
+
+
+def test_the_missing_operations_are_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "devices", frozenset())
+    monkeypatch.setattr(library, "problem", "nothing is compiled")
+    monkeypatch.setattr(dispatch, "_said", set())
+    inputs = (torch.randn(2, 8), *coefficients(3))
+    with pytest.warns(RuntimeWarning, match="slower: nothing is compiled"):
+        functional.poly_norm(*inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        functional.poly_norm(*inputs)
+
+
+@pytest.mark.parametrize(("value", "status"), [("eager", 0), ("quick", 1)])
+def test_polycom_ops_in_the_environment(value: str, status: int) -> None:
+    code = "from polycom_ext.ops import library; assert not library.devices and not library.problem"
+    environment = os.environ | {"POLYCOM_OPS": value}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == status
+    if status:
+        assert "POLYCOM_OPS must be `eager` or unset, got 'quick'" in result.stderr
