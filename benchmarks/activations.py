@@ -1,0 +1,376 @@
+"""Speed and memory of the activations, by themselves and within a feed-forward block.
+
+    python benchmarks/activations.py          # on the GPU if there is one, else on the CPU
+    python benchmarks/activations.py --threads 2 --widths 1536 8256 --output benchmarks/results/DATE-cpu
+
+Providers: `polycom` (this package as it dispatches), `eager` (its plain torch path), `authors` (the formula
+of the paper as plain operations under activation checkpointing, as the released code runs it), `compiled`
+(torch.compile of that formula), `gelu`, `swiglu` (2/3 of the width, twice: equal parameters) and, where it is
+installed and there is a GPU, `liger` (PyPI liger-kernel).
+
+Writes OUTPUT.csv (one row a provider, width, type and mode: p20, p50, p80 of the time, bytes moved per second
+as a share of what a copy of the tensor reached in the same run, peak memory), OUTPUT.md and OUTPUT.png. The
+bytes are those that the operation cannot avoid: x and y forward; x, the gradient of y and that of x backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import polycom_ext
+from polycom_ext import functional
+from polycom_ext.activations import SwiGLU
+from polycom_ext.ops import eager, library
+
+WIDTHS = (1024, 1536, 2048, 4096, 8192, 8256, 16384, 32768)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HIDDEN = 2048
+"""Of the feed-forward block; the paper's."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; times in milliseconds."""
+
+    provider: str
+    mode: str
+    dtype: str
+    rows: int
+    width: int
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    share_of_copy: float | None
+    peak_mib: float | None
+
+
+def _formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def normalized(v: Tensor) -> Tensor:
+        return v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    return weight[0] * normalized(x**3) + weight[1] * normalized(x**2) + weight[2] * normalized(x) + bias
+
+
+class Polynomial(nn.Module):
+    """A function of (x, weight, bias) with the coefficients as parameters."""
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.full((3,), 1 / 3, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight, self.bias)
+
+
+def _eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return eager.polynomial(x, weight, bias, rho=eager.Rho.IDENTITY, normalize=True)
+
+
+def _authors(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return checkpoint(_formula, x, weight, bias, use_reentrant=False)
+
+
+def _liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from liger_kernel.ops.poly_norm import LigerPolyNormFunction
+
+    return LigerPolyNormFunction.apply(x, weight, bias, 1e-6)
+
+
+def providers(names: list[str], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
+    """(name, activation) of those asked for that can run here, coefficients in each provider's own type."""
+    functions: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
+        "polycom": (functional.poly_norm, torch.float32),
+        "eager": (_eager, torch.float32),
+        "authors": (_authors, dtype),
+        "compiled": (torch.compile(_formula), dtype),
+        "liger": (_liger, dtype),
+    }
+    modules = {"gelu": nn.GELU(), "swiglu": SwiGLU()}
+    for name in names:
+        if name == "liger" and not _has_liger(device):
+            print("liger: skipped (needs a GPU and `pip install liger-kernel`)", file=sys.stderr)
+            continue
+        if name in functions:
+            function, parameters = functions[name]
+            yield name, Polynomial(function, device, parameters)
+        else:
+            yield name, modules[name]
+
+
+def _has_liger(device: torch.device) -> bool:
+    try:
+        import liger_kernel.ops.poly_norm  # noqa: F401
+    except ImportError:
+        return False
+    return device.type == "cuda"
+
+
+class Timer:
+    """Times of a call in milliseconds: by events on a GPU, whose cache is flushed before; else by the clock."""
+
+    def __init__(self, device: torch.device, repetitions: int) -> None:
+        self.device, self.repetitions = device, repetitions
+        flush = 256 * 2**20 if device.type == "cuda" else 0
+        self._flush = torch.empty(flush, dtype=torch.int8, device=device)
+
+    def __call__(
+        self, run: Callable[[], object], prepare: Callable[[], object] = lambda: None
+    ) -> list[float]:
+        for _ in range(3):
+            prepare()
+            run()
+        times = []
+        for _ in range(self.repetitions):
+            prepare()
+            times.append(self._once(run))
+        return times
+
+    def _once(self, run: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) * 1e3
+        self._flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return float(begin.elapsed_time(end))
+
+
+def _peak_mib(device: torch.device, run: Callable[[], object]) -> float | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _row(
+    provider: str,
+    mode: str,
+    x: Tensor,
+    width: int,
+    times: list[float],
+    share: float | None,
+    peak: float | None,
+) -> Row:
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Row(provider, mode, dtype, x.shape[0], width, cuts[1], cuts[4], cuts[7], share, peak)
+
+
+def _measure_activation(
+    name: str, activation: nn.Module, x: Tensor, width: int, timer: Timer, copy_rate: float
+) -> Iterator[Row]:
+    """Forward, backward and both together through autograd; copy_rate in bytes a millisecond."""
+    gated = isinstance(activation, SwiGLU)
+    inputs = x.detach().requires_grad_()
+    y = activation(inputs)
+    grad = torch.randn_like(y)
+    size = x.element_size()
+    moved = {"forward": (x.numel() + y.numel()) * size, "backward": (2 * x.numel() + y.numel()) * size}
+    moved["both"] = moved["forward"] + moved["backward"]
+    assert gated or y.shape == x.shape
+
+    def clear() -> None:
+        inputs.grad = None
+        activation.zero_grad()
+
+    def forward() -> Tensor:
+        return activation(inputs)
+
+    def both() -> None:
+        activation(inputs).backward(grad)
+
+    def backward() -> None:
+        y.backward(grad, retain_graph=True)
+
+    for mode, run in (("forward", forward), ("backward", backward), ("both", both)):
+        times = timer(run, clear)
+        share = moved[mode] / statistics.quantiles(times, n=10, method="inclusive")[1] / copy_rate
+        clear()
+        yield _row(name, mode, x, width, times, share, _peak_mib(x.device, run))
+
+
+class Block(nn.Module):
+    """linear, activation, linear; the paper's FFN without biases."""
+
+    def __init__(self, activation: nn.Module, width: int, x: Tensor) -> None:
+        super().__init__()
+        gated = isinstance(activation, SwiGLU)
+        self.up = nn.Linear(x.shape[-1], 2 * width if gated else width, False, x.device, x.dtype)
+        self.activation = activation
+        self.down = nn.Linear(width, x.shape[-1], False, x.device, x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+def _measure_block(name: str, activation: nn.Module, x: Tensor, width: int, timer: Timer) -> Row:
+    inner = _swiglu_width(width) if isinstance(activation, SwiGLU) else width
+    block = Block(activation, inner, x)
+    inputs = x.detach().requires_grad_()
+    grad = torch.randn_like(x)
+
+    def clear() -> None:
+        inputs.grad = None
+        block.zero_grad()
+
+    def run() -> None:
+        block(inputs).backward(grad)
+
+    times = timer(run, clear)
+    clear()
+    return _row(name, "block", x, width, times, None, _peak_mib(x.device, run))
+
+
+def _swiglu_width(width: int) -> int:
+    """Two thirds, to a multiple of 8: equal parameters."""
+    return round(width * 2 / 3 / 8) * 8
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Every row of the table, in order; progress goes to stderr."""
+    timer = Timer(device, args.repetitions)
+    for dtype_name in args.dtypes:
+        dtype = DTYPES[dtype_name]
+        for width in args.widths:
+            x = torch.randn(args.rows, width, device=device, dtype=dtype)
+            out = torch.empty_like(x)
+            copy = timer(lambda x=x, out=out: out.copy_(x))
+            moved = 2 * x.numel() * x.element_size()
+            copy_rate = moved / statistics.quantiles(copy, n=10, method="inclusive")[1]
+            yield _row("copy", "forward", x, width, copy, 1.0, None)
+            for name, activation in providers(args.providers, device, dtype):
+                print(f"{dtype_name} {args.rows} x {width} {name}", file=sys.stderr)
+                shape = 2 * _swiglu_width(width) if name == "swiglu" else width
+                inputs = x if shape == width else torch.randn(args.rows, shape, device=device, dtype=dtype)
+                yield from _measure_activation(name, activation, inputs, width, timer, copy_rate)
+                if args.block and dtype == torch.bfloat16:
+                    hidden = torch.randn(args.rows, args.hidden, device=device, dtype=dtype)
+                    yield _measure_block(name, activation, hidden, width, timer)
+
+
+def machine(device: torch.device) -> str:
+    """The processor or GPU by name."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """One line a row, with names of columns."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def write_markdown(path: Path, rows: list[Row], device: torch.device) -> None:
+    """The conditions, and the same numbers as tables."""
+    operations = f"fused on {', '.join(sorted(library.devices))}" if library.devices else "eager"
+    build = torch.ops.polycom.build() if library.devices else "none"
+    lines = [
+        f"# Activations on {machine(device)}",
+        "",
+        f"{datetime.date.today().isoformat()}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, "
+        f"polycom-ext {polycom_ext.__version__} ({operations}; build {build}).",
+        f"Command: `python {shlex.join(sys.argv)}`.",
+        "Times in milliseconds: p20 (p50, p80). Share of copy: by p20, of the bytes that cannot be avoided.",
+        "",
+        "| provider | mode | type | rows | width | time | share of copy | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = "" if row.share_of_copy is None else f"{row.share_of_copy:.2f}"
+        peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        times = f"{row.p20_ms:.3f} ({row.p50_ms:.3f}, {row.p80_ms:.3f})"
+        cells = (row.provider, row.mode, row.dtype, row.rows, row.width, times, share, peak)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def plot(path: Path, rows: list[Row]) -> None:
+    """Share of the copy's bandwidth against width, a panel a type and mode."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    dtypes = sorted({row.dtype for row in rows})
+    modes = ("forward", "backward", "both")
+    figure, axes = pyplot.subplots(
+        len(dtypes), 3, figsize=(12, 3.2 * len(dtypes)), squeeze=False, sharey=True
+    )
+    for dtype, line in zip(dtypes, axes, strict=True):
+        for mode, axis in zip(modes, line, strict=True):
+            for name in dict.fromkeys(row.provider for row in rows if row.provider != "copy"):
+                own = [r for r in rows if (r.provider, r.mode, r.dtype) == (name, mode, dtype)]
+                axis.plot([r.width for r in own], [r.share_of_copy for r in own], marker="o", label=name)
+            axis.set(title=f"{mode}, {dtype}", xlabel="width", xscale="log")
+            axis.set_xscale("log", base=2)
+        line[0].set_ylabel("share of a copy's bandwidth")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    """Measure, then write the three files."""
+    names = ["polycom", "eager", "authors", "compiled", "gelu", "swiglu", "liger"]
+    parser = argparse.ArgumentParser(description="Speed and memory of the activations.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, help="default: 16384 on a GPU, 2048 on a CPU")
+    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    parser.add_argument("--providers", nargs="+", choices=names, default=names)
+    parser.add_argument("--block", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 only")
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="hidden size of the feed-forward block")
+    parser.add_argument("--repetitions", type=int, default=25)
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--output", type=Path, default=Path("activations"), help="path without suffix")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    args.rows = args.rows or (16384 if device.type == "cuda" else 2048)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if device.type not in library.devices:
+        print(f"warning: nothing is fused on {device.type}: {library.problem}", file=sys.stderr)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for row in measure(args, device):
+        rows.append(row)
+        write_csv(args.output.with_suffix(".csv"), rows)  # an interrupted run keeps what it measured
+    write_markdown(args.output.with_suffix(".md"), rows, device)
+    plot(args.output.with_suffix(".png"), rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+// Runs a CUDA kernel's source on the CPU: every thread of a block is a fiber, and barriers and shuffles are the
+// points where fibers wait for each other. What CUDA leaves undefined (a barrier that some threads do not reach, a
+// shuffle across a diverged warp) aborts with a message.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __device__
+#define __global__ static
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __shared__ static
+
+namespace emulator {
+
+struct Index {
+  unsigned x;
+};
+
+enum class Wait { NONE, BARRIER, SHUFFLE, DONE };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Wait wait;
+  unsigned parity;
+};
+
+constexpr size_t STACK_BYTES = 64 * 1024;
+constexpr unsigned MAX_THREADS = 1024;
+constexpr unsigned WARP_SIZE = 32;
+
+inline std::vector<Fiber> fibers(MAX_THREADS);
+inline ucontext_t scheduler;
+inline unsigned current;
+inline std::function<void()> body;
+inline float exchange[2][MAX_THREADS];  // two, as a fiber may write the next value before its neighbour reads this one
+
+}  // namespace emulator
+
+inline emulator::Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+inline void wait(Wait reason) {
+  const unsigned self = current;
+  fibers[self].wait = reason;
+  swapcontext(&fibers[self].context, &scheduler);
+  current = self;
+  threadIdx.x = self;
+}
+
+inline void enter() {
+  body();
+  fibers[current].wait = Wait::DONE;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+inline void require(bool condition, const char* message) {
+  if (condition) return;
+  fprintf(stderr, "block emulator: %s\n", message);
+  abort();
+}
+
+// All threads of a warp wait for the same; at a barrier, all threads of the block that still run do.
+inline void check_convergence(unsigned threads) {
+  bool barrier = false, shuffle = false;
+  for (unsigned thread = 0; thread < threads; ++thread) {
+    const Wait wait = fibers[thread].wait;
+    require(wait == fibers[thread / WARP_SIZE * WARP_SIZE].wait, "a warp has diverged");
+    barrier |= wait == Wait::BARRIER;
+    shuffle |= wait == Wait::SHUFFLE;
+  }
+  require(!(barrier && shuffle), "a barrier that not all threads reach");
+}
+
+template <typename Function>
+void launch(unsigned blocks, unsigned threads, Function kernel) {
+  require(threads <= MAX_THREADS && threads % WARP_SIZE == 0, "threads must be whole warps, at most 1024");
+  body = kernel;
+  gridDim.x = blocks;
+  blockDim.x = threads;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    for (unsigned thread = 0; thread < threads; ++thread) {
+      Fiber& fiber = fibers[thread];
+      if (!fiber.stack) fiber.stack = std::make_unique<char[]>(STACK_BYTES);
+      fiber.wait = Wait::NONE;
+      fiber.parity = 0;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = STACK_BYTES;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, enter, 0);
+    }
+    for (bool running = true; running;) {
+      running = false;
+      for (unsigned thread = 0; thread < threads; ++thread) {
+        if (fibers[thread].wait == Wait::DONE) continue;
+        current = threadIdx.x = thread;
+        swapcontext(&scheduler, &fibers[thread].context);
+        running |= fibers[thread].wait != Wait::DONE;
+      }
+      check_convergence(threads);
+    }
+  }
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::wait(emulator::Wait::BARRIER); }
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  const unsigned self = emulator::current;
+  const unsigned parity = emulator::fibers[self].parity ^= 1;
+  emulator::exchange[parity][self] = value;
+  emulator::wait(emulator::Wait::SHUFFLE);
+  return emulator::exchange[parity][self ^ unsigned(mask)];
+}
+
+// Conversions, rounding to nearest even.
+struct float2 {
+  float x, y;
+};
+
+struct __half2 {
+  _Float16 x, y;
+};
+
+struct __nv_bfloat162 {
+  uint16_t x, y;
+};
+
+inline float2 __half22float2(__half2 pair) { return {float(pair.x), float(pair.y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {_Float16(x), _Float16(y)}; }
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  const auto narrow = [](float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value) return uint16_t(0x7fff);
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  };
+  return {narrow(x), narrow(y)};
+}

@@ -1,0 +1,68 @@
+// The CUDA kernels, and the choice of their instances, run on the CPU by the block emulator; called by ctypes.
+#include "cuda_launch.cuh"
+
+using namespace polycom;
+
+namespace {
+
+char chosen[64];
+
+template <typename S>
+void forward(const ForwardArguments& arguments, int64_t max_blocks) {
+  launch<S>(arguments, [&](auto kernel, const Shape& shape, const ForwardArguments& with) {
+    const int64_t blocks = blocks_for(shape, with.problem.rows);
+    snprintf(chosen, sizeof chosen, "%d vectors, %d of %d threads", shape.vectors_per_thread, shape.threads_per_row,
+             shape.threads);
+    emulator::launch(unsigned(blocks < max_blocks ? blocks : max_blocks), unsigned(shape.threads),
+                     [&] { kernel(with, shape.threads_per_row, shape.vectors); });
+  });
+}
+
+template <typename S>
+void backward(BackwardArguments arguments, float* coefficients, int64_t max_blocks) {
+  const Problem& problem = arguments.problem;
+  const Parameters& parameters = arguments.parameters;
+  std::vector<float> terms;
+  launch<S>(arguments, [&](auto kernel, const Shape& shape, BackwardArguments with) {
+    int64_t blocks = blocks_for(shape, problem.rows);
+    blocks = blocks < max_blocks ? blocks : max_blocks;
+    snprintf(chosen, sizeof chosen, "%d vectors, %d of %d threads", shape.vectors_per_thread, shape.threads_per_row,
+             shape.threads);
+    if (problem.step == Step::WHOLE) {
+      const int64_t items = parameters.ends ? problem.rows : blocks * (shape.threads / shape.threads_per_row);
+      terms.assign(size_t(items) * (problem.order + 1), NAN);
+      with.terms = terms.data();
+    }
+    emulator::launch(unsigned(blocks), unsigned(shape.threads),
+                     [&] { kernel(with, shape.threads_per_row, shape.vectors); });
+  });
+  if (problem.step != Step::WHOLE) return;
+  const int columns = problem.order + 1;
+  const int64_t items = int64_t(terms.size()) / columns;
+  emulator::launch(unsigned(parameters.experts), SUM_THREADS, [&] {
+    sum_terms_kernel(terms.data(), items, columns, parameters.ends, parameters.experts, coefficients);
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* chosen_shape() { return chosen; }
+
+void run_forward(const ForwardArguments* arguments, int64_t max_blocks) {
+  switch (arguments->problem.storage) {
+    case Storage::FLOAT: return forward<FloatStorage>(*arguments, max_blocks);
+    case Storage::BFLOAT16: return forward<BFloat16Storage>(*arguments, max_blocks);
+    case Storage::HALF: return forward<HalfStorage>(*arguments, max_blocks);
+  }
+}
+
+void run_backward(const BackwardArguments* arguments, float* coefficients, int64_t max_blocks) {
+  switch (arguments->problem.storage) {
+    case Storage::FLOAT: return backward<FloatStorage>(*arguments, coefficients, max_blocks);
+    case Storage::BFLOAT16: return backward<BFloat16Storage>(*arguments, coefficients, max_blocks);
+    case Storage::HALF: return backward<HalfStorage>(*arguments, coefficients, max_blocks);
+  }
+}
+}

@@ -1,0 +1,248 @@
+"""The CUDA kernels without a GPU: their source on the CPU against float64, nvcc's machine code for spills."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from polycom_ext import reference
+from polycom_ext.ops import build
+
+from .emulated import APPLY, REDUCE, Emulator
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+IDENTITY, RELU = 0, 1
+MEMBERS = {"polynorm": (IDENTITY, True), "polyrelunorm": (RELU, True), "polyrelu": (RELU, False)}
+
+# Width -> the instance it must choose, for 16-bit types: what the dispatch table promises.
+INSTANCES_16 = {
+    8: "4 vectors, 32 of 128 threads",
+    1024: "4 vectors, 32 of 128 threads",
+    1536: "8 vectors, 32 of 128 threads",
+    2056: "4 vectors, 96 of 96 threads",
+    16384 + 8: "8 vectors, 288 of 288 threads",
+    1001: "0 vectors, 512 of 512 threads",
+    32768 + 8: "0 vectors, 512 of 512 threads",
+}
+INSTANCES_32 = {
+    512: "4 vectors, 32 of 128 threads",
+    1024: "8 vectors, 32 of 128 threads",
+    1536: "4 vectors, 96 of 96 threads",
+    8192 + 4: "8 vectors, 288 of 288 threads",
+    16384 + 4: "16 vectors, 288 of 288 threads",
+    37: "0 vectors, 64 of 64 threads",
+}
+CASES = [(dtype, width) for dtype in (torch.bfloat16, torch.float16) for width in INSTANCES_16]
+CASES += [(torch.float32, width) for width in INSTANCES_32]
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    try:
+        build.find_cxx()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    return Emulator.compile(tmp_path_factory.mktemp("emulator"))
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def _expected(
+    x: Tensor, weight: Tensor, bias: Tensor, rho: int, normalize: bool, grad_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, grad_x and the coefficient gradients (powers descending, constant) by autograd through float64."""
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    u = leaves[0].relu() if rho == RELU else leaves[0]
+    y = reference.poly_norm(u, *leaves[1:]) if normalize else reference.poly_relu(u, *leaves[1:])
+    y.backward(grad_y.double())
+    grads = [leaf.grad for leaf in leaves]
+    return y.detach(), grads[0], torch.cat(grads[1:])
+
+
+def _check(
+    emulator: Emulator, dtype: torch.dtype, width: int, order: int, member: str, rows: int = 5
+) -> None:
+    torch.manual_seed(width + order)
+    rho, normalize = MEMBERS[member]
+    x, grad_y = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
+    weight, bias = torch.randn(order), torch.randn(1)
+    y, scales = emulator.forward(x, weight, bias, None, None, None, rho, normalize, 1e-6)
+    table = INSTANCES_32 if dtype == torch.float32 else INSTANCES_16
+    assert emulator.shape == table[width]
+    grad_x, coefficients, _, again = emulator.backward(
+        grad_y, x, weight, bias, scales, None, None, None, rho, normalize, True
+    )
+    expected_y, expected_grad_x, expected_coefficients = _expected(x, weight, bias, rho, normalize, grad_y)
+    assert _error(y, expected_y) < TOLERANCE[dtype]
+    assert _error(grad_x, expected_grad_x) < TOLERANCE[dtype]
+    assert _error(coefficients[0], expected_coefficients) < 1e-5
+    assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize(("dtype", "width"), CASES)
+def test_order_3_of_polynorm_matches_float64(emulator: Emulator, dtype: torch.dtype, width: int) -> None:
+    _check(emulator, dtype, width, 3, "polynorm", rows=2)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_every_order_and_member_matches_float64(emulator: Emulator, order: int, member: str) -> None:
+    _check(emulator, torch.bfloat16, 1024, order, member, rows=14)  # more rows than the grid holds
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize(("dtype", "width"), CASES)
+def test_every_instance_matches_float64(
+    emulator: Emulator, dtype: torch.dtype, width: int, order: int, member: str
+) -> None:
+    _check(emulator, dtype, width, order, member)
+
+
+@pytest.mark.parametrize("width", [1024, 1001])
+def test_large_rows_do_not_overflow(emulator: Emulator, width: int) -> None:
+    x = torch.stack((torch.randn(width), torch.randn(width) * 1e18, torch.zeros(width))).bfloat16()
+    x[0, 3] = 3e38
+    weight, bias = torch.randn(4), torch.randn(1)
+    y, scales = emulator.forward(x, weight, bias, None, None, None, IDENTITY, True, 1e-6)
+    grad_x = emulator.backward(x.sign(), x, weight, bias, scales, None, None, None, IDENTITY, True, False)[0]
+    assert _error(y, reference.poly_norm(x, weight, bias)) < TOLERANCE[torch.bfloat16]
+    assert grad_x.isfinite().all()
+
+
+@pytest.mark.parametrize("width", [1024, 1001])
+def test_variants_agree_with_the_cpu_operations(emulator: Emulator, width: int) -> None:
+    torch.manual_seed(width)
+    dtype, rows, experts = torch.float32, 11, 4
+    x, grad_y = torch.randn(rows, width, dtype=dtype), torch.randn(rows, width, dtype=dtype)
+    weight, bias = torch.randn(experts, 3), torch.randn(experts, 1)
+    pre_bias, row_scale = torch.randn(experts, width), torch.rand(rows)
+    offsets = torch.tensor([3, 3, 7, 10], dtype=torch.int32)  # an expert without rows, a row past the end
+    variants = (pre_bias, row_scale, offsets, IDENTITY, True)
+    ops = torch.ops.polycom
+    y, scales = emulator.forward(x, weight, bias, *variants, 1e-6)
+    backward = emulator.backward(grad_y, x, weight, bias, scales, *variants, False)
+    cpu_y, cpu_scales = ops.forward(x, weight, bias, *variants, 1e-6)
+    cpu_backward = ops.backward(grad_y, x, weight, bias, cpu_scales, *variants, False)
+    torch.testing.assert_close(y, cpu_y, rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(backward[:3], cpu_backward[:3], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("member", ["polynorm", "polyrelunorm"])
+def test_two_shards_are_one_row(emulator: Emulator, member: str) -> None:
+    rho, normalize = MEMBERS[member]
+    width, rows, order = 256, 3, 3
+    x, grad_y = torch.randn(rows, 2 * width), torch.randn(rows, 2 * width)
+    x[1] *= 1e12
+    weight, bias = torch.randn(order), torch.randn(1)
+    expected_y, expected_grad_x, _ = _expected(x, weight, bias, rho, normalize, grad_y)
+    shards = list(zip(x.split(width, 1), grad_y.split(width, 1), strict=True))
+    shards = [(a.contiguous(), b.contiguous()) for a, b in shards]
+
+    sums = [torch.empty(rows, order, dtype=torch.float64) for _ in shards]
+    dots = [torch.empty(rows, order + 1) for _ in shards]
+    common = (None, None, None, rho, normalize)
+    for (part, _), total in zip(shards, sums, strict=True):
+        emulator.forward(part, weight, bias, *common, 1e-6, step=REDUCE, power_sums=total)
+    arguments = {"step": APPLY, "total_width": 2 * width}
+    outputs = [
+        emulator.forward(part, weight, bias, *common, 1e-6, power_sums=sum(sums), **arguments)
+        for part, _ in shards
+    ]
+    assert _error(torch.cat([y for y, _ in outputs], 1), expected_y) < TOLERANCE[torch.float32]
+
+    for (part, grad), (_, scales), total in zip(shards, outputs, dots, strict=True):
+        emulator.backward(grad, part, weight, bias, scales, *common, False, step=REDUCE, dots=total)
+    grads = [
+        emulator.backward(grad, part, weight, bias, scales, *common, False, dots=sum(dots), **arguments)[0]
+        for (part, grad), (_, scales) in zip(shards, outputs, strict=True)
+    ]
+    assert _error(torch.cat(grads, 1)[0], expected_grad_x[0]) < TOLERANCE[torch.float32]
+    assert _error(torch.cat(grads, 1)[1], expected_grad_x[1]) < TOLERANCE[torch.float32]
+
+
+def test_emulator_refuses_a_barrier_that_not_all_threads_reach(tmp_path: Path) -> None:
+    source = tmp_path / "diverged.cpp"
+    source.write_text(
+        '#include "block_emulator.h"\n'
+        "int main() { emulator::launch(1, 64, [] { if (threadIdx.x < 32) __syncthreads(); "
+        "else __shfl_xor_sync(~0u, 1.0f, 1); }); }\n"
+    )
+    program = tmp_path / "diverged"
+    here = str(Path(__file__).parent)
+    build.run([build.find_cxx(), "-std=c++20", "-w", f"-I{here}", str(source), "-o", str(program)])
+    with pytest.raises(build.BuildError, match="a barrier that not all threads reach"):
+        build.run([str(program)])
+
+
+def spills(report: str) -> dict[str, int]:
+    """Kernel -> bytes of spill stores, of ptxas's verbose report."""
+    found = re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores", report)
+    return {kernel: int(stored) for kernel, stored in found}
+
+
+def _compile(source: Path, architecture: str, output: Path, *extra: str) -> dict[str, int]:
+    flags = [*build.cuda_flags([architecture]), "-Xptxas", "-v", *extra]
+    report = build.run([build.find_nvcc(), *flags, "-c", str(source), "-o", str(output)])
+    kernels = spills(report)
+    assert kernels, report
+    return kernels
+
+
+needs_nvcc = pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="needs nvcc (CUDA toolkit 13.0), which is not on PATH"
+)
+
+
+def test_the_gate_sees_a_spill() -> None:
+    report = (
+        "ptxas info    : Function properties for good\n    0 bytes stack frame, 0 bytes spill stores\n"
+        "ptxas info    : Function properties for bad\n    8 bytes stack frame, 4 bytes spill stores\n"
+    )
+    assert spills(report) == {"good": 0, "bad": 4}
+
+
+@needs_nvcc
+def test_the_usual_instances_compile_without_a_spill(tmp_path: Path) -> None:
+    """bfloat16, order 3, on sm_90; all others are `full`."""
+    source = tmp_path / "usual.cu"
+    source.write_text(
+        '#include "cuda_launch.cuh"\n'
+        "using namespace polycom;\n"
+        "extern const void* const usual[] = {\n"
+        "  (const void*)forward_kernel<BFloat16Storage, 3, 8, 128>,\n"
+        "  (const void*)backward_kernel<BFloat16Storage, 3, 8, 128>,\n"
+        "  (const void*)backward_kernel<BFloat16Storage, 3, 4, 512>,\n"
+        "};\n"
+    )
+    kernels = _compile(source, "90", tmp_path / "usual.o", f"-I{build.SOURCES}")
+    assert {name: stored for name, stored in kernels.items() if stored} == {}
+
+
+@pytest.mark.full
+@needs_nvcc
+@pytest.mark.parametrize("architecture", build.CUDA_ARCHITECTURES)
+@pytest.mark.parametrize("storage", ["float", "bfloat16", "half"])
+def test_every_instance_compiles_without_a_spill(storage: str, architecture: str, tmp_path: Path) -> None:
+    kernels = _compile(build.SOURCES / f"cuda_{storage}.cu", architecture, tmp_path / "object.o")
+    orders, per_order = 4, 11 if storage == "float" else 10
+    assert len(kernels) == orders * per_order + 1  # and the sum of the coefficient gradients
+    assert {name: stored for name, stored in kernels.items() if stored} == {}
+
+
+@pytest.mark.full
+@needs_nvcc
+def test_the_cuda_library_builds_and_loads(tmp_path: Path) -> None:
+    """Against a CPU torch too, whose missing CUDA symbol is only needed when a kernel runs."""
+    build.build_cuda(tmp_path / "_cuda.so", build.Torch.find())
+    torch.ops.load_library(str(tmp_path / "_cuda.so"))
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("polycom::forward", "CUDA")
