@@ -22,6 +22,7 @@ def install() -> None:
     torch_cuda.install()
     _allow_no_cuda()
     _use_the_compiled_helpers()
+    _no_kernels_to_warm_up()
     _split_sizes_as_numpy()
     _norm_under_sequence_parallelism()
     optimizer = import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
@@ -43,6 +44,12 @@ def _use_the_compiled_helpers() -> None:
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
         utils: Any = import_module("megatron.core.datasets.utils")
         utils.compile_helpers = lambda: None
+
+
+def _no_kernels_to_warm_up() -> None:
+    """training/initialize.py warms up CUDA fusions with random numbers, more of them for a wider FFN."""
+    training: Any = import_module("megatron.training.training")
+    training.set_jit_fusion_options = lambda: None
 
 
 def _split_sizes_as_numpy() -> None:
@@ -97,7 +104,7 @@ def _step_is_not_a_saved_tensor(optimizer: Any) -> None:
     set_states = optimizer._set_main_param_and_optimizer_states
 
     def with_step(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> Any:
-        return set_states(self, model_param, {"step": None, **tensors})
+        return set_states(self, model_param, {**tensors, "step": None})
 
     optimizer._set_main_param_and_optimizer_states = with_step
 

@@ -21,7 +21,8 @@ NAMES = {
 class MetricsWriter:
     """Takes the place of a TensorBoard SummaryWriter: appends `{"step": …, "metrics": {…}}` lines to a file.
 
-    Everything goes on to `tensorboard`, if there is one.
+    Megatron evaluates once more after the last step, on other batches; a step keeps its first evaluation,
+    which all runs make on the same ones. Everything goes on to `tensorboard`, if there is one.
     """
 
     split = "valid"
@@ -32,6 +33,7 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._tensorboard = tensorboard
         self._step = -1
+        self._evaluated: set[str] = set()
         self._metrics: dict[str, float] = {}
 
     def add_scalar(self, tag: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
@@ -39,8 +41,12 @@ class MetricsWriter:
         if tag in NAMES:
             if step != self._step:
                 self._write()
-                self._step = step
-            self._metrics[NAMES[tag].format(split=self.split)] = float(value)
+                self._step, self._evaluated = step, set()
+            name = NAMES[tag].format(split=self.split)
+            if name not in self._evaluated:
+                self._metrics[name] = float(value)
+            if self.split in name:
+                self._evaluated.add(name)
         if self._tensorboard is not None:
             self._tensorboard.add_scalar(tag, value, step, *args, **kwargs)
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +36,35 @@ def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn what upstream asserts about the arguments into one sentence and exit status 2."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (AssertionError, ValueError, PolycomError) as error:
+            failed = traceback.extract_tb(error.__traceback__)[-1].line
+            print(f"{ERROR_MARK}{' '.join(str(error).split()) or failed}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return call
+
+
 def _refuse_before_training() -> None:
-    """Check the whole configuration as soon as it is parsed, on every rank, before anything is built."""
+    """Check the whole configuration before anything is built, and refuse what cannot be built."""
     from megatron.training import get_args, training
     from megatron.training.arguments import core_transformer_config_from_args
 
-    initialize = training.initialize_megatron
+    initialize, get_model = training.initialize_megatron, training.get_model
 
-    def checked(*args: Any, **kwargs: Any) -> None:
-        try:
-            initialize(*args, **kwargs)
-            options = get_args()
-            core_transformer_config_from_args(options)
-            if options.polycom_activation is not None and options.moe_use_upcycling:
-                raise PolycomError("--moe-use-upcycling copies a dense model's fixed activation into experts")
-        except (AssertionError, ValueError, PolycomError) as error:
-            print(f"{ERROR_MARK}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            sys.exit(2)
+    def check(*args: Any, **kwargs: Any) -> None:
+        initialize(*args, **kwargs)
+        core_transformer_config_from_args(get_args())
+        if getattr(get_args(), "polycom_activation", None) is not None and get_args().moe_use_upcycling:
+            raise PolycomError("--moe-use-upcycling copies a dense model's fixed activation into the experts")
 
-    training.initialize_megatron = checked
+    training.initialize_megatron = _refusing(check)
+    training.get_model = _refusing(get_model)
 
 
 def _keep_metrics() -> None:
@@ -78,7 +90,17 @@ def _keep_metrics() -> None:
             writer.split = "test" if prefix.endswith("test set") else "valid"
         return evaluate(prefix, *args, **kwargs)
 
+    log = training.training_log
+
+    def log_and_flush(*args: Any, **kwargs: Any) -> Any:
+        result = log(*args, **kwargs)
+        writer = global_vars.get_tensorboard_writer()
+        if isinstance(writer, MetricsWriter):
+            writer.flush()
+        return result
+
     global_vars._set_tensorboard_writer = set_writer
+    training.training_log = log_and_flush
     training.evaluate_and_print_results = evaluate_split
 
 

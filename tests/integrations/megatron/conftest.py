@@ -1,0 +1,107 @@
+"""A shorthand for a tiny training run on the real patched Megatron, from one forking process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from polycom_ext import upstream
+
+ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
+
+CPU_OPTIONS = """
+    --transformer-impl local --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
+    --untie-embeddings-and-output-weights --no-masked-softmax-fusion --no-persist-layer-norm
+    --no-gradient-accumulation-fusion --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
+    --distributed-backend gloo --use-cpu-initialization --num-workers 0
+    --attention-dropout 0 --hidden-dropout 0
+""".split()
+
+TINY = """
+    --num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --seq-length 32
+    --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --seed 7
+    --lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --weight-decay 0.1
+    --eval-iters 0 --eval-interval 100 --log-interval 1 --dist-ckpt-strictness raise_all
+    --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 2 --mock-data
+""".split()
+
+
+@dataclass
+class Run:
+    """What a run left."""
+
+    statuses: list[int]
+    log: str
+    metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def series(self, name: str) -> dict[int, float]:
+        """One metric by step."""
+        return {step: values[name] for step, values in self.metrics.items() if name in values}
+
+
+class Trainer:
+    """Runs the training entry in forked ranks of one process that has imported it."""
+
+    def __init__(self, tree: Path, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        self._zygote = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(tree)},
+        )
+
+    def __call__(
+        self, *options: str, processes: int = 1, iterations: int = 5, kill_when: str | None = None
+    ) -> Run:
+        """Train; options are Megatron's, after the tiny model's and the CPU's."""
+        assert self._zygote.stdin is not None
+        assert self._zygote.stdout is not None
+        self._count += 1
+        metrics, log = self._folder / f"{self._count}.jsonl", self._folder / f"{self._count}.log"
+        request = {
+            "arguments": [
+                *CPU_OPTIONS,
+                *TINY,
+                *("--train-iters", str(iterations), "--polycom-metrics", str(metrics)),
+                *options,
+            ],
+            "processes": processes,
+            "log": str(log),
+            "kill_when": kill_when,
+        }
+        self._zygote.stdin.write(json.dumps(request) + "\n")
+        self._zygote.stdin.flush()
+        run = Run(json.loads(self._zygote.stdout.readline()), log.read_text())
+        if metrics.exists():
+            for line in metrics.read_text().splitlines():
+                record = json.loads(line)
+                run.metrics.setdefault(record["step"], {}).update(record["metrics"])
+        if kill_when is None and any(run.statuses) and 2 not in run.statuses:
+            pytest.fail(f"training failed with {run.statuses}:\n{run.log[-6000:]}")
+        return run
+
+    def close(self) -> None:
+        """End the forking process."""
+        self._zygote.communicate()
+
+
+@pytest.fixture(scope="session")
+def tree() -> Path:
+    """The patched Megatron."""
+    return upstream.ensure_applied("megatron")
+
+
+@pytest.fixture(scope="session")
+def train(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    """Run the training entry on the patched Megatron."""
+    trainer = Trainer(tree, tmp_path_factory.mktemp("runs"))
+    yield trainer
+    trainer.close()

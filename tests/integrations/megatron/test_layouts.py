@@ -1,0 +1,145 @@
+"""From one checkpoint, every parallel layout gives the same losses and gradient norms."""
+
+from pathlib import Path
+
+import pytest
+
+from .conftest import Run, Trainer
+
+FROM_CHECKPOINT = ("--finetune", "--no-load-optim", "--no-load-rng")
+
+DENSE = {
+    "TP2": (2, "--tensor-model-parallel-size 2"),
+    "TP2+SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "PP2": (2, "--pipeline-model-parallel-size 2"),
+    "DP2, distributed optimizer": (2, "--use-distributed-optimizer"),
+    "full recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "selective recompute": (1, "--recompute-granularity selective --recompute-modules mlp"),
+}
+
+DENSE_MORE = {
+    "TP4+SP": (4, "--tensor-model-parallel-size 4 --sequence-parallel"),
+    "TP2xPP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "TP2+SP x DP2, distributed optimizer": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",
+    ),
+    "PP2xDP2": (4, "--pipeline-model-parallel-size 2 --use-distributed-optimizer"),
+    "TP2 with full recompute": (
+        2,
+        "--tensor-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1",
+    ),
+}
+
+MOE_MODEL = """
+    --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 24 --moe-token-dispatcher-type alltoall
+    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001
+""".split()
+
+MOE = {
+    "EP2": (2, "--expert-model-parallel-size 2"),
+    "ETP2": (2, "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2"),
+    "TP2, ETP1, EP2": (
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
+        "--expert-model-parallel-size 2",
+    ),
+}
+
+MOE_MORE = {
+    "EP2, distributed optimizer": (2, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
+    "EP2xPP2": (4, "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "TP2+SP, ETP1, EP4": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
+        "--expert-model-parallel-size 4",
+    ),
+    "ETP2, EP2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2 "
+        "--expert-model-parallel-size 2",
+    ),
+    "TP4+SP, ETP2, EP2": (
+        4,
+        "--tensor-model-parallel-size 4 --sequence-parallel --expert-tensor-parallel-size 2 "
+        "--expert-model-parallel-size 2",
+    ),
+}
+
+SHARED_EXPERT_AND_MTP = [*MOE_MODEL, *"--moe-shared-expert-intermediate-size 24 --mtp-num-layers 1".split()]
+
+
+def assert_same(run: Run, reference: Run) -> None:
+    """Six digits of loss and gradient norm, from the third iteration on."""
+    for name in ("train/loss", "train/grad_norm"):
+        expected = reference.series(name)
+        assert set(expected) >= {3, 4, 5}
+        for step in (3, 4, 5):
+            assert run.series(name)[step] == pytest.approx(expected[step], rel=1e-6), (name, step)
+
+
+class Start:
+    """A checkpoint of each model, and the straight run from it on one process."""
+
+    def __init__(self, train: Trainer, folder: Path) -> None:
+        self._train, self._folder = train, folder
+        self._made: dict[str, tuple[list[str], Run]] = {}
+
+    def __call__(self, activation: str, model: list[str]) -> tuple[list[str], Run]:
+        """Options that start from the checkpoint, and the straight run."""
+        key = f"{activation} {' '.join(model)}"
+        if key not in self._made:
+            options = [*model, "--polycom-activation", activation]
+            checkpoint = str(self._folder / str(len(self._made)))
+            save = ("--save", checkpoint, "--save-interval", "2", "--no-save-optim", "--no-save-rng")
+            self._train(*options, *save, iterations=2)
+            options += ["--load", checkpoint, *FROM_CHECKPOINT]
+            self._made[key] = options, self._train(*options)
+        return self._made[key]
+
+
+@pytest.fixture(scope="session")
+def start(train: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    return Start(train, tmp_path_factory.mktemp("start"))
+
+
+@pytest.mark.parametrize("activation", ["polynorm", "polyrelu"])
+@pytest.mark.parametrize("layout", DENSE)
+def test_dense(train: Trainer, start: Start, activation: str, layout: str) -> None:
+    options, straight = start(activation, [])
+    processes, more = DENSE[layout]
+    assert_same(train(*options, *more.split(), processes=processes), straight)
+
+
+@pytest.mark.parametrize("activation", ["polynorm", "polyrelu"])
+@pytest.mark.parametrize("layout", MOE)
+def test_moe(train: Trainer, start: Start, activation: str, layout: str) -> None:
+    options, straight = start(activation, MOE_MODEL)
+    processes, more = MOE[layout]
+    assert_same(train(*options, *more.split(), processes=processes), straight)
+
+
+@pytest.mark.parametrize("layout", ["ETP2", "TP2, ETP1, EP2"])
+def test_shared_expert_and_mtp(train: Trainer, start: Start, layout: str) -> None:
+    options, straight = start("polynorm", SHARED_EXPERT_AND_MTP)
+    processes, more = MOE[layout]
+    assert_same(train(*options, *more.split(), processes=processes), straight)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("activation", ["polynorm", "polyrelu", "polyprelu", "polyrelunorm", "polynorm-4"])
+@pytest.mark.parametrize("layout", [*DENSE, *DENSE_MORE])
+def test_dense_matrix(train: Trainer, start: Start, activation: str, layout: str) -> None:
+    options, straight = start(activation, [])
+    processes, more = {**DENSE, **DENSE_MORE}[layout]
+    assert_same(train(*options, *more.split(), processes=processes), straight)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("activation", ["polynorm", "polyrelu", "polyprelu", "polyrelunorm", "polynorm-4"])
+@pytest.mark.parametrize("layout", [*MOE, *MOE_MORE])
+def test_moe_matrix(train: Trainer, start: Start, activation: str, layout: str) -> None:
+    options, straight = start(activation, MOE_MODEL)
+    processes, more = {**MOE, **MOE_MORE}[layout]
+    assert_same(train(*options, *more.split(), processes=processes), straight)
