@@ -133,6 +133,8 @@ def _start(run: Run) -> int:
     if outcome.status != 0:
         _explain_failure(run, outcome)
         return 1
+    if run.trainer.is_complete(spec, directory.path) and spec.entry.coefficients:
+        directory.write_coefficients(run.trainer.coefficients(spec, directory.path))
     how = (
         "finished in"
         if run.trainer.is_complete(spec, directory.path)

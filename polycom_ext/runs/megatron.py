@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polycom_ext import activations, upstream
+from polycom_ext.analysis.coefficients import from_megatron
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import megatron_options
 from polycom_ext.runs.spec import Spec
@@ -140,6 +141,9 @@ class MegatronTrainer:
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
         latest, total = self.latest_step(spec, run_dir), self.total_steps(spec)
         return latest is not None and total is not None and latest >= total
+
+    def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
+        return from_megatron(run_dir / "checkpoints", spec.activation)
 
 
 def _resolved(spec: Spec) -> dict[str, Any]:

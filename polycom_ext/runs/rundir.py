@@ -80,6 +80,11 @@ class RunDirectory:
             self.metrics.unlink(missing_ok=True)
             (self.path / "coefficients.json").unlink(missing_ok=True)
 
+    def write_coefficients(self, learned: dict[str, Any] | None) -> None:
+        """Write what the activations have learned, unless the trainer has done it."""
+        if learned is not None:
+            _replace(self.path / "coefficients.json", json.dumps(learned, indent=2) + "\n")
+
     def begin_attempt(self, log: BinaryIO, from_step: int | None) -> None:
         """Note in versions.json and the log that the trainer is started, and from which checkpoint."""
         attempt = {"started": _now(), "from_step": from_step}

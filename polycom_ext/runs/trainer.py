@@ -46,6 +46,9 @@ class Trainer(Protocol):
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
         """Whether the checkpoint of the last step has been written."""
 
+    def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
+        """What a complete run's activations have learned, for coefficients.json; None if the entry writes it."""
+
 
 TRAINERS = {
     "megatron": ("polycom_ext.runs.megatron", "MegatronTrainer"),
