@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv. `make demo` and `make test` are the two to know.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := requirements.txt pyproject.toml setup.py polycom_ext/ops/build.py $(wildcard polycom_ext/ops/csrc/*)
+
+DENSE := swiglu gelu relu polyrelu polynorm
+MOE := swiglu polynorm
+DEMO := $(DENSE:%=configs/tiny/dense-%.yaml) $(MOE:%=configs/tiny/moe-%.yaml)
+DATA := build/demo
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-full lint clean
+
+$(READY): $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(READY)
+	$(BIN)/polycom upstream apply megatron
+	$(BIN)/polycom data corpus shakespeare --output $(DATA)
+	$(BIN)/polycom data prepare $(DATA)/train.jsonl --output $(DATA)/train --train-tokenizer 2048
+	$(BIN)/polycom data prepare $(DATA)/valid.jsonl --output $(DATA)/valid --tokenizer $(DATA)/train.tokenizer.json
+	$(BIN)/polycom run $(DEMO)
+	$(BIN)/polycom report $(DEMO:configs/tiny/%.yaml=outputs/tiny-%) --output outputs/report --title "PolyCom rehearsal on Megatron-LM"
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not full"
+
+test-full: $(READY)
+	$(BIN)/pytest -m full
+
+clean:
+	rm -rf $(VENV) .upstream build outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache
