@@ -58,6 +58,8 @@ def _check_strategy(cfg: Any) -> None:
         raise PolycomError("ddp.find_unused_params needs ddp.grad_sync_mode: micro_batch")
     if strategy == "ddp" and cfg.model.init_device == "meta":
         raise PolycomError("model.init_device: meta needs distributed_strategy: fsdp")
+    if strategy == "ddp" and cfg.save_interval_unsharded is None and not cfg.dry_run:
+        raise PolycomError("distributed_strategy: ddp saves unsharded checkpoints: set save_interval_unsharded")
 
 
 def _check_moe(cfg: Any) -> None:

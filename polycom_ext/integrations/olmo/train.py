@@ -1,11 +1,10 @@
-"""Train with OLMo's own Trainer.
+"""Pre-train with OLMo's own Trainer, on OLMo 0.6.0 or on its MoE branch.
 
-    torchrun --nproc-per-node N -m polycom_ext.integrations.olmo.train [CONFIG.yaml] [--KEY=VALUE …]
+    torchrun --nproc-per-node N -m polycom_ext.integrations.olmo.train [CONFIG.yaml] [--key.sub=value …]
 
-ai2-olmo's wheel holds the trainer but no script to call it; this is that script, and it serves the MoE branch
-as well. CONFIG and the keys are upstream's TrainConfig, as in `--model.d_model=64`; ours are
-`--polycom-metrics=FILE` and `--polycom-coefficients=FILE`. Upstream's own scripts/train.py works with the
-patched tree too, since the block builds the activation.
+ai2-olmo's wheel has no scripts; this is that script, and it serves the branch as well. CONFIG and the options
+are upstream's TrainConfig; `--polycom-output=DIR`, ours, is where metrics.jsonl and coefficients.json go.
+Without `stop_at`, training ends at `max_duration`.
 
 OLMo is imported in `main`: on a CPU the rehearsal comes first.
 """
@@ -13,10 +12,13 @@ OLMo is imported in `main`: on a CPU the rehearsal comes first.
 from __future__ import annotations
 
 import os
+import pathlib
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,47 +27,76 @@ from polycom_ext.errors import PolycomError
 
 ERROR_MARK = "polycom: error: "
 """Begins the one line that says why a run was refused; the launcher looks for it in the log."""
-OURS = ("--polycom-metrics", "--polycom-coefficients")
+OUTPUT = "--polycom-output="
 
 
-def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str], dict[str, Path | None]]:
-    """The configuration file, upstream's overrides, and our own options."""
-    config = Path(arguments[0]) if arguments and not arguments[0].startswith("--") else None
-    ours: dict[str, Path | None] = dict.fromkeys(OURS)
-    overrides = []
-    for argument in arguments[config is not None :]:
-        name, equals, value = argument.partition("=")
-        if name in OURS and value:
-            ours[name] = Path(value)
-        elif name.startswith("--") and equals:
-            overrides.append(argument)
-        else:
-            raise PolycomError(f"{argument!r} must have the form --KEY=VALUE")
-    return config, overrides, ours
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Train; exit status 2 with one sentence when the configuration cannot be right."""
-    # What OLMo saves of its trainer is more than tensors; torch reads such files only when told to.
-    os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    try:
-        config, overrides, ours = _split_arguments(sys.argv[1:])
-        rehearsal.enable("olmo")
-        from polycom_ext.integrations.olmo import loop
+    rehearsal.enable("olmo")
+    from olmo.exceptions import OLMoConfigurationError
 
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend=backend, timeout=timedelta(minutes=30))
-        run = loop.prepare(loop.load_config(config, overrides), device)
-    except PolycomError as error:
+    from polycom_ext.integrations.olmo import loop
+
+    try:
+        cfg, output = parse(sys.argv[1:] if argv is None else argv)
+        device = _join_ranks()
+        trainer = loop.build(cfg, device, output)
+    except (OLMoConfigurationError, PolycomError) as error:
         print(f"{ERROR_MARK}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    loop.train(run, ours["--polycom-metrics"], ours["--polycom-coefficients"])
+        return 2
+    loop.train(trainer)
     dist.destroy_process_group()
+    return 0
+
+
+def parse(arguments: list[str]) -> tuple[Any, Path | None]:
+    """The TrainConfig that the arguments describe, checked, and the folder for metrics.
+
+    Raises PolycomError or OLMoConfigurationError for what could not train.
+    """
+    import olmo.config
+    from olmo.util import clean_opt
+
+    from polycom_ext.integrations.olmo.config import check
+
+    options = list(arguments)
+    config = options.pop(0) if options and not options[0].startswith("-") else os.devnull
+    outputs = [option for option in options if option.startswith(OUTPUT)]
+    overrides = [clean_opt(option) for option in options if option not in outputs]
+    try:
+        cfg = olmo.config.TrainConfig.load(config, overrides)
+    except FileNotFoundError as error:
+        raise PolycomError(f"configuration: {error.filename or error} does not exist") from None
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check(cfg, world_size, on_branch=hasattr(olmo.config, "config_to_moe_args"))
+    cfg.model.precision = cfg.precision
+    cfg.device_train_batch_size = cfg.global_train_batch_size // world_size
+    cfg.device_train_grad_accum = cfg.device_train_batch_size // cfg.device_train_microbatch_size
+    return cfg, Path(outputs[-1].removeprefix(OUTPUT)) if outputs else None
+
+
+def _join_ranks() -> torch.device:
+    from olmo.torch_util import get_local_rank
+    from olmo.util import add_cached_path_clients, prepare_cli_environment
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", get_local_rank())
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timedelta(minutes=30), device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(minutes=30))
+    prepare_cli_environment()
+    add_cached_path_clients()
+    torch.serialization.add_safe_globals(_trainer_state_types())
+    return device
+
+
+def _trainer_state_types() -> list[Any]:
+    """What OLMo's trainer state holds besides numbers: since 2.6 torch.load has to be told to take it."""
+    reconstruct: Any = np.empty(0).__reduce__()
+    return [pathlib.PosixPath, reconstruct[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
