@@ -11,6 +11,9 @@ installed and there is a GPU, `liger` (PyPI liger-kernel).
 Writes OUTPUT.csv (one row a provider, width, type and mode: p20, p50, p80 of the time, bytes moved per second
 as a share of what a copy of the tensor reached in the same run, peak memory), OUTPUT.md and OUTPUT.png. The
 bytes are those that the operation cannot avoid: x and y forward; x, the gradient of y and that of x backward.
+
+On a CPU, fresh outputs cost page faults, for every provider. MALLOC_MMAP_MAX_=0 and
+MALLOC_TRIM_THRESHOLD_=68719476736 in the environment make glibc keep its pages, as if outputs were given.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import os
 import platform
 import shlex
 import statistics
@@ -25,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,7 +127,7 @@ def _has_liger(device: torch.device) -> bool:
 
 
 class Timer:
-    """Times of a call in milliseconds: by events on a GPU, whose cache is flushed before; else by the clock."""
+    """Times of a call in milliseconds: by events on a GPU, whose cache is flushed before; else the clock."""
 
     def __init__(self, device: torch.device, repetitions: int) -> None:
         self.device, self.repetitions = device, repetitions
@@ -256,7 +261,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         for width in args.widths:
             x = torch.randn(args.rows, width, device=device, dtype=dtype)
             out = torch.empty_like(x)
-            copy = timer(lambda x=x, out=out: out.copy_(x))
+            copy = timer(partial(out.copy_, x))
             moved = 2 * x.numel() * x.element_size()
             copy_rate = moved / statistics.quantiles(copy, n=10, method="inclusive")[1]
             yield _row("copy", "forward", x, width, copy, 1.0, None)
@@ -280,6 +285,12 @@ def machine(device: torch.device) -> str:
     return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
 
 
+def _settings() -> list[str]:
+    """What the environment says of allocation and threads, as it is written before a command."""
+    prefixes = ("MALLOC_", "OMP_", "THP_", "POLYCOM_")
+    return [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(prefixes)]
+
+
 def write_csv(path: Path, rows: list[Row]) -> None:
     """One line a row, with names of columns."""
     with path.open("w", newline="") as file:
@@ -298,7 +309,7 @@ def write_markdown(path: Path, rows: list[Row], device: torch.device) -> None:
         f"{datetime.date.today().isoformat()}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, "
         f"polycom-ext {polycom_ext.__version__} ({operations}; build {build}).",
-        f"Command: `python {shlex.join(sys.argv)}`.",
+        f"Command: `{shlex.join([*_settings(), 'python', *sys.argv])}`.",
         "Times in milliseconds: p20 (p50, p80). Share of copy: by p20, of the bytes that cannot be avoided.",
         "",
         "| provider | mode | type | rows | width | time | share of copy | peak MiB |",

@@ -318,7 +318,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(BackwardArguments 
                                                            int vectors) {
   const Problem& problem = arguments.problem;
   const Place place(threads_per_row, problem.width, vectors);
-  float terms[R + 1] = {};  // of the coefficient gradients: powers descending, then the constant
+  if (place.first_row >= problem.rows && arguments.terms && !arguments.parameters.ends && place.lane == 0) {
+    for (int i = 0; i <= R; ++i) arguments.terms[place.first_row * (R + 1) + i] = 0.0f;
+  }
   for (int64_t row = place.first_row; row < problem.rows; row += place.row_stride) {
     const RowParameters parameters(arguments.parameters, problem, row);
     Tile<S, VECTORS> x(arguments.x, row, place);
@@ -349,14 +351,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(BackwardArguments 
     if (arguments.grad_row_scale && place.lane == 0) {
       arguments.grad_row_scale[row] = row_scale_gradient<R>(parameters.weight, parameters.bias, dots);
     }
+    if (arguments.terms && place.lane == 0) {
+      // Kept in memory, of which this group of threads owns its part: registers are what wide rows lack.
+      const bool first = arguments.parameters.ends || row == place.first_row;
+      float* terms = arguments.terms + (arguments.parameters.ends ? row : place.first_row) * (R + 1);
 #pragma unroll
-    for (int i = 0; i <= R; ++i) terms[R - i] += parameters.row_scale * dots[i];
-    if (arguments.parameters.ends && arguments.terms) {
-      if (place.lane == 0) {
-        for (int i = 0; i <= R; ++i) arguments.terms[row * (R + 1) + i] = terms[i];
-      }
-#pragma unroll
-      for (int i = 0; i <= R; ++i) terms[i] = 0.0f;
+      for (int i = 0; i <= R; ++i) terms[R - i] = (first ? 0.0f : terms[R - i]) + parameters.row_scale * dots[i];
     }
     const Gradient<R> gradient(parameters.weight, parameters.row_scale, scales, dots,
                                problem.inverse_width);
@@ -373,9 +373,6 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(BackwardArguments 
       write_row<S>(row_of<S>(arguments.y, row, place), x, parameters, place,
                             [&](float u) { return evaluate(parameters.rho(u) * scales.sigma); });
     }
-  }
-  if (arguments.terms && !arguments.parameters.ends && place.lane == 0) {
-    for (int i = 0; i <= R; ++i) arguments.terms[place.first_row * (R + 1) + i] = terms[i];
   }
 }
 

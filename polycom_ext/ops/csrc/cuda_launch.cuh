@@ -18,7 +18,8 @@ struct Shape {
 
 inline int round_up(int64_t value, int multiple) { return int((value + multiple - 1) / multiple * multiple); }
 
-// At most `most` vectors a thread where a block owns a row: more would not fit its registers.
+// At most `most` vectors a thread where a block owns a row: 8 hold a row of 64 KiB, forward; backward, which holds two
+// tensors' rows, 8 spill a few bytes on sm_80, so that it keeps 32 KiB. Anything else takes the looped path.
 inline Shape choose_shape(int64_t width, int per_vector, bool aligned, int most) {
   const bool whole = aligned && width % per_vector == 0;
   const int vectors = whole ? int(width / per_vector) : 0;
@@ -37,23 +38,19 @@ inline Shape choose_shape(int64_t width, int per_vector, bool aligned, int most)
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Float rows of 16385 to 32768 elements fit the registers forward, but not backward, which holds two of them.
 template <typename S, int R, typename Launch>
 void launch_forward(const ForwardArguments& arguments, Launch launch) {
-  constexpr int most = S::PER_WORD == 1 ? 16 : 8;
   const bool aligned = is_aligned(arguments.x) && is_aligned(arguments.y);
-  const Shape shape = choose_shape(arguments.problem.width, PER_VECTOR<S>, aligned, most);
+  const Shape shape = choose_shape(arguments.problem.width, PER_VECTOR<S>, aligned, 8);
   const bool narrow = shape.threads_per_row < shape.threads;
   switch (shape.vectors_per_thread) {
     case 0: return launch(forward_kernel<S, R, 0, WIDE_THREADS>, shape, arguments);
     case 4:
       if (narrow) return launch(forward_kernel<S, R, 4, NARROW_THREADS>, shape, arguments);
       return launch(forward_kernel<S, R, 4, WIDE_THREADS>, shape, arguments);
-    case 8:
+    default:
       if (narrow) return launch(forward_kernel<S, R, 8, NARROW_THREADS>, shape, arguments);
       return launch(forward_kernel<S, R, 8, WIDE_THREADS>, shape, arguments);
-    default:
-      if constexpr (most == 16) return launch(forward_kernel<S, R, 16, WIDE_THREADS>, shape, arguments);
   }
 }
 
@@ -61,16 +58,14 @@ template <typename S, int R, typename Launch>
 void launch_backward(const BackwardArguments& arguments, Launch launch) {
   const bool aligned = is_aligned(arguments.x) && is_aligned(arguments.grad_y) && is_aligned(arguments.grad_x) &&
                        is_aligned(arguments.y);
-  const Shape shape = choose_shape(arguments.problem.width, PER_VECTOR<S>, aligned, 8);
+  const Shape shape = choose_shape(arguments.problem.width, PER_VECTOR<S>, aligned, 4);
   const bool narrow = shape.threads_per_row < shape.threads;
   switch (shape.vectors_per_thread) {
     case 0: return launch(backward_kernel<S, R, 0, WIDE_THREADS>, shape, arguments);
     case 4:
       if (narrow) return launch(backward_kernel<S, R, 4, NARROW_THREADS>, shape, arguments);
       return launch(backward_kernel<S, R, 4, WIDE_THREADS>, shape, arguments);
-    default:
-      if (narrow) return launch(backward_kernel<S, R, 8, NARROW_THREADS>, shape, arguments);
-      return launch(backward_kernel<S, R, 8, WIDE_THREADS>, shape, arguments);
+    default: return launch(backward_kernel<S, R, 8, NARROW_THREADS>, shape, arguments);
   }
 }
 
