@@ -1,13 +1,14 @@
-"""OLMo (0.6.0 and the MoE branch) on a CPU: the few places that name CUDA, and one fault of torch.
+"""OLMo's Trainer on a CPU: 0.6.0, and the MoE branch with stand-ins for the kernels of megablocks.
 
-Each function below mends one thing and says which. Devices, backends and process groups are the training
-entry's business, see integrations/olmo/loop.py.
+Each function below mends one thing that upstream asks of CUDA, and says where. The CPU's generator and its
+bfloat16 autocast stand in for the GPU's.
 """
 
 from __future__ import annotations
 
 import functools
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,37 +16,35 @@ import torch
 
 def install() -> None:
     """Mend torch's names, then OLMo's; imports OLMo."""
-    _autocast_on_cpu()
     _one_generator()
+    torch.autocast = _Autocast  # type: ignore[misc]
+    if find_spec("megablocks") is not None:
+        import_module("polycom_ext.rehearsal.megablocks").install()
     _full_state_stays_where_it_is()
 
 
-def _autocast_on_cpu() -> None:
-    """train.py: every forward pass runs under torch.autocast("cuda")."""
-    autocast = torch.autocast
-
-    class OnCPU(autocast):  # type: ignore[valid-type, misc]
-        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-            super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
-
-    torch.autocast = OnCPU  # type: ignore[misc]
-
-
 def _one_generator() -> None:
-    """train.py: the trainer's state holds the CUDA generator's, which needs a driver."""
-    cuda: Any = torch.cuda
-    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    """train.py saves and restores torch.cuda's random state together with the CPU's."""
+    torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+
+
+class _Autocast(torch.autocast):
+    """train.py autocasts "cuda", also in float32, which is no autocast."""
+
+    def __init__(
+        self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **kwargs: Any
+    ) -> None:
+        device_type = "cpu" if device_type == "cuda" else device_type
+        super().__init__(device_type, dtype, enabled and dtype != torch.float32, **kwargs)
 
 
 def _full_state_stays_where_it_is() -> None:
-    """checkpoint.py: FSDP crashes where it is to offload to the CPU what is already there."""
+    """checkpoint.py offloads full state dicts to the CPU; FSDP crashes where the parameters are there."""
     checkpoint: Any = import_module("olmo.checkpoint")
     for name in ("FullStateDictConfig", "FullOptimStateDictConfig"):
-        config = getattr(checkpoint, name)
+        setattr(checkpoint, name, functools.partial(_without_offload, getattr(checkpoint, name)))
 
-        @functools.wraps(config)
-        def without_offload(*args: Any, _config: Any = config, **kwargs: Any) -> Any:
-            return _config(*args, **{**kwargs, "offload_to_cpu": False})
 
-        setattr(checkpoint, name, without_offload)
+def _without_offload(config: Any, **kwargs: Any) -> Any:
+    return config(**{**kwargs, "offload_to_cpu": False})
