@@ -21,7 +21,6 @@ FUSED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _said: set[str] = set()
 
 
-@torch.compiler.assume_constant_result
 def _say_once(device: str) -> None:
     """One warning a process and device type, also when the call is being compiled."""
     if device not in _said and library.problem:
@@ -31,6 +30,10 @@ def _say_once(device: str) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+# what torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes a second
+_say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_fused(x: Tensor, order: int, rho: Rho) -> bool:
