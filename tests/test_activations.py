@@ -1,0 +1,125 @@
+"""The modules and the registry: one name, one entry."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import polycom_ext
+from polycom_ext import reference
+from polycom_ext.activations import REGISTRY, build, parse
+from polycom_ext.errors import PolycomError
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_entry_builds_and_trains(name: str) -> None:
+    entry = REGISTRY[name]
+    module = build(name)
+    x = torch.randn(3, 8, requires_grad=True)
+    y = module(x)
+    assert y.shape == (3, 4 if entry.gated else 8)
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert bool(list(module.parameters())) is entry.coefficients
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_normalizes_tells_whether_an_element_depends_on_its_row(name: str) -> None:
+    module = build(name)
+    x = torch.rand(1, 8) + 0.5
+    changed = x.clone()
+    changed[0, -1] *= 3
+    width = 4 if REGISTRY[name].gated else 8
+    kept = slice(0, width - 1)
+    assert torch.equal(module(x)[:, kept], module(changed)[:, kept]) is not REGISTRY[name].normalizes
+
+
+def test_parameters_have_the_released_layout() -> None:
+    for order in (1, 3, 4):
+        module = polycom_ext.PolyNorm(order)
+        assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {
+            "weight": (order,),
+            "bias": (1,),
+        }
+        assert module.weight.tolist() == pytest.approx([1 / order] * order)
+        assert module.bias.item() == 0
+
+
+def test_orders_in_names() -> None:
+    assert parse("polynorm") == (REGISTRY["polynorm"], 3)
+    assert parse("polyrelu-4") == (REGISTRY["polyrelu"], 4)
+    assert build("polyrelu-2").weight.shape == (2,)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "name", ["polynom", "", "polynorm-", "polynorm-0", "gelu-2", "PolyNorm", "polynorm-3-3"]
+)
+def test_wrong_names_are_refused(name: str) -> None:
+    with pytest.raises(PolycomError):
+        parse(name)
+
+
+def test_lemma_1_relu_and_its_square_are_special_cases() -> None:
+    """Paper, Lemma 1: with these coefficients PolyReLU is ReLU and ReLU², exactly."""
+    x = torch.randn(4, 64)
+    module = polycom_ext.PolyReLU()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([0.0, 0.0, 1.0]))
+    assert torch.equal(module(x), x.relu())
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    assert torch.equal(module(x), x.relu().square())
+
+
+def test_lemma_1_a_polynomial_is_two_polyrelus() -> None:
+    """Paper, Lemma 1: p(x) = PolyReLU_1(x) + PolyReLU_2(-x), odd powers of the second with the sign changed."""
+    x = torch.randn(4, 64, dtype=torch.float64)
+    a = torch.tensor([0.3, -1.2, 0.7], dtype=torch.float64)
+    signs = torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float64)
+    bias = torch.tensor([0.5], dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+    both = polycom_ext.poly_relu(x, a, bias) + polycom_ext.poly_relu(-x, a * signs, zero)
+    expected = a[0] * x**3 + a[1] * x**2 + a[2] * x + bias
+    torch.testing.assert_close(both, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_reference_is_the_formula_by_hand() -> None:
+    x = torch.tensor([[1.0, -2.0, 3.0]])
+    weight, bias = torch.tensor([0.5, -1.0]), torch.tensor([0.25])
+    mean_2, mean_4 = (1 + 4 + 9) / 3, (1 + 16 + 81) / 3
+    expected = [
+        0.5 * v * v / (mean_4 + 1e-6) ** 0.5 - v / (mean_2 + 1e-6) ** 0.5 + 0.25 for v in (1.0, -2.0, 3.0)
+    ]
+    assert reference.poly_norm(x, weight, bias)[0].tolist() == pytest.approx(expected, rel=1e-12)
+    assert reference.poly_relu(x, weight, bias)[0].tolist() == pytest.approx(
+        [0.5 - 1 + 0.25, 0.25, 4.5 - 3 + 0.25]
+    )
+
+
+def _seconds(statement: str) -> float:
+    """Best of three in fresh processes."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", statement], check=True)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def test_import_costs_little_more_than_torch() -> None:
+    _seconds("import torch, polycom_ext")  # page in
+    assert _seconds("import polycom_ext") < _seconds("import torch") + 0.2
+
+
+def test_import_brings_nothing_heavier_than_torch() -> None:
+    heavy = "megatron transformers transformer_engine matplotlib pyarrow tokenizers yaml olmo"
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys, polycom_ext; print(*set({heavy.split()}) & set(sys.modules))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.strip() == ""

@@ -1,0 +1,32 @@
+"""The door: help, errors, exit statuses."""
+
+import subprocess
+import sys
+
+import pytest
+
+from polycom_ext import cli
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([verb, "--help"])
+    assert exit_.value.code == 0
+    assert f"polycom {verb}" in capsys.readouterr().out
+
+
+def test_no_verb_and_an_unknown_verb_exit_with_2() -> None:
+    for arguments in ([], ["rum"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert exit_.value.code == 2
+
+
+def test_an_error_is_one_sentence_on_stderr() -> None:
+    command = [sys.executable, "-m", "polycom_ext.cli", "run", "no-such-file.yaml"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert len(finished.stderr.strip().splitlines()) == 1
+    assert "no-such-file.yaml" in finished.stderr
