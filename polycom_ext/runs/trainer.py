@@ -47,7 +47,7 @@ class Trainer(Protocol):
         """Whether the checkpoint of the last step has been written."""
 
     def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
-        """What a complete run's activations have learned, for coefficients.json; None if the entry writes it."""
+        """What a complete run has learned, for coefficients.json; None if its entry writes the file."""
 
 
 TRAINERS = {

@@ -121,7 +121,7 @@ def test_coefficients_stay_float32_in_bf16(train: Trainer, tmp_path: Path) -> No
 
 
 def test_coefficients_learn_and_do_not_decay(train: Trainer, tmp_path: Path) -> None:
-    """A decay that would halve every decayed weight in two steps leaves them where the gradient takes them."""
+    """A decay that shrinks decayed weights by half in two steps leaves the coefficients to the gradient."""
     train(*POLYNORM, *saving(tmp_path, 2), "--weight-decay", "300", iterations=2)
     values = learned(tmp_path / "iter_0000002")
     initial = [1 / 3, 1 / 3, 1 / 3, 0.0] * 2
