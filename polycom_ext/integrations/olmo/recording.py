@@ -7,6 +7,7 @@ import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from olmo.torch_util import get_global_rank
@@ -26,6 +27,9 @@ TRAIN_NAMES = {
 """OLMo's names -> ours."""
 ACCURACIES = ("acc", "len_norm", "pmi_dc")
 """OLMo scores a downstream task in one way; these are accuracies, of likelihoods compared in different ways."""
+
+MMLU = ("stem", "humanities", "social_sciences", "other")
+"""OLMo evaluates MMLU by group, as mmlu_GROUP_var; papers quote the mean of the four."""
 
 
 class RecordingTrainer(Trainer):
@@ -63,6 +67,9 @@ class RecordingTrainer(Trainer):
             elif name.endswith("/CrossEntropyLoss"):
                 label = name.removeprefix("eval/").removesuffix("/CrossEntropyLoss")
                 record[f"valid/{label}/loss"] = value
+        groups = [f"eval/mmlu_{group}_var/acc" for group in MMLU]
+        if all(group in record for group in groups):
+            record["eval/mmlu/acc"] = fmean(record[group] for group in groups)
         self._record(record)
         return metrics
 

@@ -1,0 +1,171 @@
+"""OLMo's adapters: `olmo:` (0.6.0) or `olmo-moe:` (the MoE branch) in a spec holds upstream's TrainConfig."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from polycom_ext import activations, upstream
+from polycom_ext.errors import PolycomError
+from polycom_ext.runs import olmo_options
+from polycom_ext.runs.spec import Spec
+from polycom_ext.runs.suggest import did_you_mean
+
+RESERVED = {
+    "run_name": "it is the spec's `name:`",
+    "save_folder": "checkpoints go to the run directory",
+    "save_overwrite": "a run owns its directory",
+    "try_load_latest_save": "a run resumes from its own directory; to start from elsewhere use load_path",
+    "model.activation_type": "name it with `activation:`",
+}
+"""Options that a run sets itself -> why a spec cannot."""
+
+RUNTIME_OPTIONS = (
+    "flash_attention",
+    "init_device",
+    "init_fn",
+    "init_std",
+    "init_cutoff_factor",
+    "moe_mlp_impl",
+    "moe_log_expert_assignment",
+    "moe_lbl_in_fp32",
+    "moe_loss_weight",
+    "moe_zloss_weight",
+)
+"""Options of `model` that leave the function of a trained model as it is."""
+
+
+class OLMoTrainer:
+    """Runs `polycom_ext.integrations.olmo.train` on the Trainer of OLMo 0.6.0."""
+
+    name = "olmo"
+    upstreams: tuple[str, ...] = ("olmo",)
+
+    def validate(self, spec: Spec) -> None:
+        for name, why in RESERVED.items():
+            if name in _flat(spec.options):
+                raise PolycomError(f"{spec.name}: {self.name}.{name} cannot be set: {why}")
+        model = _section(spec, "model")
+        if spec.ffn_width is not None and {"mlp_hidden_size", "mlp_ratio"} & model.keys():
+            raise PolycomError(f"{spec.name}: give either ffn_width or {self.name}.model.mlp_hidden_size, not both")
+        tree = upstream.tree(self.upstreams[0])
+        if tree.exists():
+            self._check_options(spec, olmo_options.known(tree))
+        batch = spec.options.get("global_train_batch_size")
+        if isinstance(batch, int) and batch % spec.processes:
+            raise PolycomError(
+                f"{spec.name}: global_train_batch_size {batch} is not a multiple of {spec.processes} processes"
+            )
+
+    def _check_options(self, spec: Spec, known: set[str]) -> None:
+        for name in _flat(spec.options):
+            if name not in known:
+                patches = f", or {self.upstreams[0]} lacks its patches: `polycom upstream apply {self.upstreams[0]}`"
+                raise PolycomError(
+                    f"{spec.name}: OLMo has no option {self.name}.{name}{did_you_mean(name, known)}"
+                    + (patches if name.startswith("model.moe_") else "")
+                )
+
+    def check_inputs(self, spec: Spec) -> None:
+        sources = [("data", _section(spec, "data"))]
+        for evaluator in spec.options.get("evaluators", []):
+            if evaluator.get("type", "lm") == "lm":
+                sources.append((f"evaluators: {evaluator.get('label')}", evaluator.get("data", {})))
+        for where, data in sources:
+            paths = [*(data.get("paths") or []), *_listed(data.get("datasets") or {})]
+            if not paths:
+                raise PolycomError(f"{spec.name}: {self.name}.{where} names no token files (paths or datasets)")
+            for path in paths:
+                if "://" not in str(path) and not Path(path).is_file():
+                    raise PolycomError(
+                        f"{spec.name}: {self.name}.{where}: {path} not found (looked in {Path.cwd()}); "
+                        "`polycom data prepare --format olmo` makes token files"
+                    )
+
+    def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
+        options: dict[str, Any] = {
+            "run_name": spec.name,
+            **_flat(spec.options),
+            "model.activation_type": spec.activation,
+            "save_folder": str(run_dir / "checkpoints"),
+            "save_overwrite": True,
+            "try_load_latest_save": True,
+        }
+        width = spec.matched_ffn_width
+        if width is not None:  # OLMo's is that of the first linear layer
+            options["model.mlp_hidden_size"] = 2 * width if spec.entry.gated else width
+        return [
+            *("-m", "polycom_ext.integrations.olmo.train"),
+            *(f"--{name}={_text(value)}" for name, value in options.items()),
+            f"--polycom-output={run_dir}",
+        ]
+
+    def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
+        return {"HF_DATASETS_OFFLINE": "1"}
+
+    def model(self, spec: Spec) -> dict[str, Any]:
+        entry, order = activations.parse(spec.activation)
+        shape = {
+            f"{self.name}.model.{name}": value
+            for name, value in _section(spec, "model").items()
+            if name not in RUNTIME_OPTIONS
+        }
+        return {"activation": (entry.name, order), "ffn_width": spec.matched_ffn_width, **shape}
+
+    def total_steps(self, spec: Spec) -> int | None:
+        limits = [spec.options.get("max_duration", 10_000), spec.options.get("stop_at")]
+        steps = [int(limit) for limit in limits if re.fullmatch(r"\d+", str(limit))]
+        return min(steps) if steps else None
+
+    def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
+        folders = (run_dir / "checkpoints").glob("step*")
+        names = (re.fullmatch(r"step(\d+)(-unsharded)?", folder.name) for folder in folders)
+        return max((int(name[1]) for name in names if name), default=None)
+
+    def is_complete(self, spec: Spec, run_dir: Path) -> bool:
+        """The entry ends by writing coefficients.json, also for an activation that has none."""
+        latest, total = self.latest_step(spec, run_dir), self.total_steps(spec)
+        try:
+            written = json.loads((run_dir / "coefficients.json").read_text(encoding="utf-8"))["step"]
+        except (FileNotFoundError, ValueError, KeyError):
+            return False
+        return latest is not None and written == latest and (total is None or latest >= total)
+
+
+class OLMoMoETrainer(OLMoTrainer):
+    """The same entry on the MoE branch, which takes its experts from megablocks and evaluation data from 0.6.0."""
+
+    name = "olmo-moe"
+    upstreams = ("olmo-moe", "megablocks", "olmo")
+
+
+def _section(spec: Spec, name: str) -> dict[str, Any]:
+    value = spec.options.get(name) or {}
+    if not isinstance(value, dict):
+        raise PolycomError(f"{spec.name}: {spec.trainer}.{name} must be a mapping of names to values, not {value!r}")
+    return value
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """TrainConfig's sections by dotted names; what lies deeper, such as labels of data sets, is a value."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _listed(datasets: dict[str, list[str]]) -> Iterator[str]:
+    for paths in datasets.values():
+        yield from paths
+
+
+def _text(value: Any) -> str:
+    """As YAML reads it back: names plain, everything else as JSON."""
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][\w./+-]*", value)
+    return value if plain and value not in ("null", "true", "false") else json.dumps(value)
