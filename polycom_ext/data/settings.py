@@ -72,7 +72,7 @@ def check(settings: Settings) -> dict[str, str]:
 
 def _check_output(settings: Settings) -> None:
     output = settings.output
-    if output.is_dir():
+    if output.is_dir() and not settings.path(".json").exists():  # Megatron keeps an index beside what is made
         raise PolycomError(f"{output} is a directory; --output is a prefix, such as {output / 'train'}")
     read = {path.resolve() for path in (*settings.inputs, settings.tokenizer) if path is not None}
     for suffix in (*formats.SUFFIXES[settings.format], ".json", ".tokenizer.json", ".skipped.txt"):
