@@ -11,7 +11,7 @@ __all__ = ["ensure_applied", "state", "tree"]
 
 def tree(name: str) -> Path:
     """Where the tree of an upstream is, or will be."""
-    return fetch.trees_dir() / pins.get(name).name
+    return pins.trees_dir() / pins.get(name).name
 
 
 def ensure_applied(name: str) -> Path:

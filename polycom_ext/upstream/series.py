@@ -1,20 +1,23 @@
-"""A patch series: its files, their headers, and the trees that it makes of an upstream."""
+"""A patch series: its files, their headers, and the commits that it makes of an upstream."""
 
 from __future__ import annotations
 
-import email
-import email.policy
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.upstream import git
 
-_INDEX = re.compile(r"^index ([0-9a-f]+)\.\.([0-9a-f]+)", re.MULTILINE)
-_FILE = re.compile(r"^diff --git a/(\S+) b/(\S+)$", re.MULTILINE)
+FORM = ("--full-index", "--zero-commit", "--no-signature", "--no-numbered", "--no-renames", "--quiet")
+"""How `git format-patch` writes a patch here."""
+
+_UPSTREAM_STATUS = re.compile(r"Pending( \[.+\])?|(Submitted|Accepted|Backport|Denied|Inappropriate) \[.+\]")
+_FIELD = re.compile(r"^([A-Z][A-Za-z-]+): +(\S.*)$", re.MULTILINE)
+_INDEX = re.compile(r"^index ([0-9a-f]{40})\.\.([0-9a-f]{40})( \d+)?$", re.MULTILINE)
 _NO_BLOB = "0" * 40
 
 
@@ -33,6 +36,7 @@ class Patch:
 
     path: Path
     author: str
+    address: str
     date: str
     subject: str
     body: str
@@ -49,113 +53,142 @@ def read_series(folder: Path | None) -> list[Patch]:
 
     Raises PolycomError for a missing series or patch and for one that cannot be read.
     """
-    if folder is None:
-        return []
+    return [] if folder is None else [read_patch(folder / name) for name in names(folder)]
+
+
+def names(folder: Path) -> list[str]:
+    """The lines of `series` that are no comments. Raises PolycomError when it is missing."""
     series = folder / "series"
     if not series.is_file():
         raise PolycomError(
             f"{series} is missing: it names the patches of {folder.name}, one a line, in order"
         )
-    names = [line.strip() for line in series.read_text(encoding="utf-8").splitlines()]
-    return [read_patch(folder / name) for name in names if name and not name.startswith("#")]
+    lines = [line.strip() for line in series.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def read_patch(path: Path) -> Patch:
     """Read one patch. Raises PolycomError when it is missing or not in `format-patch --full-index` form."""
     if not path.is_file():
         raise PolycomError(f"{path} is missing, but its series names it")
-    text = path.read_text(encoding="utf-8")
-    message = email.message_from_string(text.split("\n", 1)[-1], policy=email.policy.default)
-    payload = str(message.get_payload())
-    body, _, diff = payload.partition("\n---\n")
-    subject = re.sub(r"^\[PATCH[^]]*\]\s*", "", str(message["Subject"] or ""))
-    if not text.startswith("From ") or not subject or not message["From"] or not message["Date"]:
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = (Path(scratch) / "message", Path(scratch) / "diff")
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        told = git.run(Path(scratch), "mailinfo", "--encoding=UTF-8", *map(str, parts), stdin=text).stdout
+        body, diff = (part.read_bytes().decode("utf-8", "surrogateescape") for part in parts)
+    header = dict(line.split(": ", 1) for line in told.splitlines() if ": " in line)
+    lacking = [name for name in ("Author", "Email", "Subject", "Date") if not header.get(name)]
+    if lacking or not text.startswith("From "):
         raise PolycomError(
             f"{path} is not in the form of `git format-patch`: From, Date and Subject are needed"
         )
-    starts = [match.start() for match in _FILE.finditer(diff)]
-    changes = []
-    for start, end in zip(starts, [*starts[1:], len(diff)], strict=True):
-        header = _FILE.match(diff, start)
-        index = _INDEX.search(diff, start, end)
-        assert header is not None
-        if index is None or len(index[1]) != 40 or len(index[2]) != 40:
-            raise PolycomError(
-                f"{path} does not give whole blob ids for {header[2]} (git format-patch --full-index)"
-            )
-        before, after = (None if blob == _NO_BLOB else blob for blob in index.groups())
-        changes.append(Change(header[2], before, after))
+    changes = tuple(
+        _change(path, section) for section in re.split(r"^(?=diff --git )", diff, flags=re.MULTILINE)[1:]
+    )
     if not changes:
         raise PolycomError(f"{path} changes no file")
-    return Patch(path, str(message["From"]), str(message["Date"]), subject, body.strip(), tuple(changes))
+    author, address, subject, date = (header[name] for name in ("Author", "Email", "Subject", "Date"))
+    return Patch(path, author, address, date, subject, body.strip(), changes)
+
+
+def _change(patch: Path, section: str) -> Change:
+    """The change that a section of a diff makes to one file; what cannot be checked by blob id is refused."""
+    first, _, rest = section.partition("\n")
+    # Both sides name the same file, so the line is `a/PATH b/PATH` and its middle is known even with blanks.
+    sides = first.removeprefix("diff --git ")
+    file = sides[len(sides) // 2 + 3 :]
+    if sides != f"a/{file} b/{file}":
+        raise PolycomError(f"{patch} renames or copies ({sides}): write it as a removal and an addition")
+    index = _INDEX.search(rest.partition("\n@@ ")[0] + "\n")
+    if index is None:
+        raise PolycomError(f"{patch} does not give whole blob ids for {file} (git format-patch --full-index)")
+    before, after = (None if blob == _NO_BLOB else blob for blob in index.groups()[:2])
+    return Change(file, before, after)
 
 
 def check_series(folder: Path | None) -> list[str]:
-    """What is wrong with the series and its headers; an empty list when nothing is."""
-    patches = read_series(folder)
+    """What is wrong with the series, its files and their headers; an empty list when nothing is."""
     if folder is None:
         return []
-    named = {patch.path.name for patch in patches}
-    problems = [
-        f"{path.name} is not in series" for path in sorted(folder.glob("*.patch")) if path.name not in named
+    listed = names(folder)
+    present = {path.name for path in folder.glob("*.patch")}
+    problems = [f"{name} is in series, but there is no such file" for name in listed if name not in present]
+    problems += [f"{name} is not in series" for name in sorted(present - set(listed))]
+    problems += [
+        f"series names {name} twice" for name in sorted({name for name in listed if listed.count(name) > 1})
     ]
-    if len(named) < len(patches):
-        problems.append("series names a patch twice")
-    for patch in patches:
-        fields = dict(re.findall(r"^([A-Z][A-Za-z-]+): (\S.*)$", patch.body, re.MULTILINE))
-        problems += [
-            f"{patch.path.name} has no {name}: line"
-            for name in ("Origin", "Upstream-Status")
-            if name not in fields
-        ]
-        reasons = [
-            line for line in patch.body.splitlines() if line and not re.match(r"[A-Z][A-Za-z-]+: ", line)
-        ]
-        if not reasons:
-            problems.append(f"{patch.path.name} does not say why it is needed")
+    for name in dict.fromkeys(listed):
+        if name in present:
+            try:
+                problems += [f"{name} {problem}" for problem in _check_header(read_patch(folder / name))]
+            except PolycomError as error:
+                problems.append(str(error))
     return problems
 
 
-def apply_series(tree: Path, base: str, patches: list[Patch]) -> list[str]:
-    """Commit the patches on top of commit `base` without touching the working tree or any branch.
+def _check_header(patch: Patch) -> list[str]:
+    problems = []
+    fields = dict(_FIELD.findall(patch.body))
+    if (patch.author, patch.address) != git.IDENTITY:
+        problems.append(f"is not from {git.IDENTITY[0]} <{git.IDENTITY[1]}>: refresh it")
+    problems += [f"has no {name}: line" for name in ("Origin", "Upstream-Status") if name not in fields]
+    if not _UPSTREAM_STATUS.fullmatch(fields.get("Upstream-Status", "Pending")):
+        problems.append(
+            "has an Upstream-Status other than Pending, Submitted [where], Inappropriate [why] and the like"
+        )
+    if not _FIELD.sub("", patch.body).strip():
+        problems.append("does not say why it is needed")
+    return problems
 
-    Every file must have exactly the blob id that its patch names, before and after. Returns the commits,
-    `base` first. Raises PolycomError for the first patch that does not fit, naming the file.
+
+def apply_series(
+    tree: Path, base: str, patches: list[Patch], environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """Commit the patches on top of commit `base` without touching the working tree, the index or any branch.
+
+    Every file must have exactly the blob id that its patch names, before and after: no fuzz. Returns the
+    commits, `base` first. Raises PolycomError for the first patch that does not fit, naming the files.
     """
     commits = [base]
     with tempfile.TemporaryDirectory() as scratch:
-        index = {"GIT_INDEX_FILE": os.path.join(scratch, "index")}
+        index = {**(environment or {}), "GIT_INDEX_FILE": os.path.join(scratch, "index")}
         git.run(tree, "read-tree", base, environment=index)
         for patch in patches:
-            for change in patch.changes:
-                if _blob(tree, change.path, index) != change.before:
-                    raise PolycomError(f"{patch.path.name} was made for another version of {change.path}")
-            applied = git.run(
-                tree, "apply", "--cached", str(patch.path.resolve()), environment=index, check=False
-            )
+            wrong = _differing(tree, index, {change.path: change.before for change in patch.changes})
+            if wrong:
+                raise PolycomError(f"{patch.path.name} was made for another version of {', '.join(wrong)}")
+            what = ("apply", "--cached", "--whitespace=nowarn", str(patch.path.resolve()))
+            applied = git.run(tree, *what, environment=index, check=False)
             if applied.returncode != 0:
-                raise PolycomError(
-                    f"{patch.path.name} does not apply: {applied.stderr.strip().splitlines()[-1]}"
-                )
-            for change in patch.changes:
-                if _blob(tree, change.path, index) != change.after:
-                    raise PolycomError(f"{patch.path.name} does not make the {change.path} that it names")
-            commits.append(_commit(tree, patch, commits[-1], index))
+                raise PolycomError(f"{patch.path.name} does not apply: {git.last_words(applied)}")
+            wrong = _differing(tree, index, {change.path: change.after for change in patch.changes})
+            if wrong:
+                raise PolycomError(f"{patch.path.name} does not make of {', '.join(wrong)} what it says")
+            content = git.output(tree, "write-tree", environment=index)
+            commits.append(commit(tree, content, commits[-1], patch.message, patch.date, environment))
     return commits
 
 
-def _blob(tree: Path, path: str, index: dict[str, str]) -> str | None:
-    entry = git.output(tree, "ls-files", "--stage", "--", path, environment=index)
-    return entry.split()[1] if entry else None
+def commit(
+    tree: Path,
+    content: str,
+    parent: str,
+    message: str,
+    date: str,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Make a commit by the neutral identity, with only its author date kept, and return its id."""
+    dated = {**(environment or {}), "GIT_AUTHOR_DATE": date}
+    return git.run(
+        tree, "commit-tree", content, "-p", parent, environment=dated, stdin=message
+    ).stdout.strip()
 
 
-def _commit(tree: Path, patch: Patch, parent: str, index: dict[str, str]) -> str:
-    content = git.output(tree, "write-tree", environment=index)
-    name, _, address = patch.author.partition(" <")
-    author = {
-        "GIT_AUTHOR_NAME": name.strip('"'),
-        "GIT_AUTHOR_EMAIL": address.rstrip(">"),
-        "GIT_AUTHOR_DATE": patch.date,
+def _differing(tree: Path, index: Mapping[str, str], expected: dict[str, str | None]) -> list[str]:
+    listing = git.output(tree, "ls-files", "--stage", "-z", environment=index)
+    found = {
+        path: about.split()[1]
+        for about, _, path in (line.partition("\t") for line in listing.split("\0"))
+        if path
     }
-    made = git.run(tree, "commit-tree", content, "-p", parent, environment=author, stdin=patch.message)
-    return made.stdout.strip()
+    return sorted(path for path, blob in expected.items() if found.get(path) != blob)

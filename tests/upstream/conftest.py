@@ -1,6 +1,7 @@
 """A small upstream, made on the fly as a wheel, with a pin and a series of two patches."""
 
 import hashlib
+import re
 import subprocess
 import zipfile
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from polycom_ext.upstream import pins
+from polycom_ext.upstream.git import IDENTITY
 from polycom_ext.upstream.pins import Pin
 
 WHEEL = "small-1.0-py3-none-any.whl"
@@ -18,6 +20,9 @@ FILES = {
     "small/config.py": "name = 'gelu'\n",
     "small/crlf.txt": "kept\r\nas it is\r\n",
 }
+
+WHY = "It is needed.\n\nOrigin: here\nUpstream-Status: Inappropriate [a test]"
+FORM = ("--full-index", "--zero-commit", "--no-signature", "-N", "--quiet")
 
 PATCHED = {
     "small/config.py": [("name = 'gelu'\n", "name = 'gelu'\nextra = None\n")],
@@ -45,9 +50,44 @@ class Small:
     def series(self) -> Path:
         return self.patches / "small"
 
+    def set_upstream(self, files: dict[str, str]) -> None:
+        """Pin a wheel of other files."""
+        sha256 = write_wheel(self.cache / "pypi" / WHEEL, files)
+        path = self.patches / "pins.toml"
+        path.write_text(re.sub("[0-9a-f]{64}", sha256, path.read_text()))
 
-def git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), "-c", "user.name=T", "-c", "user.email=t@example.org", *arguments]
+    def set_series(self, edits: dict[str, tuple[str, str]]) -> None:
+        """Write a series of one patch, from contents before and after it by file, upstream's or not."""
+        work = self.folder / "other work"
+        git(self.folder, "init", "--quiet", work.name)
+        for step in (0, 1):
+            for name, contents in edits.items():
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+                (work / name).write_text(contents[step])
+            git(work, "add", ".")
+            git(work, "commit", "--quiet", "-m", "Change all", "-m", WHY, author=IDENTITY)
+        for path in self.series.iterdir():
+            path.unlink()
+        git(work, "format-patch", *FORM, "-o", str(self.series), "HEAD~1")
+        (self.series / "series").write_text("0001-Change-all.patch\n")
+
+    def take_from_git(self) -> Path:
+        """Pin the newest commit of the repository `work` instead of the wheel, and return that repository."""
+        origin = self.folder / "work"
+        git(origin, "config", "uploadpack.allowFilter", "true")
+        git(origin, "config", "uploadpack.allowAnySHA1InWant", "true")
+        commit = git(origin, "rev-parse", "HEAD").strip()
+        (self.patches / "pins.toml").write_text(
+            f'[small]\nversion = "{commit[:8]}"\norigin = "here"\n'
+            f'[small.git]\nurl = "file://{origin}"\ncommit = "{commit}"\npaths = ["small"]\n'
+        )
+        return origin
+
+
+def git(folder: Path, *arguments: str, author: tuple[str, str] = ("T", "t@example.org")) -> str:
+    """Run the user's own git, as somebody else unless `author` says otherwise."""
+    who = ("-c", f"user.name={author[0]}", "-c", f"user.email={author[1]}")
+    command = ["git", "-C", str(folder), *who, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -71,7 +111,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
     made.series.mkdir(parents=True)
     (made.patches / "pins.toml").write_text(
         f'[small]\nversion = "1.0"\nseries = "small"\norigin = "here"\n'
-        f'[small.wheel]\nproject = "small"\nfiles."{WHEEL}" = "{sha256}"\n'
+        f'[small.pypi]\nproject = "small"\nfiles."{WHEEL}" = "{sha256}"\n'
     )
     work = tmp_path / "work"
     for name, text in FILES.items():
@@ -83,10 +123,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
     for name, edits in PATCHED.items():
         for old, new in edits:
             (work / name).write_text((work / name).read_text().replace(old, new))
-        why = "It is needed.\n\nOrigin: here\nUpstream-Status: Inappropriate [a test]"
-        git(work, "commit", "--quiet", "--all", "-m", f"Change {Path(name).stem}", "-m", why)
-    form = ("--full-index", "--zero-commit", "--no-signature", "-N", "--quiet")
-    git(work, "format-patch", *form, "-o", str(made.series), "HEAD~2")
+        git(work, "commit", "--quiet", "--all", "-m", f"Change {Path(name).stem}", "-m", WHY, author=IDENTITY)
+    git(work, "format-patch", *FORM, "-o", str(made.series), "HEAD~2")
     names = sorted(path.name for path in made.series.glob("*.patch"))
     (made.series / "series").write_text("".join(f"{name}\n" for name in names))
     return made
