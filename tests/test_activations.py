@@ -75,7 +75,7 @@ def test_lemma_1_relu_and_its_square_are_special_cases() -> None:
 
 
 def test_lemma_1_a_polynomial_is_two_polyrelus() -> None:
-    """Paper, Lemma 1: p(x) = PolyReLU_1(x) + PolyReLU_2(-x), odd powers of the second with the sign changed."""
+    """Paper, Lemma 1: p(x) = PolyReLU_1(x) + PolyReLU_2(-x), the second with odd powers negated."""
     x = torch.randn(4, 64, dtype=torch.float64)
     a = torch.tensor([0.3, -1.2, 0.7], dtype=torch.float64)
     signs = torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float64)
