@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,20 +51,24 @@ class OLMoTrainer:
                 raise PolycomError(f"{spec.name}: {self.name}.{name} cannot be set: {why}")
         model = _section(spec, "model")
         if spec.ffn_width is not None and {"mlp_hidden_size", "mlp_ratio"} & model.keys():
-            raise PolycomError(f"{spec.name}: give either ffn_width or {self.name}.model.mlp_hidden_size, not both")
+            raise PolycomError(
+                f"{spec.name}: give either ffn_width or {self.name}.model.mlp_hidden_size, not both"
+            )
         tree = upstream.tree(self.upstreams[0])
         if tree.exists():
             self._check_options(spec, olmo_options.known(tree))
         batch = spec.options.get("global_train_batch_size")
         if isinstance(batch, int) and batch % spec.processes:
             raise PolycomError(
-                f"{spec.name}: global_train_batch_size {batch} is not a multiple of {spec.processes} processes"
+                f"{spec.name}: global_train_batch_size {batch} is not a multiple of "
+                f"{spec.processes} processes"
             )
 
     def _check_options(self, spec: Spec, known: set[str]) -> None:
+        upstream_name = self.upstreams[0]
         for name in _flat(spec.options):
             if name not in known:
-                patches = f", or {self.upstreams[0]} lacks its patches: `polycom upstream apply {self.upstreams[0]}`"
+                patches = f", unless patched: `polycom upstream apply {upstream_name}`"
                 raise PolycomError(
                     f"{spec.name}: OLMo has no option {self.name}.{name}{did_you_mean(name, known)}"
                     + (patches if name.startswith("model.moe_") else "")
@@ -77,7 +82,9 @@ class OLMoTrainer:
         for where, data in sources:
             paths = [*(data.get("paths") or []), *_listed(data.get("datasets") or {})]
             if not paths:
-                raise PolycomError(f"{spec.name}: {self.name}.{where} names no token files (paths or datasets)")
+                raise PolycomError(
+                    f"{spec.name}: {self.name}.{where} names no token files (paths or datasets)"
+                )
             for path in paths:
                 if "://" not in str(path) and not Path(path).is_file():
                     raise PolycomError(
@@ -116,9 +123,10 @@ class OLMoTrainer:
         return {"activation": (entry.name, order), "ffn_width": spec.matched_ffn_width, **shape}
 
     def total_steps(self, spec: Spec) -> int | None:
+        """max_duration in steps or tokens; one in epochs needs the data to be counted."""
         limits = [spec.options.get("max_duration", 10_000), spec.options.get("stop_at")]
-        steps = [int(limit) for limit in limits if re.fullmatch(r"\d+", str(limit))]
-        return min(steps) if steps else None
+        steps = [_steps(spec, str(limit)) for limit in limits if limit is not None]
+        return min((count for count in steps if count is not None), default=None)
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
         folders = (run_dir / "checkpoints").glob("step*")
@@ -126,26 +134,48 @@ class OLMoTrainer:
         return max((int(name[1]) for name in names if name), default=None)
 
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
-        """The entry ends by writing coefficients.json, also for an activation that has none."""
         latest, total = self.latest_step(spec, run_dir), self.total_steps(spec)
-        try:
-            written = json.loads((run_dir / "coefficients.json").read_text(encoding="utf-8"))["step"]
-        except (FileNotFoundError, ValueError, KeyError):
+        if latest is None or total is None or latest < total:
             return False
-        return latest is not None and written == latest and (total is None or latest >= total)
+        return not spec.entry.coefficients or _written_step(run_dir / "coefficients.json") == latest
+
+    def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
+        return None  # the entry gathers them from its ranks
 
 
 class OLMoMoETrainer(OLMoTrainer):
-    """The same entry on the MoE branch, which takes its experts from megablocks and evaluation data from 0.6.0."""
+    """The same on the MoE branch, which takes its experts from megablocks, its evaluation data from 0.6.0."""
 
     name = "olmo-moe"
     upstreams = ("olmo-moe", "megablocks", "olmo")
 
 
+def _steps(spec: Spec, duration: str) -> int | None:
+    if re.fullmatch(r"\d+", duration):
+        return int(duration)
+    batch, length = (
+        spec.options.get("global_train_batch_size"),
+        _section(spec, "model").get("max_sequence_length"),
+    )
+    if duration.endswith("T") and isinstance(batch, int) and isinstance(length, int):
+        return math.ceil(int(float(duration[:-1])) / (batch * length))
+    return None
+
+
+def _written_step(path: Path) -> int | None:
+    try:
+        step: int = json.loads(path.read_text(encoding="utf-8"))["step"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return step
+
+
 def _section(spec: Spec, name: str) -> dict[str, Any]:
     value = spec.options.get(name) or {}
     if not isinstance(value, dict):
-        raise PolycomError(f"{spec.name}: {spec.trainer}.{name} must be a mapping of names to values, not {value!r}")
+        raise PolycomError(
+            f"{spec.name}: {spec.trainer}.{name} must be a mapping of names to values, not {value!r}"
+        )
     return value
 
 

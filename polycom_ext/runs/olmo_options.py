@@ -1,4 +1,4 @@
-"""The options of a patched or unpatched OLMo, read from the dataclasses of its config.py without running it."""
+"""The options of an OLMo, patched or not, read from the dataclasses of its config.py without running it."""
 
 from __future__ import annotations
 

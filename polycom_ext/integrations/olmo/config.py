@@ -27,8 +27,8 @@ def check(cfg: Any, world_size: int, on_branch: bool) -> None:
             _check_megablocks(cfg.model, hidden // 2 if entry.gated else hidden)
         elif not cfg.model.moe_dropless:
             raise PolycomError(
-                "model.moe_dropless: false needs megablocks, and so the MoE branch; on OLMo 0.6.0 every token "
-                "reaches its experts"
+                "model.moe_dropless: false needs megablocks, and so the MoE branch; on OLMo 0.6.0 every "
+                "token reaches its experts"
             )
 
 
@@ -42,7 +42,8 @@ def _check_batch(cfg: Any, world_size: int) -> None:
         raise PolycomError(f"global_train_batch_size {batch} is not a multiple of {world_size} processes")
     if batch // world_size % micro and batch // world_size > micro:
         raise PolycomError(
-            f"a process's batch of {batch // world_size} is not a multiple of device_train_microbatch_size {micro}"
+            f"a process's batch of {batch // world_size} is not a multiple of "
+            f"device_train_microbatch_size {micro}"
         )
 
 
@@ -53,13 +54,17 @@ def _check_strategy(cfg: Any) -> None:
     if getattr(cfg, strategy) is None:
         raise PolycomError(f"distributed_strategy: {strategy} needs a section `{strategy}`")
     if strategy == "fsdp" and not cfg.fsdp.use_orig_params:
-        raise PolycomError("fsdp.use_orig_params must be true: weight decay is decided parameter by parameter")
+        raise PolycomError(
+            "fsdp.use_orig_params must be true: weight decay is decided parameter by parameter"
+        )
     if strategy == "ddp" and cfg.ddp.find_unused_params and cfg.ddp.grad_sync_mode != "micro_batch":
         raise PolycomError("ddp.find_unused_params needs ddp.grad_sync_mode: micro_batch")
     if strategy == "ddp" and cfg.model.init_device == "meta":
         raise PolycomError("model.init_device: meta needs distributed_strategy: fsdp")
     if strategy == "ddp" and cfg.save_interval_unsharded is None and not cfg.dry_run:
-        raise PolycomError("distributed_strategy: ddp saves unsharded checkpoints: set save_interval_unsharded")
+        raise PolycomError(
+            "distributed_strategy: ddp saves unsharded checkpoints: set save_interval_unsharded"
+        )
 
 
 def _check_moe(cfg: Any) -> None:
@@ -82,8 +87,8 @@ def _check_megablocks(model: Any, width: int) -> None:
     """The fork's losses come as a pair or crash, and some of its layouts cannot hold every activation."""
     if not model.moe_loss_weight or not model.moe_zloss_weight:
         raise PolycomError(
-            "model.moe_loss_weight and model.moe_zloss_weight must both be above 0 on the MoE branch: its fork "
-            "of megablocks returns both losses or none (OLMo 0.6.0 takes either)"
+            "model.moe_loss_weight and model.moe_zloss_weight must both be above 0 on the MoE branch: its "
+            "fork of megablocks returns both losses or none (OLMo 0.6.0 takes either)"
         )
     if model.moe_dropless and model.moe_mlp_impl == "sparse" and width % BLOCK_SIZE:
         raise PolycomError(

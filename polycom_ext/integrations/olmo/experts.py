@@ -46,7 +46,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(tokens, d_model) -> logits and scores (tokens, experts), weights and experts (tokens, top_k)."""
         logits = self.layer(x)
-        scores = logits.softmax(dim=-1)
+        # in float32 whatever the storage type, as CUDA's autocast has it
+        scores = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         weights, experts = torch.topk(scores, self.top_k, dim=-1)
         return logits, scores, weights, experts
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +28,8 @@ from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.olmo.recording import RecordingTrainer
 
 log = logging.getLogger("polycom.olmo")
+
+NO_WEIGHTS_ONLY = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def build(cfg: Any, device: torch.device, output: Path | None) -> RecordingTrainer:
@@ -88,6 +93,10 @@ def wrap(cfg: Any, model: OLMo, device: torch.device) -> nn.Module:
     """The model under DDP or FSDP, as the configuration asks; parameters are initialised afterwards."""
     if cfg.distributed_strategy == "ddp":
         return DDP(model.to(device), find_unused_parameters=cfg.ddp.find_unused_params)
+
+    def materialise(module: nn.Module) -> None:
+        module.to_empty(device=device, recurse=False)
+
     return FSDP(
         model,
         sharding_strategy=cfg.fsdp.sharding_strategy,
@@ -97,7 +106,7 @@ def wrap(cfg: Any, model: OLMo, device: torch.device) -> nn.Module:
         limit_all_gathers=True,
         device_id=device,
         device_mesh=_hybrid_mesh(cfg, device),
-        param_init_fn=lambda module: module.to_empty(device=device, recurse=False),
+        param_init_fn=materialise,
     )
 
 
@@ -155,12 +164,13 @@ def _open_indices_file(cfg: Any, resumes: bool) -> TextIO | None:
 def _load(trainer: RecordingTrainer) -> None:
     cfg = trainer.cfg
     log.info("Loading %s", cfg.load_path)
-    trainer.restore_checkpoint(
-        cfg.load_path,
-        load_optimizer_state=not cfg.reset_optimizer_state,
-        load_trainer_state=not cfg.reset_trainer_state,
-        sharded_checkpointer=cfg.load_path_sharded_checkpointer,
-    )
+    with _pickles_allowed(cfg.load_path, cfg.save_folder):
+        trainer.restore_checkpoint(
+            cfg.load_path,
+            load_optimizer_state=not cfg.reset_optimizer_state,
+            load_trainer_state=not cfg.reset_trainer_state,
+            sharded_checkpointer=cfg.load_path_sharded_checkpointer,
+        )
     if cfg.reset_optimizer_state and not cfg.reset_trainer_state:
         step = trainer.global_step
         trainer.scheduler = BoltOnWarmupScheduler.wrap(
@@ -174,4 +184,23 @@ def _try_saving(trainer: RecordingTrainer) -> None:
     sharded = cfg.distributed_strategy == "fsdp" and cfg.save_num_checkpoints_to_keep != 0
     kind = CheckpointType.sharded if sharded else CheckpointType.unsharded
     path, cache = trainer.save_checkpoint(kind)
-    trainer.restore_checkpoint(path, checkpoint_type=kind, local_cache=cache)
+    with _pickles_allowed(cache or path, cfg.save_folder):
+        trainer.restore_checkpoint(path, checkpoint_type=kind, local_cache=cache)
+
+
+@contextmanager
+def _pickles_allowed(checkpoint: str | Path, own_folder: str | Path) -> Iterator[None]:
+    """Let torch.load unpickle what this run wrote: OLMo saves more than torch takes by itself since 2.6.
+
+    A checkpoint from elsewhere is read as torch reads any file, unless the caller's environment has it
+    otherwise: unpickling it would run whatever it holds.
+    """
+    own = Path(checkpoint).resolve().parent == Path(own_folder).resolve()
+    before = os.environ.get(NO_WEIGHTS_ONLY)
+    if own:
+        os.environ[NO_WEIGHTS_ONLY] = "1"
+    yield
+    if own:
+        del os.environ[NO_WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[NO_WEIGHTS_ONLY] = before

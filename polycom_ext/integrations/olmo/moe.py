@@ -60,7 +60,12 @@ class OLMoEBlock(OLMoSequentialBlock):
         if config.init_fn == InitFnType.mitchell:
             depth = 2 * (self.layer_id + 1)
             ff_out_std = 1 / math.sqrt(depth * self.ffn_width)
-            return 1 / math.sqrt(config.d_model), 1 / math.sqrt(depth * config.d_model), ff_out_std, cutoff or 3.0
+            return (
+                1 / math.sqrt(config.d_model),
+                1 / math.sqrt(depth * config.d_model),
+                ff_out_std,
+                cutoff or 3.0,
+            )
         if config.init_fn == InitFnType.full_megatron:
             out_std = config.init_std / math.sqrt(2 * config.n_layers)
             return config.init_std, out_std, out_std, cutoff or 3.0

@@ -26,14 +26,14 @@ TRAIN_NAMES = {
 }
 """OLMo's names -> ours."""
 ACCURACIES = ("acc", "len_norm", "pmi_dc")
-"""OLMo scores a downstream task in one way; these are accuracies, of likelihoods compared in different ways."""
+"""OLMo scores a downstream task in one way; these are accuracies, by likelihoods compared in some way."""
 
 MMLU = ("stem", "humanities", "social_sciences", "other")
 """OLMo evaluates MMLU by group, as mmlu_GROUP_var; papers quote the mean of the four."""
 
 
 class RecordingTrainer(Trainer):
-    """OLMo's Trainer; where `output` is set, rank 0 appends the metrics of each logged step to a file there."""
+    """OLMo's Trainer; where `output` is set, rank 0 appends the metrics of logged steps to a file there."""
 
     output: Path | None = None
     _seconds = 0.0
@@ -80,11 +80,15 @@ class RecordingTrainer(Trainer):
             file.write(json.dumps({"step": self.global_step, "metrics": metrics}) + "\n")
 
     def write_coefficients(self) -> None:
-        """Write the learned coefficients of every layer to coefficients.json; called on all ranks."""
+        """Write the learned coefficients, if any, to coefficients.json; called on all ranks."""
         layers = gather_coefficients(self.model, self.dist_model)
-        if self.output is None or get_global_rank() != 0:
+        if self.output is None or get_global_rank() != 0 or not layers:
             return
-        content = {"step": self.global_step, "activation": str(self.cfg.model.activation_type), "layers": layers}
+        content = {
+            "step": self.global_step,
+            "activation": str(self.cfg.model.activation_type),
+            "layers": layers,
+        }
         path = self.output / "coefficients.json"
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -92,7 +96,7 @@ class RecordingTrainer(Trainer):
 
 
 def gather_coefficients(model: nn.Module, dist_model: nn.Module) -> list[dict[str, Any]]:
-    """[{"name": …, "weight": [r floats], "bias": [1 float], …}], in the model's order; complete on every rank.
+    """[{"name": …, "weight": [r floats], "bias": [1 float], …}], in the model's order, on every rank.
 
     FSDP units are unsharded one at a time, so that never more than one block is whole.
     """

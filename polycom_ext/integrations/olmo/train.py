@@ -12,13 +12,11 @@ OLMo is imported in `main`: on a CPU the rehearsal comes first.
 from __future__ import annotations
 
 import os
-import pathlib
 import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -88,14 +86,7 @@ def _join_ranks() -> torch.device:
         dist.init_process_group("gloo", timeout=timedelta(minutes=30))
     prepare_cli_environment()
     add_cached_path_clients()
-    torch.serialization.add_safe_globals(_trainer_state_types())
     return device
-
-
-def _trainer_state_types() -> list[Any]:
-    """What OLMo's trainer state holds besides numbers: since 2.6 torch.load has to be told to take it."""
-    reconstruct: Any = np.empty(0).__reduce__()
-    return [pathlib.PosixPath, reconstruct[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 if __name__ == "__main__":
