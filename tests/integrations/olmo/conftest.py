@@ -202,6 +202,14 @@ def tree() -> Path:
 
 
 @pytest.fixture(scope="session")
+def olmo(tree: Path) -> Iterator[None]:
+    """The patched OLMo 0.6.0 in this process."""
+    sys.path.insert(0, str(tree))
+    yield
+    sys.path.remove(str(tree))
+
+
+@pytest.fixture(scope="session")
 def train_on(
     inputs: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[list[Path]], Trainer]]:

@@ -63,8 +63,7 @@ def test_coefficients_are_trained_complete_and_saved(train):
     for layer in layers:
         assert len(layer["weight"]) == 3
         assert len(layer["bias"]) == 1
-        assert all(value != pytest.approx(1 / 3, abs=1e-6) for value in layer["weight"])
-        assert all(abs(value - 1 / 3) < 0.1 for value in layer["weight"])
+        assert 1e-3 < max(abs(value - 1 / 3) for value in layer["weight"]) < 0.1
     assert 1.3e-2 > run.metrics[6]["train/load_balancing_loss"] > 0.99e-2
     assert run.metrics[6]["train/router_z_loss"] > 0
 

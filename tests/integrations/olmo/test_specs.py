@@ -1,0 +1,137 @@
+"""An OLMo spec in OLMo's own terms: options, activation, widths and data, checked before a start."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polycom_ext.activations import REGISTRY
+from polycom_ext.errors import PolycomError
+from polycom_ext.runs.olmo import OLMoMoETrainer, OLMoTrainer
+from polycom_ext.runs.spec import Spec, load
+
+TINY = sorted((Path(__file__).parents[3] / "configs" / "tiny").glob("olmo-*-*.yaml"))
+TINY = [path for path in TINY if "base" not in path.name]
+
+
+def make(activation: str = "polynorm", width: int | None = 768, processes: int = 1, **options: Any) -> Spec:
+    return Spec("run", "olmo", activation, width, processes, {}, {"max_duration": 8, **options})
+
+
+def arguments(spec: Spec) -> dict[str, str]:
+    given = OLMoTrainer().arguments(spec, Path("/run"))
+    assert given[:2] == ["-m", "polycom_ext.integrations.olmo.train"]
+    return dict(option.removeprefix("--").split("=", 1) for option in given[2:])
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_activation_and_width_are_in_olmos_terms(name: str) -> None:
+    given = arguments(make(name))
+    assert given["model.activation_type"] == name
+    assert given["model.mlp_hidden_size"] == ("1024" if REGISTRY[name].gated else "768")
+
+
+def test_options_reach_olmo_as_they_are(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tree)
+    from polycom_ext.integrations.olmo.train import parse
+
+    datasets = {"c4_en-validation": ["/a b/part-0.npy"], "ice-validation": ["/c.npy"]}
+    spec = make(
+        "polynorm-4",
+        model={"d_model": 64, "rope": True, "n_kv_heads": None, "moe_zloss_weight": 1e-3},
+        optimizer={"learning_rate": 4e-4, "betas": [0.9, 0.95]},
+        data={"paths": ["/data/train.npy"], "drop_last": True},
+        evaluators=[{"label": "all-small-ppl-validation", "data": {"datasets": datasets}}],
+        distributed_strategy="fsdp",
+        fsdp={"wrapping_strategy": "by_block", "sharding_strategy": "SHARD_GRAD_OP"},
+        max_duration="1e9T",
+        scheduler={"units": "tokens", "t_max": 5.0e12},
+    )
+    OLMoTrainer().validate(spec)
+    cfg, output = parse(OLMoTrainer().arguments(spec, Path("/run"))[2:])
+    assert output == Path("/run")
+    assert (cfg.run_name, cfg.save_folder) == ("run", "/run/checkpoints")
+    assert (cfg.model.activation_type, cfg.model.mlp_hidden_size) == ("polynorm-4", 768)
+    assert (cfg.model.rope, cfg.model.n_kv_heads, cfg.model.moe_zloss_weight) == (True, None, 1e-3)
+    assert (cfg.optimizer.learning_rate, list(cfg.optimizer.betas)) == (4e-4, [0.9, 0.95])
+    assert dict(cfg.evaluators[0].data.datasets) == datasets
+    assert cfg.fsdp.sharding_strategy.name == "SHARD_GRAD_OP"
+    assert (cfg.max_duration, cfg.scheduler.t_max) == ("1e9T", 5e12)
+
+
+@pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
+def test_tiny_specs_are_valid(path: Path, tree: Path) -> None:
+    spec = load(path)
+    OLMoTrainer().validate(spec)
+    assert spec.name == f"tiny-{path.stem}"
+    assert OLMoTrainer().total_steps(spec)
+
+
+def test_gated_and_ungated_tiny_models_have_equal_parameters(olmo: None) -> None:
+    from olmo.config import ModelConfig
+    from olmo.model import OLMo
+
+    for kind in ("dense", "moe"):
+        counts = []
+        for activation in ("swiglu", "polynorm"):
+            spec = load(next(path for path in TINY if path.stem == f"olmo-{kind}-{activation}"))
+            given = arguments(spec)
+            width = int(given["model.mlp_hidden_size"])
+            model = ModelConfig(**spec.options["model"], activation_type=activation, mlp_hidden_size=width)
+            counts.append(OLMo(model).num_params())
+        assert counts[1] - counts[0] == 4 * 4, "four coefficients in each of four layers"
+
+
+REFUSALS: dict[str, Spec] = {
+    "OLMo has no option olmo.model.d_modle (did you mean 'model.d_model'?)": make(model={"d_modle": 4}),
+    "OLMo has no option olmo.evaluator (did you mean 'evaluators'?)": make(evaluator=[]),
+    "olmo.save_folder cannot be set": make(save_folder="x"),
+    "olmo.model.activation_type cannot be set: name it with `activation:`": make(
+        model={"activation_type": "gelu"}
+    ),
+    "give either ffn_width or olmo.model.mlp_hidden_size": make(model={"mlp_hidden_size": 4}),
+    "not a multiple of 2 processes": make(processes=2, global_train_batch_size=3),
+    "olmo.model must be a mapping": make(model=3),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSALS)
+def test_what_cannot_be_right_is_refused_before_a_start(sentence: str, tree: Path) -> None:
+    with pytest.raises(PolycomError) as refusal:
+        OLMoTrainer().validate(REFUSALS[sentence])
+    assert sentence in str(refusal.value)
+
+
+def test_missing_token_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "here.npy").touch()
+    evaluator = {"label": "ice", "data": {"datasets": {"ice-validation": [str(tmp_path / "gone.npy")]}}}
+    spec = make(data={"paths": [str(tmp_path / "here.npy"), "s3://far/away.npy"]}, evaluators=[evaluator])
+    with pytest.raises(PolycomError, match=r"evaluators: ice: .*gone\.npy not found"):
+        OLMoTrainer().check_inputs(spec)
+    with pytest.raises(PolycomError, match=r"data names no token files"):
+        OLMoTrainer().check_inputs(make())
+
+
+def test_a_run_is_complete_at_its_last_step_with_its_coefficients(tmp_path: Path) -> None:
+    trainer, spec = OLMoTrainer(), make()
+    assert trainer.latest_step(spec, tmp_path) is None
+    for step in ("step4", "step8-unsharded", "step12-tmp", "latest"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    assert trainer.latest_step(spec, tmp_path) == 8
+    assert not trainer.is_complete(spec, tmp_path)
+    (tmp_path / "coefficients.json").write_text(json.dumps({"step": 8}))
+    assert trainer.is_complete(spec, tmp_path)
+    assert trainer.is_complete(make("gelu"), tmp_path)
+    assert not trainer.is_complete(make(max_duration=9), tmp_path)
+
+
+def test_length_in_tokens_counts_as_steps() -> None:
+    spec = make(max_duration="1e3T", global_train_batch_size=4, model={"max_sequence_length": 16})
+    assert OLMoTrainer().total_steps(spec) == 16
+    assert OLMoTrainer().total_steps(make(max_duration="2ep")) is None
+    assert OLMoTrainer().total_steps(make(max_duration="2ep", stop_at=5)) == 5
+
+
+def test_the_branch_has_its_own_trees() -> None:
+    assert OLMoMoETrainer().upstreams == ("olmo-moe", "megablocks", "olmo")
