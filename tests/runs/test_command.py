@@ -31,8 +31,9 @@ def finished(toy_spec: Callable[..., str], finished_directory: Path) -> str:
 def test_a_run_leaves_its_spec_command_versions_and_log(finished: str) -> None:
     assert load(RUN / "run.yaml") == load(Path(finished))
     assert sorted(path.name for path in RUN.iterdir()) == sorted(
-        ["checkpoints", "command.sh", "log.txt", "metrics.jsonl", "pid-0", "run.yaml", "versions.json"]
+        "checkpoints coefficients.json command.sh log.txt metrics.jsonl pid-0 run.yaml versions.json".split()
     )
+    assert json.loads((RUN / "coefficients.json").read_text())["step"] == 2
     versions = json.loads((RUN / "versions.json").read_text())
     assert versions["polycom-ext"] == __version__
     assert versions["python"] == platform.python_version()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from polycom_ext.activations import parse
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs.spec import Spec
 
@@ -45,3 +46,14 @@ class ToyTrainer:
 
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
         return (self.latest_step(spec, run_dir) or 0) >= int(spec.options["steps"])
+
+    def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
+        """As if the trained module were still as it was made."""
+        entry, order = parse(spec.activation)
+        if not entry.coefficients:
+            return None
+        return {
+            "step": self.total_steps(spec),
+            "activation": spec.activation,
+            "layers": [{"weight": [1.0] * order}],
+        }
