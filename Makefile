@@ -10,10 +10,12 @@ DENSE := swiglu gelu relu polyrelu polynorm
 MOE := swiglu polynorm
 DEMO := $(DENSE:%=configs/tiny/dense-%.yaml) $(MOE:%=configs/tiny/moe-%.yaml)
 DATA := build/demo
+OLMO_DEMO := $(foreach kind,dense moe,$(MOE:%=configs/tiny/olmo-$(kind)-%.yaml))
+OLMO_DATA := build/demo-olmo
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-full lint clean
+.PHONY: demo demo-olmo test test-full lint clean
 
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +30,16 @@ demo: $(READY)
 	$(BIN)/polycom data prepare $(DATA)/valid.jsonl --output $(DATA)/valid --tokenizer $(DATA)/train.tokenizer.json
 	$(BIN)/polycom run $(DEMO)
 	$(BIN)/polycom report $(DEMO:configs/tiny/%.yaml=outputs/tiny-%) --output outputs/report --title "PolyCom rehearsal on Megatron-LM"
+
+demo-olmo: $(READY)
+	$(BIN)/polycom upstream apply olmo
+	$(BIN)/polycom data corpus shakespeare --output $(OLMO_DATA)
+	$(BIN)/polycom data prepare $(OLMO_DATA)/train.jsonl --format olmo --output $(OLMO_DATA)/train --train-tokenizer 2048
+	$(BIN)/polycom data prepare $(OLMO_DATA)/valid.jsonl --format olmo --output $(OLMO_DATA)/valid \
+		--tokenizer $(OLMO_DATA)/train.tokenizer.json
+	$(BIN)/polycom run $(OLMO_DEMO)
+	$(BIN)/polycom report $(OLMO_DEMO:configs/tiny/%.yaml=outputs/tiny-%) --output outputs/report-olmo \
+		--title "PolyCom rehearsal on OLMo"
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
