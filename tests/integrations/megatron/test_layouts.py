@@ -55,14 +55,10 @@ MOE_MORE = {
         "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
         "--expert-model-parallel-size 4",
     ),
-    "ETP2, EP2": (
+    # expert tensor and expert parallelism together gather unequal parts, which gloo cannot
+    "TP2+SP x DP2, ETP1, EP2": (
         4,
-        "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2 "
-        "--expert-model-parallel-size 2",
-    ),
-    "TP4+SP, ETP2, EP2": (
-        4,
-        "--tensor-model-parallel-size 4 --sequence-parallel --expert-tensor-parallel-size 2 "
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
         "--expert-model-parallel-size 2",
     ),
 }
