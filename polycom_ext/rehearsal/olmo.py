@@ -17,7 +17,7 @@ import torch
 def install() -> None:
     """Mend torch's names, then OLMo's; imports OLMo."""
     _one_generator()
-    torch.autocast = _Autocast  # type: ignore[misc]
+    torch.autocast = _Autocast  # type: ignore[misc, assignment]
     if find_spec("megablocks") is not None:
         import_module("polycom_ext.rehearsal.megablocks").install()
     _full_state_stays_where_it_is()

@@ -103,10 +103,9 @@ def gather_coefficients(model: nn.Module, dist_model: nn.Module) -> list[dict[st
     values: dict[nn.Module, dict[str, list[float]]] = {}
     units: list[nn.Module] = list(FSDP.fsdp_modules(dist_model))
     for unit in units or [dist_model]:
-        nested = FSDP.fsdp_modules(unit)[1:] if units else []
-        elsewhere = {module for inner in nested for module in coefficient_modules(inner).values()}
         with FSDP.summon_full_params(unit, recurse=False, writeback=False) if units else nullcontext():
-            for activation in set(coefficient_modules(unit).values()) - elsewhere:
+            # a unit sees the shards of the units inside it, which come later and whole
+            for activation in coefficient_modules(unit).values():
                 values[activation] = {
                     name: parameter.detach().double().tolist()
                     for name, parameter in activation.named_parameters()

@@ -54,8 +54,10 @@ def test_kill_and_resume_is_the_straight_run(train, settings):
     assert resumed.coefficients == straight.coefficients
 
 
-def test_coefficients_are_trained_complete_and_saved(train):
-    run = train(moe=True, model=POLYNORM | {"init_device": "meta"}, processes=2)
+@pytest.mark.parametrize("wrapping", ["by_block", None])
+def test_coefficients_are_trained_complete_and_saved(train, wrapping):
+    settings = {"model": POLYNORM | {"init_device": "meta"}, "fsdp": {"wrapping_strategy": wrapping}}
+    run = train(moe=True, processes=2, **settings)
     assert run.coefficients["step"] == 6
     assert run.coefficients["activation"] == "polynorm"
     layers = run.coefficients["layers"]
