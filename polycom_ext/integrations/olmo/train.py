@@ -30,21 +30,33 @@ OUTPUT = "--polycom-output="
 
 def main(argv: list[str] | None = None) -> int:
     """Train; exit status 2 with one sentence when the configuration cannot be right."""
-    rehearsal.enable("olmo")
-    from olmo.exceptions import OLMoConfigurationError
+    try:
+        rehearsal.enable("olmo")
+        from olmo.exceptions import OLMoConfigurationError
 
-    from polycom_ext.integrations.olmo import loop
-
+        from polycom_ext.integrations.olmo import loop
+    except ModuleNotFoundError as error:
+        return _refuse(_missing(error))
     try:
         cfg, output = parse(sys.argv[1:] if argv is None else argv)
         device = _join_ranks()
         trainer = loop.build(cfg, device, output)
     except (OLMoConfigurationError, PolycomError) as error:
-        print(f"{ERROR_MARK}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+        return _refuse(str(error))
     loop.train(trainer)
     dist.destroy_process_group()
     return 0
+
+
+def _refuse(reason: str) -> int:
+    print(f"{ERROR_MARK}{' '.join(reason.split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    if (error.name or "").partition(".")[0] in ("olmo", "olmo_data", "megablocks"):
+        return f"{error.name} is not on PYTHONPATH: start it through `polycom run`"
+    return f"{error.name}, which OLMo needs, is not installed: pip install 'polycom-ext[olmo]'"
 
 
 def parse(arguments: list[str]) -> tuple[Any, Path | None]:

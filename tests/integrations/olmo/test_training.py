@@ -1,6 +1,8 @@
 """Training through OLMo's own Trainer on a CPU: strategies, precision, save, kill, resume, evaluation."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,3 +180,21 @@ def test_router_z_loss_may_be_null(train):
     run = train(moe=True, model={"moe_zloss_weight": None, "activation_type": "polynorm"}, max_duration=2)
     assert "train/router_z_loss" not in run.metrics[2]
     assert run.metrics[2]["train/load_balancing_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("hidden", "sentence"),
+    [(None, "olmo is not on PYTHONPATH"), ("wandb", "wandb, which OLMo needs, is not installed")],
+)
+def test_what_is_missing_is_named(tree, tmp_path, hidden, sentence):
+    hide = f"import sys; sys.modules[{hidden!r}] = None\n" if hidden else ""
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    paths = [tmp_path, tree] if hidden else [tmp_path]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "polycom_ext.integrations.olmo.train"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith(f"polycom: error: {sentence}")
