@@ -53,6 +53,7 @@ class Trainer(Protocol):
 TRAINERS = {
     "megatron": ("polycom_ext.runs.megatron", "MegatronTrainer"),
     "olmo": ("polycom_ext.runs.olmo", "OLMoTrainer"),
+    "olmo-moe": ("polycom_ext.runs.olmo", "OLMoMoETrainer"),
 }
 """`trainer:` of a spec -> the module and class of its adapter, imported when a spec asks for it."""
 
