@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,15 @@ def in_the_background(action: Callable[[list[int]], None], workers: int) -> list
     return pids
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as in a foreground process: a shell starts its background jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_every_worker_and_the_run_can_go_on(
     toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str], signum: signal.Signals
