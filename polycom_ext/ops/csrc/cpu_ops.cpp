@@ -1,4 +1,5 @@
 // The library `polycom`: the operations' schemas, and their CPU implementations through torch's stable ABI.
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -15,14 +16,17 @@ struct Kernels {
   BackwardKernel backward;
 };
 
+// The best that this processor can run; as for torch's own kernels, ATEN_CPU_CAPABILITY may lower the choice.
 const Kernels& kernels() {
   static const Kernels chosen = [] {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string limit = variable ? variable : "avx512";
+    if (limit != "default" && limit != "avx2" && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       return Kernels{"avx512", avx512::forward, avx512::backward};
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (limit != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
       return Kernels{"avx2", avx2::forward, avx2::backward};
     }
 #endif
