@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,6 @@ SOURCES = Path(__file__).resolve().parent / "csrc"
 TARGET_TORCH = "0x020b000000000000"
 """2.11 in the encoding of torch/csrc/stable/version.h."""
 CUDA_ARCHITECTURES = ("80", "90", "100")
-MAX_JOBS = 2
 
 _INSTRUCTION_SETS = {
     "baseline": [],
@@ -121,8 +121,9 @@ def run(command: Sequence[str]) -> str:
 
 
 def run_all(commands: Iterable[Sequence[str]]) -> list[str]:
-    """The same for several commands, MAX_JOBS at a time."""
-    with ThreadPoolExecutor(MAX_JOBS) as pool:
+    """The same for several commands, MAX_JOBS at a time (torch's variable), else one a processor."""
+    jobs = os.environ.get("MAX_JOBS", "")
+    with ThreadPoolExecutor(int(jobs) if jobs.isdecimal() and int(jobs) else os.cpu_count()) as pool:
         return list(pool.map(run, commands))
 
 
@@ -159,14 +160,22 @@ def cuda_flags(architectures: Sequence[str], ptx: str | None = None) -> list[str
         "-std=c++20",
         "-O3",
         "--expt-relaxed-constexpr",
+        "-Xptxas",
+        "-v",
         "-Xcompiler",
         "-fPIC,-fvisibility=hidden",
         *codes,
     ]
 
 
-def build_cuda(output: Path, torch: Torch) -> None:
-    """Compile the CUDA operations into the file `output`."""
+def spills(report: str) -> dict[str, int]:
+    """Kernel -> bytes that it spills, from what ptxas reports with -v; kernels that spill nothing have 0."""
+    found = re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores", report)
+    return {kernel: int(stored) for kernel, stored in found}
+
+
+def build_cuda(output: Path, torch: Torch) -> list[dict[str, int]]:
+    """Compile the CUDA operations into the file `output`; returns the `spills` of each source."""
     nvcc = find_nvcc()
     flags = cuda_flags(CUDA_ARCHITECTURES, ptx=CUDA_ARCHITECTURES[-1])
     with tempfile.TemporaryDirectory() as scratch:
@@ -178,8 +187,16 @@ def build_cuda(output: Path, torch: Torch) -> None:
             macros = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DUSE_CUDA"] if include else []
             source = str(SOURCES / f"{name}.cu")
             commands.append([nvcc, *flags, *macros, *include, "-c", source, "-o", objects[-1]])
-        run_all(commands)
+        reports = [spills(report) for report in run_all(commands)]
         _link([nvcc, "-shared", "--cudart", "static", *objects, *torch.link], output)
+    spilling = [kernel for report in reports for kernel, stored in report.items() if stored]
+    if spilling:
+        print(
+            f"warning: with this nvcc {len(spilling)} kernels spill registers, which makes them slower: "
+            f"{', '.join(spilling)}",
+            file=sys.stderr,
+        )
+    return reports
 
 
 def _link(command: list[str], output: Path) -> None:

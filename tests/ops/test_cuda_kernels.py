@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -21,23 +20,25 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 IDENTITY, RELU = 0, 1
 MEMBERS = {"polynorm": (IDENTITY, True), "polyrelunorm": (RELU, True), "polyrelu": (RELU, False)}
 
-# Width -> the instance it must choose, for 16-bit types: what the dispatch table promises.
+# Width -> the instances it must choose, forward and backward, for 16-bit types and for float32.
+NARROW, NARROW_8 = "4 vectors, 32 of 128 threads", "8 vectors, 32 of 128 threads"
 INSTANCES_16 = {
-    8: "4 vectors, 32 of 128 threads",
-    1024: "4 vectors, 32 of 128 threads",
-    1536: "8 vectors, 32 of 128 threads",
-    2056: "4 vectors, 96 of 96 threads",
-    16384 + 8: "8 vectors, 288 of 288 threads",
-    1001: "0 vectors, 512 of 512 threads",
-    32768 + 8: "0 vectors, 512 of 512 threads",
+    8: (NARROW, NARROW),
+    1024: (NARROW, NARROW),
+    1536: (NARROW_8, NARROW_8),
+    2056: ("4 vectors, 96 of 96 threads", "4 vectors, 96 of 96 threads"),
+    8192 + 8: ("8 vectors, 160 of 160 threads", "4 vectors, 288 of 288 threads"),
+    32768: ("8 vectors, 512 of 512 threads", "16 vectors, 256 of 256 threads"),
+    1001: ("0 vectors, 512 of 512 threads", "0 vectors, 512 of 512 threads"),
+    32768 + 8: ("0 vectors, 512 of 512 threads", "0 vectors, 512 of 512 threads"),
 }
 INSTANCES_32 = {
-    512: "4 vectors, 32 of 128 threads",
-    1024: "8 vectors, 32 of 128 threads",
-    1536: "4 vectors, 96 of 96 threads",
-    8192 + 4: "8 vectors, 288 of 288 threads",
-    16384 + 4: "0 vectors, 512 of 512 threads",
-    37: "0 vectors, 64 of 64 threads",
+    512: (NARROW, NARROW),
+    1024: (NARROW_8, NARROW_8),
+    1536: ("4 vectors, 96 of 96 threads", "4 vectors, 96 of 96 threads"),
+    8192 + 4: ("8 vectors, 288 of 288 threads", "16 vectors, 160 of 160 threads"),
+    16384 + 4: ("0 vectors, 512 of 512 threads", "0 vectors, 512 of 512 threads"),
+    37: ("0 vectors, 64 of 64 threads", "0 vectors, 64 of 64 threads"),
 }
 CASES = [(dtype, width) for dtype in (torch.bfloat16, torch.float16) for width in INSTANCES_16]
 CASES += [(torch.float32, width) for width in INSTANCES_32]
@@ -76,11 +77,12 @@ def _check(
     x, grad_y = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
     weight, bias = torch.randn(order), torch.randn(1)
     y, scales = emulator.forward(x, weight, bias, None, None, None, rho, normalize, 1e-6)
-    table = INSTANCES_32 if dtype == torch.float32 else INSTANCES_16
-    assert emulator.shape == table[width]
+    forward, backward = (INSTANCES_32 if dtype == torch.float32 else INSTANCES_16)[width]
+    assert emulator.shape == forward
     grad_x, coefficients, _, again = emulator.backward(
         grad_y, x, weight, bias, scales, None, None, None, rho, normalize, True
     )
+    assert emulator.shape == backward
     expected_y, expected_grad_x, expected_coefficients = _expected(x, weight, bias, rho, normalize, grad_y)
     assert _error(y, expected_y) < TOLERANCE[dtype]
     assert _error(grad_x, expected_grad_x) < TOLERANCE[dtype]
@@ -186,20 +188,6 @@ def test_emulator_refuses_a_barrier_that_not_all_threads_reach(tmp_path: Path) -
         build.run([str(program)])
 
 
-def spills(report: str) -> dict[str, int]:
-    """Kernel -> bytes of spill stores, of ptxas's verbose report."""
-    found = re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores", report)
-    return {kernel: int(stored) for kernel, stored in found}
-
-
-def _compile(source: Path, architecture: str, output: Path, *extra: str) -> dict[str, int]:
-    flags = [*build.cuda_flags([architecture]), "-Xptxas", "-v", *extra]
-    report = build.run([build.find_nvcc(), *flags, "-c", str(source), "-o", str(output)])
-    kernels = spills(report)
-    assert kernels, report
-    return kernels
-
-
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="needs nvcc (CUDA toolkit 13.0), which is not on PATH"
 )
@@ -210,42 +198,38 @@ def test_the_gate_sees_a_spill() -> None:
         "ptxas info    : Function properties for good\n    0 bytes stack frame, 0 bytes spill stores\n"
         "ptxas info    : Function properties for bad\n    8 bytes stack frame, 4 bytes spill stores\n"
     )
-    assert spills(report) == {"good": 0, "bad": 4}
+    assert build.spills(report) == {"good": 0, "bad": 4}
 
 
 @needs_nvcc
 def test_the_usual_instances_compile_without_a_spill(tmp_path: Path) -> None:
-    """bfloat16, order 3, on sm_90; all others are `full`."""
+    """bfloat16, order 3, PolyNorm on sm_90; all others are `full`."""
     source = tmp_path / "usual.cu"
     source.write_text(
         '#include "cuda_launch.cuh"\n'
         "using namespace polycom;\n"
         "extern const void* const usual[] = {\n"
-        "  (const void*)forward_kernel<BFloat16Storage, 3, 8, 128>,\n"
-        "  (const void*)backward_kernel<BFloat16Storage, 3, 8, 128>,\n"
-        "  (const void*)backward_kernel<BFloat16Storage, 3, 4, 512>,\n"
+        "  (const void*)forward_kernel<BFloat16Storage, 3, false, 8, 128>,\n"
+        "  (const void*)backward_kernel<BFloat16Storage, 3, false, 8, 128>,\n"
+        "  (const void*)backward_kernel<BFloat16Storage, 3, false, 4, 512>,\n"
+        "  (const void*)backward_kernel<BFloat16Storage, 3, false, 16, 256>,\n"
         "};\n"
     )
-    kernels = _compile(source, "90", tmp_path / "usual.o", f"-I{build.SOURCES}")
-    assert {name: stored for name, stored in kernels.items() if stored} == {}
+    flags = [*build.cuda_flags(["90"]), f"-I{build.SOURCES}"]
+    report = build.run([build.find_nvcc(), *flags, "-c", str(source), "-o", str(tmp_path / "usual.o")])
+    kernels = build.spills(report)
+    assert len(kernels) == 5, report  # with the sum of the coefficient gradients
+    assert not any(kernels.values()), kernels
 
 
 @pytest.mark.full
 @needs_nvcc
-@pytest.mark.parametrize("architecture", build.CUDA_ARCHITECTURES)
-@pytest.mark.parametrize("storage", ["float", "bfloat16", "half"])
-def test_every_instance_compiles_without_a_spill(storage: str, architecture: str, tmp_path: Path) -> None:
-    kernels = _compile(build.SOURCES / f"cuda_{storage}.cu", architecture, tmp_path / "object.o")
-    orders, per_order = 4, 9
-    assert len(kernels) == orders * per_order + 1  # and the sum of the coefficient gradients
-    assert {name: stored for name, stored in kernels.items() if stored} == {}
-
-
-@pytest.mark.full
-@needs_nvcc
-def test_the_cuda_library_builds_and_loads(tmp_path: Path) -> None:
-    """Against a CPU torch too, with a stand-in for the one symbol that only a CUDA torch has."""
-    build.build_cuda(tmp_path / "_cuda.so", build.Torch.find())
+def test_the_cuda_library_builds_without_a_spill_and_loads(tmp_path: Path) -> None:
+    """Every instance, for every architecture. A stand-in gives the one symbol that a CPU torch lacks."""
+    reports = build.build_cuda(tmp_path / "_cuda.so", build.Torch.find())
+    orders, members, instances = 4, 2, 10  # two members: rectified or not
+    assert [len(kernels) for kernels in reports] == [orders * members * instances + 1] * 3 + [0]
+    assert not any(stored for kernels in reports for stored in kernels.values()), reports
     stand_in = tmp_path / "stream.c"
     stand_in.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
     compiler = [

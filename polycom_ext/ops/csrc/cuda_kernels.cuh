@@ -134,19 +134,20 @@ struct RowParameters {
   float bias;
   const float* pre_bias;
   float row_scale;
-  bool rectify;
 
-  __device__ __forceinline__ RowParameters(const Parameters& all, const Problem& problem, int64_t row)
-      : rectify(problem.rectify) {
+  __device__ __forceinline__ RowParameters(const Parameters& all, const Problem& problem, int64_t row) {
     const int expert = all.ends ? expert_of_row(all.ends, all.experts, row) : 0;
     weight = all.weight + int64_t(expert) * problem.order;
     bias = all.bias[expert];
     pre_bias = all.pre_bias ? all.pre_bias + (all.pre_bias_per_expert ? expert : 0) * problem.width : nullptr;
     row_scale = all.row_scale ? all.row_scale[row] : 1.0f;
   }
-
-  __device__ __forceinline__ float rho(float u) const { return rectify ? rectified(u) : u; }
 };
+
+template <bool RECTIFY>
+__device__ __forceinline__ float rho(float u) {
+  return RECTIFY ? rectified(u) : u;
+}
 
 template <typename S>
 __device__ __forceinline__ void unpack(const Packed& piece, float (&values)[PER_VECTOR<S>]) {
@@ -240,34 +241,42 @@ __device__ __forceinline__ void write_row(typename S::Element* out, const Tile<S
   });
 }
 
-// out = function(u, g), element by element.
-template <typename S, int VECTORS, typename Function>
-__device__ __forceinline__ void write_row(typename S::Element* out, const Tile<S, VECTORS>& x,
-                                          const Tile<S, VECTORS>& grad, const RowParameters& parameters,
-                                          const Place& place, Function function) {
+// out = function(u, g) and, unless null, y = evaluate(u), element by element. In one pass over the pieces, so that each
+// is dead after its turn: with the two passes apart, wide rows spill.
+template <typename S, int VECTORS, typename Function, typename Evaluate>
+__device__ __forceinline__ void write_rows(typename S::Element* out, typename S::Element* y, const Tile<S, VECTORS>& x,
+                                           const Tile<S, VECTORS>& grad, const RowParameters& parameters,
+                                           const Place& place, Function function, Evaluate evaluate) {
   for_each_vector<VECTORS>(place, [&](int k, int vector) {
     float u[PER_VECTOR<S>], g[PER_VECTOR<S>];
     inputs(x, parameters, k, vector, u);
     unpack<S>(grad.piece(k, vector), g);
 #pragma unroll
-    for (int i = 0; i < PER_VECTOR<S>; ++i) u[i] = function(u[i], g[i]);
-    reinterpret_cast<Packed*>(out)[vector] = pack<S>(u);
+    for (int i = 0; i < PER_VECTOR<S>; ++i) g[i] = function(u[i], g[i]);
+    reinterpret_cast<Packed*>(out)[vector] = pack<S>(g);
+    if (y) {
+#pragma unroll
+      for (int i = 0; i < PER_VECTOR<S>; ++i) u[i] = evaluate(u[i]);
+      reinterpret_cast<Packed*>(y)[vector] = pack<S>(u);
+    }
   });
   for_each_remaining<S, VECTORS>(place, [&](int column) {
-    out[column] = S::narrow(function(input(x, parameters, column), S::load(grad.row[column])));
+    const float u = input(x, parameters, column);
+    out[column] = S::narrow(function(u, S::load(grad.row[column])));
+    if (y) y[column] = S::narrow(evaluate(u));
   });
 }
 
-template <typename S, int R, int VECTORS>
+template <typename S, int R, bool RECTIFY, int VECTORS>
 __device__ __forceinline__ void power_sums(const Tile<S, VECTORS>& x, const RowParameters& parameters,
                                            const Place& place, float unit, float (&sums)[R]) {
 #pragma unroll
   for (int i = 0; i < R; ++i) sums[i] = 0.0f;
-  for_each_input(x, parameters, place, [&](float u) { add_powers<R>(parameters.rho(u) * unit, sums); });
+  for_each_input(x, parameters, place, [&](float u) { add_powers<R>(rho<RECTIFY>(u) * unit, sums); });
   reduce_row<Sum>(sums, place);
 }
 
-template <typename S, int R, int VECTORS, int THREADS>
+template <typename S, int R, bool RECTIFY, int VECTORS, int THREADS>
 __global__ void __launch_bounds__(THREADS, 1) forward_kernel(ForwardArguments arguments, int threads_per_row,
                                                           int vectors) {
   const Problem& problem = arguments.problem;
@@ -282,17 +291,17 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(ForwardArguments ar
     } else if (problem.normalize) {
       float sums[R];
       int exponent = 0;
-      power_sums(x, parameters, place, 1.0f, sums);
+      power_sums<S, R, RECTIFY>(x, parameters, place, 1.0f, sums);
       x.keep_packed();
       if (!all_finite(sums)) {  // the same answer on every thread of the row
         float maximum[1] = {0.0f};
         for_each_input(x, parameters, place, [&](float u) {
-          maximum[0] = Maximum::combine(maximum[0], fabsf(parameters.rho(u)));
+          maximum[0] = Maximum::combine(maximum[0], fabsf(rho<RECTIFY>(u)));
         });
         reduce_row<Maximum>(maximum, place);
         x.keep_packed();
         exponent = range_exponent(maximum[0]);
-        power_sums(x, parameters, place, power_of_two(-exponent), sums);
+        power_sums<S, R, RECTIFY>(x, parameters, place, power_of_two(-exponent), sums);
         x.keep_packed();
       }
       if (problem.step == Step::REDUCE) {
@@ -309,11 +318,11 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(ForwardArguments ar
     }
     const Evaluation<R> evaluate(parameters.weight, parameters.bias, parameters.row_scale, scales);
     write_row<S>(row_of<S>(arguments.y, row, place), x, parameters, place,
-                          [&](float u) { return evaluate(parameters.rho(u) * scales.sigma); });
+                          [&](float u) { return evaluate(rho<RECTIFY>(u) * scales.sigma); });
   }
 }
 
-template <typename S, int R, int VECTORS, int THREADS>
+template <typename S, int R, bool RECTIFY, int VECTORS, int THREADS>
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(BackwardArguments arguments, int threads_per_row,
                                                            int vectors) {
   const Problem& problem = arguments.problem;
@@ -335,7 +344,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(BackwardArguments 
 #pragma unroll
       for (int i = 0; i <= R; ++i) dots[i] = 0.0f;
       for_each_pair(x, grad, parameters, place,
-                    [&](float u, float g) { add_dots<R>(g, parameters.rho(u) * scales.sigma, dots); });
+                    [&](float u, float g) { add_dots<R>(g, rho<RECTIFY>(u) * scales.sigma, dots); });
       reduce_row<Sum>(dots, place);
       x.keep_packed();
       grad.keep_packed();
@@ -360,19 +369,17 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(BackwardArguments 
     }
     const Gradient<R> gradient(parameters.weight, parameters.row_scale, scales, dots,
                                problem.inverse_width);
-    write_row<S>(row_of<S>(arguments.grad_x, row, place), x, grad, parameters, place, [&](float u, float g) {
-      const float v = parameters.rho(u) * scales.sigma;
+    const auto slope = [&](float u, float g) {
+      const float v = rho<RECTIFY>(u) * scales.sigma;
       // Not normalised, v may be so large that the projection, whose factors are zero, would not be.
       const float projection = problem.normalize ? gradient.projection(v) : 0.0f;
       const float result = gradient.slope(v) * g - projection;
-      return problem.rectify && !(u > 0.0f) ? 0.0f : result;
-    });
-    if (arguments.y) {
-      x.keep_packed();
-      const Evaluation<R> evaluate(parameters.weight, parameters.bias, parameters.row_scale, scales);
-      write_row<S>(row_of<S>(arguments.y, row, place), x, parameters, place,
-                            [&](float u) { return evaluate(parameters.rho(u) * scales.sigma); });
-    }
+      return RECTIFY && !(u > 0.0f) ? 0.0f : result;
+    };
+    const Evaluation<R> polynomial(parameters.weight, parameters.bias, parameters.row_scale, scales);
+    const auto evaluate = [&](float u) { return polynomial(rho<RECTIFY>(u) * scales.sigma); };
+    write_rows<S>(row_of<S>(arguments.grad_x, row, place), arguments.y ? row_of<S>(arguments.y, row, place) : nullptr,
+                  x, grad, parameters, place, slope, evaluate);
   }
 }
 
