@@ -86,6 +86,18 @@ def _check(
             raise ValueError(f"{name} is on {other.device} but x is on {x.device}")
 
 
+def _check_linear(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    if linear_weight.dim() != 2 or linear_weight.shape[1:] != x.shape[-1:]:
+        shape = tuple(linear_weight.shape)
+        raise ValueError(f"linear_weight must have shape (features, {x.shape[-1]}), got {shape}")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
+        shape = tuple(linear_bias.shape)
+        raise ValueError(f"linear_bias must have shape ({linear_weight.shape[0]},), got {shape}")
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}")
+
+
 def poly_relu(
     x: Tensor,
     weight: Tensor,
@@ -167,3 +179,55 @@ def poly_relu_norm(
     return dispatch.polynomial(
         x, weight, bias, rho=Rho.RELU, normalize=True, eps=eps, group=group, **variants
     )
+
+
+def poly_relu_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    *,
+    pre_bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """linear(poly_relu(x)), as the second half of a feed-forward block; see `poly_norm_linear`."""
+    _check_linear(x, linear_weight, linear_bias)
+    _check(x, weight, bias, pre_bias=pre_bias, row_scale=row_scale)
+    return dispatch.polynomial_linear(
+        x, weight, bias, linear_weight, linear_bias, rho=Rho.RELU, normalize=False, pre_bias=pre_bias,
+        row_scale=row_scale,
+    )  # fmt: skip
+
+
+def poly_norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    pre_bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """linear(poly_norm(x)), as the second half of a feed-forward block.
+
+    Where the operations are fused, only x and 4 r bytes a row are kept for backward, not poly_norm(x), which
+    the gradient of linear_weight needs: backward recomputes it in the pass over x that it makes anyway. That
+    saves x.numel() elements of memory a layer.
+
+    Args:
+        x, weight, bias, eps, pre_bias, row_scale: as for `poly_norm`; rows are whole, not sharded.
+        linear_weight: (features, x.shape[-1]).
+        linear_bias: (features,).
+
+    Returns: (*x.shape[:-1], features), as torch.nn.functional.linear does, also under autocast. Raises
+    ValueError for shapes or devices that do not match.
+    """
+    _check_linear(x, linear_weight, linear_bias)
+    _check(x, weight, bias, pre_bias=pre_bias, row_scale=row_scale)
+    return dispatch.polynomial_linear(
+        x, weight, bias, linear_weight, linear_bias, rho=Rho.IDENTITY, normalize=True, eps=eps,
+        pre_bias=pre_bias, row_scale=row_scale,
+    )  # fmt: skip

@@ -288,6 +288,88 @@ def test_opcheck(normalize: bool, variants: bool) -> None:
         torch.library.opcheck(ops.apply_backward.default, arguments)
 
 
+LINEAR = {
+    "poly_relu": (functional.poly_relu, functional.poly_relu_linear),
+    "poly_norm": (functional.poly_norm, functional.poly_norm_linear),
+}
+then_linear = pytest.mark.parametrize("name", LINEAR)
+
+
+def linear_inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """x, weight, bias, linear_weight, linear_bias, pre_bias, row_scale."""
+    tensors = (torch.randn(4, 3, 64), torch.randn(10, 64), torch.randn(10))
+    x, *linear = (tensor.to(dtype) for tensor in tensors)
+    return leaves(x, *coefficients(3), *linear, torch.randn(64), torch.rand(4, 3))
+
+
+@then_linear
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_linear_layer_behind_is_what_it_says(path: str, name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    activation, both = LINEAR[name]
+    inputs = linear_inputs(dtype)
+    x, weight, bias, linear_weight, linear_bias, pre_bias, row_scale = inputs
+    y = both(x, weight, bias, linear_weight, linear_bias, pre_bias=pre_bias, row_scale=row_scale)
+    apart = leaves(*inputs)
+    hidden = activation(*apart[:3], pre_bias=apart[5], row_scale=apart[6])
+    expected = torch.nn.functional.linear(hidden, apart[3], apart[4])
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    for actual, wanted in zip(inputs, apart, strict=True):
+        assert error(actual.grad, wanted.grad) <= (1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@needs_fused
+@then_linear
+def test_a_linear_layer_behind_keeps_no_result(name: str) -> None:
+    x, weight, bias, linear_weight, *_ = linear_inputs()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        LINEAR[name][1](x, weight, bias, linear_weight)
+    large = [t for t in kept if t.numel() >= x.numel() and t is not linear_weight]
+    assert [t.untyped_storage().data_ptr() for t in large] == [x.untyped_storage().data_ptr()]
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        torch.nn.functional.linear(LINEAR[name][0](x, weight, bias), linear_weight)
+    assert sum(t.numel() == x.numel() for t in kept) == 2  # what is saved: x and the result
+
+
+@then_linear
+def test_a_linear_layer_behind_under_autocast_or_frozen(path: str, name: str) -> None:
+    x, weight, bias, linear_weight, linear_bias, *_ = linear_inputs()
+    activation, both = LINEAR[name]
+    for x_now in (x, x.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = both(x_now, weight, bias, linear_weight, linear_bias)
+            expected = torch.nn.functional.linear(activation(x_now, weight, bias), linear_weight, linear_bias)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, expected)
+    y.sum().backward()
+    assert linear_weight.grad.dtype == torch.float32
+    frozen = both(x, weight, bias, linear_weight.detach())
+    assert torch.autograd.grad(frozen.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"linear_weight": torch.zeros(8, 5)},
+            r"linear_weight must have shape \(features, 4\), got \(8, 5",
+        ),
+        ({"linear_bias": torch.zeros(5)}, r"linear_bias must have shape \(8,\), got \(5,\)"),
+        ({"linear_weight": torch.zeros(8, 4, device="meta")}, "linear_weight is on meta but x is on cpu"),
+    ],
+)
+def test_mistakes_in_the_linear_layer_are_named(change: dict[str, Tensor], message: str) -> None:
+    arguments = {"x": torch.zeros(3, 4), "weight": torch.zeros(3), "bias": torch.zeros(1)}
+    arguments |= {"linear_weight": torch.zeros(8, 4)} | change
+    with pytest.raises(ValueError, match=message):
+        functional.poly_norm_linear(**arguments)
+
+
 @needs_fused
 def test_compiles_in_one_graph() -> None:
     def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -298,6 +380,18 @@ def test_compiles_in_one_graph() -> None:
     compiled: Callable[..., Tensor] = torch.compile(block, fullgraph=True, backend="aot_eager")
     compiled(*inputs).sum().backward()
     block(*expected).sum().backward()
+    for actual, wanted in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(actual.grad, wanted.grad)
+
+
+@needs_fused
+def test_a_linear_layer_behind_compiles_in_one_graph() -> None:
+    inputs = linear_inputs()[:5]
+    expected = leaves(*inputs)
+    function = functional.poly_norm_linear
+    compiled: Callable[..., Tensor] = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled(*inputs).sum().backward()
+    function(*expected).sum().backward()
     for actual, wanted in zip(inputs, expected, strict=True):
         torch.testing.assert_close(actual.grad, wanted.grad)
 

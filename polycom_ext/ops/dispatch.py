@@ -76,3 +76,32 @@ def polynomial(
         x, weight, bias, rho=rho, normalize=normalize, slope=slope, eps=eps, group=group, pre_bias=pre_bias,
         row_scale=row_scale, offsets=offsets,
     )  # fmt: skip
+
+
+def polynomial_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    *,
+    rho: Rho,
+    normalize: bool,
+    eps: float = 1e-6,
+    pre_bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """A linear layer of `polynomial`; fused if it computes in x's type, else one after the other."""
+    linear_type = linear_weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        linear_type = torch.get_autocast_dtype(x.device.type)
+    if linear_type == x.dtype and is_fused(x, weight.shape[-1], rho):
+        return fused.polynomial_linear(
+            x, weight, bias, linear_weight.to(linear_type),
+            None if linear_bias is None else linear_bias.to(linear_type), rho=rho, normalize=normalize,
+            eps=eps, pre_bias=pre_bias, row_scale=row_scale,
+        )  # fmt: skip
+    y = polynomial(
+        x, weight, bias, rho=rho, normalize=normalize, eps=eps, pre_bias=pre_bias, row_scale=row_scale
+    )
+    return torch.nn.functional.linear(y, linear_weight, linear_bias)

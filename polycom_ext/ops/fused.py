@@ -13,10 +13,42 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from polycom_ext.ops import library
 from polycom_ext.ops.eager import Rho, all_reduce, expert_of_rows, group_size
 from polycom_ext.ops.library import pre_bias_gradient, split_coefficients
 
 _ops = torch.ops.polycom
+
+
+class _Whole(torch.autograd.Function):
+    """polycom::forward, its gradient attached here: the registered one takes three times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output: tuple[Tensor, Tensor] = _ops.forward(*inputs)
+        library.setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(library.backward)
+
+
+class _ThenLinear(torch.autograd.Function):
+    """A linear layer of polycom::forward's y, which backward recomputes on its way instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *inputs_of_y, linear_weight, linear_bias = inputs
+        y, scales = _ops.forward(*inputs_of_y)
+        library.keep(ctx, inputs_of_y, scales, linear_weight)
+        return torch.nn.functional.linear(y, linear_weight, linear_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        linear_weight = ctx.saved_tensors[-1]
+        *_, needs_weight, needs_bias = ctx.needs_input_grad
+        gradients, y = library.gradients(ctx, grad @ linear_weight, needs_weight)
+        return *gradients, grad.T @ y if needs_weight else None, grad.sum(dim=0) if needs_bias else None
 
 
 class _Sharded(torch.autograd.Function):
@@ -93,6 +125,25 @@ def _coefficient_gradients(
     return sums.flip(1).float()
 
 
+def _rows_and_parameters(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor | None,
+    row_scale: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """As the operations take them: (rows, width), and float32 or int32 parameters, all contiguous."""
+    return (
+        x.reshape(-1, x.shape[-1]).contiguous(),
+        weight.float().contiguous(),
+        bias.float().contiguous(),
+        None if pre_bias is None else pre_bias.float().contiguous(),
+        None if row_scale is None else row_scale.float().reshape(-1).contiguous(),
+        None if offsets is None else offsets.to(torch.int32).contiguous(),
+    )
+
+
 def polynomial(
     x: Tensor,
     weight: Tensor,
@@ -107,16 +158,30 @@ def polynomial(
     offsets: Tensor | None,
 ) -> Tensor:
     """One member of the family by the compiled operations; arguments as in functional.py, already checked."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    parameters = (
-        weight.float().contiguous(),
-        bias.float().contiguous(),
-        None if pre_bias is None else pre_bias.float().contiguous(),
-        None if row_scale is None else row_scale.float().reshape(-1).contiguous(),
-        None if offsets is None else offsets.to(torch.int32).contiguous(),
-    )
+    inputs = _rows_and_parameters(x, weight, bias, pre_bias, row_scale, offsets)
     if group_size(group) > 1:
-        y = _Sharded.apply(rows, *parameters, int(rho), normalize, eps, group)
+        y = _Sharded.apply(*inputs, int(rho), normalize, eps, group)
+    elif torch.compiler.is_compiling():
+        y, _ = _ops.forward(*inputs, int(rho), normalize, eps)
     else:
-        y, _ = _ops.forward(rows, *parameters, int(rho), normalize, eps)
+        y, _ = _Whole.apply(*inputs, int(rho), normalize, eps)
     return y.view(x.shape)
+
+
+def polynomial_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    *,
+    rho: Rho,
+    normalize: bool,
+    eps: float,
+    pre_bias: Tensor | None,
+    row_scale: Tensor | None,
+) -> Tensor:
+    """linear(polynomial(x)) without keeping the polynomial; whole rows, and x of linear_weight's type."""
+    inputs = _rows_and_parameters(x, weight, bias, pre_bias, row_scale, None)
+    y = _ThenLinear.apply(*inputs, int(rho), normalize, eps, linear_weight, linear_bias)
+    return y.view(*x.shape[:-1], linear_weight.shape[0])

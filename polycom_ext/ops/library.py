@@ -7,6 +7,7 @@ A library built from other sources than those beside it is refused: its operatio
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def _register() -> None:
     register_fake("polycom::apply", _fake_apply)
     register_fake("polycom::row_dots", _fake_row_dots)
     register_fake("polycom::apply_backward", lambda grad_y, x, *rest: torch.empty_like(x))
-    torch.library.register_autograd("polycom::forward", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("polycom::forward", backward, setup_context=setup_context)
     for name in ("backward", "power_sums", "apply", "row_dots", "apply_backward"):
         torch.library.register_autograd(f"polycom::{name}", _not_differentiable)
 
@@ -100,16 +101,23 @@ def _fake_row_dots(grad_y: Tensor, x: Tensor, scales: Tensor, *rest: Any) -> Ten
     return _floats(x, x.shape[0], scales.shape[-1] + 1)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """As autograd calls it; the second output, the scales, has no gradient."""
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    keep(ctx, inputs, output[1])
+
+
+def keep(ctx: Any, inputs: Sequence[Any], scales: Tensor, *more: Tensor) -> None:
+    """Save what `gradients` needs: x, the parameters, and order floats a row; after these, `more`."""
     x, weight, bias, pre_bias, row_scale, offsets, ctx.rho, ctx.normalize, _ = inputs
-    scales = output[1]
-    ctx.mark_non_differentiable(scales)
-    ctx.save_for_backward(x, weight, bias, scales, pre_bias, row_scale, offsets)
+    ctx.save_for_backward(x, weight, bias, scales, pre_bias, row_scale, offsets, *more)
 
 
-def _backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, bias, scales, pre_bias, row_scale, offsets = ctx.saved_tensors
-    grad_x, coefficients, grad_row_scale, _ = torch.ops.polycom.backward(
+def gradients(ctx: Any, grad_y: Tensor, recompute: bool) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """The gradient of every input of polycom::forward, and y if it is to be recomputed."""
+    x, weight, bias, scales, pre_bias, row_scale, offsets = ctx.saved_tensors[:7]
+    grad_x, coefficients, grad_row_scale, y = torch.ops.polycom.backward(
         grad_y.contiguous(),
         x,
         weight,
@@ -120,13 +128,18 @@ def _backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None
         offsets,
         ctx.rho,
         ctx.normalize,
-        False,
+        recompute,
     )
     grad_weight, grad_bias = split_coefficients(coefficients, weight, bias)
     grad_pre_bias = pre_bias_gradient(grad_x, pre_bias, offsets) if ctx.needs_input_grad[3] else None
     if row_scale is None:
         grad_row_scale = None
-    return grad_x, grad_weight, grad_bias, grad_pre_bias, grad_row_scale, None, None, None, None
+    return (grad_x, grad_weight, grad_bias, grad_pre_bias, grad_row_scale, None, None, None, None), y
+
+
+def backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As autograd calls it."""
+    return gradients(ctx, grad_y, False)[0]
 
 
 def _not_differentiable(ctx: Any, *grads: Tensor) -> None:
@@ -135,8 +148,8 @@ def _not_differentiable(ctx: Any, *grads: Tensor) -> None:
 
 def split_coefficients(coefficients: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(experts, order + 1), powers descending, then the constant -> gradients shaped as weight and bias."""
-    order = weight.shape[-1]
-    return coefficients[:, :order].reshape(weight.shape), coefficients[:, order].reshape(bias.shape)
+    powers, constant = coefficients.split((weight.shape[-1], 1), dim=1)
+    return powers.reshape(weight.shape), constant.reshape(bias.shape)
 
 
 def pre_bias_gradient(grad_x: Tensor, pre_bias: Tensor, offsets: Tensor | None) -> Tensor:

@@ -15,9 +15,7 @@ from torch import Tensor
 from polycom_ext import functional
 from polycom_ext.ops import library
 
-pytestmark = pytest.mark.skipif(
-    "cpu" not in library.devices, reason="the fused operations are not compiled"
-)
+pytestmark = pytest.mark.skipif("cpu" not in library.devices, reason="the fused operations are not compiled")
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
