@@ -11,6 +11,8 @@ installed and there is a GPU, `liger` (PyPI liger-kernel).
 Writes OUTPUT.csv (one row a provider, width, type and mode: p20, p50, p80 of the time, bytes moved per second
 as a share of what a copy of the tensor reached in the same run, peak memory), OUTPUT.md and OUTPUT.png. The
 bytes are those that the operation cannot avoid: x and y forward; x, the gradient of y and that of x backward.
+Mode `block` is forward and backward of linear, activation, linear; `block, recomputing` the same where
+backward recomputes the activation instead of keeping it.
 
 On a CPU, fresh outputs cost page faults, for every provider. MALLOC_MMAP_MAX_=0 and
 MALLOC_TRIM_THRESHOLD_=68719476736 in the environment make glibc keep its pages, as if outputs were given.
@@ -94,7 +96,7 @@ def _authors(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from liger_kernel.ops.poly_norm import LigerPolyNormFunction
 
-    return LigerPolyNormFunction.apply(x, weight, bias, 1e-6)
+    return LigerPolyNormFunction.apply(x, weight, bias.squeeze(0), 1e-6)  # its bias has no dimension
 
 
 def providers(names: list[str], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
@@ -230,9 +232,25 @@ class Block(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 
-def _measure_block(name: str, activation: nn.Module, x: Tensor, width: int, timer: Timer) -> Row:
+class RecomputingBlock(Block):
+    """The same with PolyNorm as `poly_norm_linear`, which does not keep the activation's result."""
+
+    activation: Polynomial
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.activation.weight, self.activation.bias
+        return functional.poly_norm_linear(self.up(x), weight, bias, self.down.weight)
+
+
+def _measure_blocks(name: str, activation: nn.Module, x: Tensor, width: int, timer: Timer) -> Iterator[Row]:
     inner = _swiglu_width(width) if isinstance(activation, SwiGLU) else width
-    block = Block(activation, inner, x)
+    yield _measure_block(name, "block", Block(activation, inner, x), x, width, timer)
+    if name == "polycom":
+        block = RecomputingBlock(activation, inner, x)
+        yield _measure_block(name, "block, recomputing", block, x, width, timer)
+
+
+def _measure_block(name: str, mode: str, block: Block, x: Tensor, width: int, timer: Timer) -> Row:
     inputs = x.detach().requires_grad_()
     grad = torch.randn_like(x)
 
@@ -245,7 +263,7 @@ def _measure_block(name: str, activation: nn.Module, x: Tensor, width: int, time
 
     times = timer(run, clear)
     clear()
-    return _row(name, "block", x, width, times, None, _peak_mib(x.device, run))
+    return _row(name, mode, x, width, times, None, _peak_mib(x.device, run))
 
 
 def _swiglu_width(width: int) -> int:
@@ -272,7 +290,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
                 yield from _measure_activation(name, activation, inputs, width, timer, copy_rate)
                 if args.block and dtype == torch.bfloat16:
                     hidden = torch.randn(args.rows, args.hidden, device=device, dtype=dtype)
-                    yield _measure_block(name, activation, hidden, width, timer)
+                    yield from _measure_blocks(name, activation, hidden, width, timer)
 
 
 def machine(device: torch.device) -> str:
