@@ -14,6 +14,7 @@ bytes are those that the operation cannot avoid: x and y forward; x, the gradien
 Mode `block` is forward and backward of linear, activation, linear; `block, recomputing` the same where
 backward recomputes the activation instead of keeping it.
 
+Providers take turns, in rounds: a machine's mood, and the state of its allocator, then meets them all alike.
 On a CPU, fresh outputs cost page faults, for every provider. MALLOC_MMAP_MAX_=0 and
 MALLOC_TRIM_THRESHOLD_=68719476736 in the environment make glibc keep its pages, as if outputs were given.
 """
@@ -63,6 +64,20 @@ class Row:
     p80_ms: float
     share_of_copy: float | None
     peak_mib: float | None
+
+
+@dataclass
+class Sample:
+    """Times of one provider's mode, in milliseconds; `moved` bytes cannot be avoided."""
+
+    provider: str
+    mode: str
+    times: list[float]
+    moved: int | None = None
+    peak_mib: float | None = None
+
+    def quantile(self, tenths: int) -> float:
+        return statistics.quantiles(self.times, n=10, method="inclusive")[tenths - 1]
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -171,24 +186,13 @@ def _peak_mib(device: torch.device, run: Callable[[], object]) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _row(
-    provider: str,
-    mode: str,
-    x: Tensor,
-    width: int,
-    times: list[float],
-    share: float | None,
-    peak: float | None,
-) -> Row:
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
-    dtype = str(x.dtype).removeprefix("torch.")
-    return Row(provider, mode, dtype, x.shape[0], width, cuts[1], cuts[4], cuts[7], share, peak)
+def _sample_copy(x: Tensor, timer: Timer) -> Sample:
+    out = torch.empty_like(x)
+    return Sample("copy", "forward", timer(partial(out.copy_, x)), 2 * x.numel() * x.element_size())
 
 
-def _measure_activation(
-    name: str, activation: nn.Module, x: Tensor, width: int, timer: Timer, copy_rate: float
-) -> Iterator[Row]:
-    """Forward, backward and both together through autograd; copy_rate in bytes a millisecond."""
+def _sample_activation(name: str, activation: nn.Module, x: Tensor, timer: Timer) -> Iterator[Sample]:
+    """Forward, backward and both together through autograd."""
     gated = isinstance(activation, SwiGLU)
     inputs = x.detach().requires_grad_()
     y = activation(inputs)
@@ -213,9 +217,8 @@ def _measure_activation(
 
     for mode, run in (("forward", forward), ("backward", backward), ("both", both)):
         times = timer(run, clear)
-        share = moved[mode] / statistics.quantiles(times, n=10, method="inclusive")[1] / copy_rate
         clear()
-        yield _row(name, mode, x, width, times, share, _peak_mib(x.device, run))
+        yield Sample(name, mode, times, moved[mode], _peak_mib(x.device, run))
 
 
 class Block(nn.Module):
@@ -242,15 +245,15 @@ class RecomputingBlock(Block):
         return functional.poly_norm_linear(self.up(x), weight, bias, self.down.weight)
 
 
-def _measure_blocks(name: str, activation: nn.Module, x: Tensor, width: int, timer: Timer) -> Iterator[Row]:
+def _sample_blocks(name: str, activation: nn.Module, x: Tensor, width: int, timer: Timer) -> Iterator[Sample]:
     inner = _swiglu_width(width) if isinstance(activation, SwiGLU) else width
-    yield _measure_block(name, "block", Block(activation, inner, x), x, width, timer)
+    yield _sample_block(name, "block", Block(activation, inner, x), x, timer)
     if name == "polycom":
         block = RecomputingBlock(activation, inner, x)
-        yield _measure_block(name, "block, recomputing", block, x, width, timer)
+        yield _sample_block(name, "block, recomputing", block, x, timer)
 
 
-def _measure_block(name: str, mode: str, block: Block, x: Tensor, width: int, timer: Timer) -> Row:
+def _sample_block(name: str, mode: str, block: Block, x: Tensor, timer: Timer) -> Sample:
     inputs = x.detach().requires_grad_()
     grad = torch.randn_like(x)
 
@@ -263,12 +266,27 @@ def _measure_block(name: str, mode: str, block: Block, x: Tensor, width: int, ti
 
     times = timer(run, clear)
     clear()
-    return _row(name, mode, x, width, times, None, _peak_mib(x.device, run))
+    return Sample(name, mode, times, peak_mib=_peak_mib(x.device, run))
 
 
 def _swiglu_width(width: int) -> int:
     """Two thirds, to a multiple of 8: equal parameters."""
     return round(width * 2 / 3 / 8) * 8
+
+
+def _round(
+    args: argparse.Namespace, x: Tensor, activations: list[tuple[str, nn.Module]], timer: Timer
+) -> Iterator[Sample]:
+    """Every provider's turn."""
+    width = x.shape[1]
+    yield _sample_copy(x, timer)
+    for name, activation in activations:
+        print(f"{x.dtype} {args.rows} x {width} {name}", file=sys.stderr)
+        inputs = x if name != "swiglu" else x.new_empty(args.rows, 2 * _swiglu_width(width)).normal_()
+        yield from _sample_activation(name, activation, inputs, timer)
+        if args.block and x.dtype == torch.bfloat16:
+            hidden = x.new_empty(args.rows, args.hidden).normal_()
+            yield from _sample_blocks(name, activation, hidden, width, timer)
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
@@ -278,19 +296,29 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         dtype = DTYPES[dtype_name]
         for width in args.widths:
             x = torch.randn(args.rows, width, device=device, dtype=dtype)
-            out = torch.empty_like(x)
-            copy = timer(partial(out.copy_, x))
-            moved = 2 * x.numel() * x.element_size()
-            copy_rate = moved / statistics.quantiles(copy, n=10, method="inclusive")[1]
-            yield _row("copy", "forward", x, width, copy, 1.0, None)
-            for name, activation in providers(args.providers, device, dtype):
-                print(f"{dtype_name} {args.rows} x {width} {name}", file=sys.stderr)
-                shape = 2 * _swiglu_width(width) if name == "swiglu" else width
-                inputs = x if shape == width else torch.randn(args.rows, shape, device=device, dtype=dtype)
-                yield from _measure_activation(name, activation, inputs, width, timer, copy_rate)
-                if args.block and dtype == torch.bfloat16:
-                    hidden = torch.randn(args.rows, args.hidden, device=device, dtype=dtype)
-                    yield from _measure_blocks(name, activation, hidden, width, timer)
+            activations = list(providers(args.providers, device, dtype))
+            samples: dict[tuple[str, str], Sample] = {}
+            for _ in range(args.rounds):
+                for sample in _round(args, x, activations, timer):
+                    known = samples.setdefault((sample.provider, sample.mode), sample)
+                    if known is not sample:
+                        known.times += sample.times
+            copy = samples["copy", "forward"]
+            assert copy.moved is not None
+            rate = copy.moved / copy.quantile(2)
+            for sample in samples.values():
+                yield Row(
+                    sample.provider,
+                    sample.mode,
+                    dtype_name,
+                    args.rows,
+                    width,
+                    sample.quantile(2),
+                    sample.quantile(5),
+                    sample.quantile(8),
+                    None if sample.moved is None else sample.moved / sample.quantile(2) / rate,
+                    sample.peak_mib,
+                )
 
 
 def machine(device: torch.device) -> str:
@@ -381,7 +409,8 @@ def main() -> int:
     parser.add_argument("--providers", nargs="+", choices=names, default=names)
     parser.add_argument("--block", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 only")
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="hidden size of the feed-forward block")
-    parser.add_argument("--repetitions", type=int, default=25)
+    parser.add_argument("--repetitions", type=int, default=25, help="of a measurement, in every round")
+    parser.add_argument("--rounds", type=int, default=3, help="in which the providers take turns")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--output", type=Path, default=Path("activations"), help="path without suffix")
     args = parser.parse_args()
