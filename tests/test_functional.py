@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from polycom_ext import functional, reference
+from polycom_ext import PolyNorm, functional, reference
 from polycom_ext.ops import dispatch, library
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
@@ -29,15 +29,23 @@ every_function = pytest.mark.parametrize("name", FUNCTIONS)
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-@pytest.fixture(params=["dispatched", "eager"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both sides of the dispatch; the fused one only where it is compiled."""
-    if request.param == "eager":
+GPU = ["cuda"] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=["cpu", *GPU, "eager"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The fused operations of each device, and plain torch's; new tensors are on that device."""
+    name = str(request.param)
+    if name == "eager":
         monkeypatch.setattr(library, "devices", frozenset())
         monkeypatch.setattr(library, "problem", "")
-    elif "cpu" not in library.devices:
+    elif name not in library.devices:
         pytest.skip(f"the fused operations are not there: {library.problem}")
-    return str(request.param)
+    with torch.device("cuda" if name == "cuda" else "cpu"):
+        yield name
+
+
+fused_only = pytest.mark.parametrize("path", ["cpu", *GPU], indirect=True)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -153,7 +161,7 @@ def test_results_are_bitwise_repeatable(path: str) -> None:
         functional.poly_norm(*inputs).backward(grad)
         runs.append([tensor.grad for tensor in inputs])
         torch.set_num_threads(before)
-    if path == "dispatched":
+    if path != "eager":
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -258,13 +266,10 @@ def test_mistakes_are_named(change: dict[str, Tensor], message: str) -> None:
         functional.poly_norm(**arguments)
 
 
-needs_fused = pytest.mark.skipif("cpu" not in library.devices, reason="the fused operations are not compiled")
-
-
-@needs_fused
+@fused_only
 @pytest.mark.parametrize("variants", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_opcheck(normalize: bool, variants: bool) -> None:
+def test_opcheck(path: str, normalize: bool, variants: bool) -> None:
     ops = torch.ops.polycom
     x, weight, bias = leaves(torch.randn(5, 24), *coefficients(3))
     extra: tuple[Tensor | None, ...] = (None, None, None)
@@ -321,9 +326,9 @@ def test_a_linear_layer_behind_is_what_it_says(path: str, name: str, dtype: torc
         assert error(actual.grad, wanted.grad) <= (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
-@needs_fused
+@fused_only
 @then_linear
-def test_a_linear_layer_behind_keeps_no_result(name: str) -> None:
+def test_a_linear_layer_behind_keeps_no_result(path: str, name: str) -> None:
     x, weight, bias, linear_weight, *_ = linear_inputs()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -341,7 +346,7 @@ def test_a_linear_layer_behind_under_autocast_or_frozen(path: str, name: str) ->
     x, weight, bias, linear_weight, linear_bias, *_ = linear_inputs()
     activation, both = LINEAR[name]
     for x_now in (x, x.bfloat16()):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             y = both(x_now, weight, bias, linear_weight, linear_bias)
             expected = torch.nn.functional.linear(activation(x_now, weight, bias), linear_weight, linear_bias)
         assert y.dtype == torch.bfloat16
@@ -370,8 +375,8 @@ def test_mistakes_in_the_linear_layer_are_named(change: dict[str, Tensor], messa
         functional.poly_norm_linear(**arguments)
 
 
-@needs_fused
-def test_compiles_in_one_graph() -> None:
+@fused_only
+def test_compiles_in_one_graph(path: str) -> None:
     def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return functional.poly_norm(x * 2, weight, bias).sin()
 
@@ -384,8 +389,8 @@ def test_compiles_in_one_graph() -> None:
         torch.testing.assert_close(actual.grad, wanted.grad)
 
 
-@needs_fused
-def test_a_linear_layer_behind_compiles_in_one_graph() -> None:
+@fused_only
+def test_a_linear_layer_behind_compiles_in_one_graph(path: str) -> None:
     inputs = linear_inputs()[:5]
     expected = leaves(*inputs)
     function = functional.poly_norm_linear
@@ -401,7 +406,7 @@ def test_checkpointing_and_autocast(path: str) -> None:
     expected = leaves(*inputs)
 
     def block(x: Tensor, linear: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             y = functional.poly_norm(x @ linear.T, weight, bias)
         assert y.dtype == torch.bfloat16
         return y
@@ -412,16 +417,26 @@ def test_checkpointing_and_autocast(path: str) -> None:
         assert torch.equal(actual.grad, wanted.grad)
 
 
-@needs_fused
-def test_second_derivatives_are_refused() -> None:
+@pytest.mark.parametrize("path", GPU, indirect=True)
+def test_cuda_graphs(path: str) -> None:
+    module = PolyNorm(device="cuda")
+    x, grad = torch.randn(64, 1536, device="cuda", requires_grad=True), torch.randn(64, 1536, device="cuda")
+    (wanted,) = torch.autograd.grad(module(x), x, grad)
+    graphed = torch.cuda.make_graphed_callables(module, (x,))
+    (actual,) = torch.autograd.grad(graphed(x), x, grad)
+    assert torch.equal(actual, wanted)
+
+
+@fused_only
+def test_second_derivatives_are_refused(path: str) -> None:
     x, weight, bias = leaves(torch.randn(5, 24), *coefficients(3))
     (grad,) = torch.autograd.grad(functional.poly_norm(x, weight, bias).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="once only"):
         grad.sum().backward()
 
 
-@needs_fused
-def test_what_is_fused() -> None:
+@fused_only
+def test_what_is_fused(path: str) -> None:
     x = torch.randn(2, 8)
     assert dispatch.is_fused(x, 4, dispatch.Rho.RELU)
     assert not dispatch.is_fused(x, 5, dispatch.Rho.RELU)

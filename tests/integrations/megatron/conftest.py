@@ -1,9 +1,6 @@
 """A shorthand for a tiny training run on the real patched Megatron, from one forking process."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from polycom_ext import upstream
+
+from ..forked_ranks import Zygote
 
 ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -50,20 +49,12 @@ class Trainer:
     def __init__(self, tree: Path, folder: Path) -> None:
         self._folder = folder
         self._count = 0
-        self._zygote = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(tree)},
-        )
+        self._zygote = Zygote(Path(__file__).with_name("zygote.py"), [tree], ENVIRONMENT)
 
     def __call__(
         self, *options: str, processes: int = 1, iterations: int = 5, kill_when: str | None = None
     ) -> Run:
         """Train; options are Megatron's, after the tiny model's and the CPU's."""
-        assert self._zygote.stdin is not None
-        assert self._zygote.stdout is not None
         self._count += 1
         metrics, log = self._folder / f"{self._count}.jsonl", self._folder / f"{self._count}.log"
         request = {
@@ -75,11 +66,10 @@ class Trainer:
             ],
             "processes": processes,
             "log": str(log),
+            "timeout": 240,
             "kill_when": kill_when,
         }
-        self._zygote.stdin.write(json.dumps(request) + "\n")
-        self._zygote.stdin.flush()
-        run = Run(json.loads(self._zygote.stdout.readline()), log.read_text())
+        run = Run(self._zygote.run(request), log.read_text())
         if metrics.exists():
             for line in metrics.read_text().splitlines():
                 record = json.loads(line)
@@ -90,7 +80,7 @@ class Trainer:
 
     def close(self) -> None:
         """End the forking process."""
-        self._zygote.communicate()
+        self._zygote.close()
 
 
 @pytest.fixture(scope="session")

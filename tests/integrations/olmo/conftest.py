@@ -1,7 +1,6 @@
 """A shorthand for a tiny training run on a real OLMo tree, from one forking process a tree."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from polycom_ext import upstream
 from polycom_ext.errors import PolycomError
+
+from ..forked_ranks import Zygote
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1", "LOG_FILTER_TYPE": "rank0_only"}
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps until the cock crows".split()
@@ -95,14 +96,8 @@ class Trainer:
 
     def __init__(self, paths: list[Path], inputs: dict[str, object], folder: Path) -> None:
         self._folder, self._inputs, self._count = folder, inputs, 0
-        self._zygote = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        )
+        script = Path(__file__).with_name("zygote.py")
+        self._zygote = Zygote(script, paths, ENVIRONMENT, stderr=subprocess.DEVNULL)
 
     def __call__(
         self,
@@ -115,8 +110,6 @@ class Trainer:
         **settings: object,
     ) -> Run:
         """Train the tiny model, with settings as nested mappings; `folder` is the run's, to go on with it."""
-        assert self._zygote.stdin is not None
-        assert self._zygote.stdout is not None
         self._count += 1
         folder = folder or self._folder / f"{self._count}"
         folder.mkdir(exist_ok=True)
@@ -134,9 +127,7 @@ class Trainer:
             "kill_at": kill_at,
             "timeout": timeout,
         }
-        self._zygote.stdin.write(json.dumps(request) + "\n")
-        self._zygote.stdin.flush()
-        run = Run(json.loads(self._zygote.stdout.readline()), log.read_text(), folder)
+        run = Run(self._zygote.run(request), log.read_text(), folder)
         metrics = folder / "metrics.jsonl"
         if metrics.exists():
             for line in metrics.read_text().splitlines():
@@ -148,7 +139,7 @@ class Trainer:
 
     def close(self) -> None:
         """End the forking process."""
-        self._zygote.communicate()
+        self._zygote.close()
 
 
 @pytest.fixture(scope="session")
