@@ -212,12 +212,18 @@ def _sample_activation(name: str, activation: nn.Module, x: Tensor, timer: Timer
     def both() -> None:
         activation(inputs).backward(grad)
 
-    def backward() -> None:
-        y.backward(grad, retain_graph=True)
-
-    for mode, run in (("forward", forward), ("backward", backward), ("both", both)):
-        times = timer(run, clear)
+    def clear_and_forward() -> None:
+        nonlocal y
         clear()
+        y = activation(inputs)
+
+    def backward() -> None:
+        y.backward(grad)
+
+    modes = (("forward", forward, clear), ("backward", backward, clear_and_forward), ("both", both, clear))
+    for mode, run, prepare in modes:
+        times = timer(run, prepare)
+        prepare()
         yield Sample(name, mode, times, moved[mode], _peak_mib(x.device, run))
 
 
