@@ -2,7 +2,14 @@
 
 from polycom_ext._version import __version__ as __version__
 from polycom_ext.activations import PolyNorm, PolyPReLU, PolyReLU, PolyReLUNorm, build
-from polycom_ext.functional import poly_norm, poly_prelu, poly_relu, poly_relu_norm
+from polycom_ext.functional import (
+    poly_norm,
+    poly_norm_linear,
+    poly_prelu,
+    poly_relu,
+    poly_relu_linear,
+    poly_relu_norm,
+)
 
 __all__ = [
     "PolyNorm",
@@ -11,7 +18,9 @@ __all__ = [
     "PolyReLUNorm",
     "build",
     "poly_norm",
+    "poly_norm_linear",
     "poly_prelu",
     "poly_relu",
+    "poly_relu_linear",
     "poly_relu_norm",
 ]

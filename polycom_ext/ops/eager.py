@@ -5,8 +5,9 @@ One family covers all four activations: with u = rho(x),
     y = sum_i a_i t_i + a_0,    t_i = u^i            (PolyReLU, PolyPReLU)
                                 t_i = u^i / rms(u^i)  (PolyNorm, PolyReLUNorm)
 
-Kept for backward: x, and for the normalised ones r float32 numbers a row. They are q_i = rms(u^i)^(-1/i), so
-that t_i = (u q_i)^i: no power of a large x is ever formed, and nothing overflows whose result is finite.
+As in csrc/polynomial.h, a row of the normalised ones has a power of two sigma <= 1 near 1 / rms(u), so that
+t_i = s_i v^i with v = sigma u and s_i = 1 / rms(v^i): no power of a large u is ever formed, and nothing
+overflows whose result is finite. Kept for backward: x, and r numbers a row, 1 / rms(u) and s_2, ..., s_r.
 Everything else is recomputed. Arithmetic is float32 (float64 for float64 input), whatever the storage type.
 """
 
@@ -56,8 +57,8 @@ def _rectify(x: Tensor, rho: Rho, slope: Tensor | None) -> Tensor:
     return x
 
 
-def _root_scales(u: Tensor, order: int, eps: float, group: dist.ProcessGroup | None) -> Tensor:
-    """q_i = (mean(u^(2i)) + eps)^(-1/(2i)) for i = 1..order: shape (*rows, order), u's type.
+def _row_scales(u: Tensor, order: int, eps: float, group: dist.ProcessGroup | None) -> Tensor:
+    """1 / rms(u), s_2, ..., s_r of each row: shape (*rows, order), u's type.
 
     The sums are formed on u divided by a power of two near its row maximum and put back together in float64,
     in which x^8 of any float32 is finite; so one all-reduce serves a row that is sharded over a group.
@@ -72,7 +73,34 @@ def _root_scales(u: Tensor, order: int, eps: float, group: dist.ProcessGroup | N
     powers = torch.arange(1, order + 1, device=u.device, dtype=torch.float64)
     total = torch.stack(sums, dim=-1).double() * torch.exp2(2.0 * exponent * powers)
     mean = all_reduce(total, group) / (u.shape[-1] * group_size(group))
-    return (mean + eps).pow(-0.5 / powers).to(u.dtype)
+    scales = (mean + eps).rsqrt()
+    first = scales[..., :1].to(u.dtype)
+    rest = scales[..., 1:] / _sigma(first).double().pow(powers[1:])
+    return torch.cat((first, rest.to(u.dtype)), dim=-1)
+
+
+def _sigma(first: Tensor) -> Tensor:
+    """The largest power of two that is at most `first`, within [2^-126, 1]."""
+    exponent = (torch.frexp(first).exponent - 1).clamp(-126, 0)
+    return torch.ldexp(torch.ones_like(first), exponent)
+
+
+def _scaled(u: Tensor, scales: Tensor | None, order: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """v, sigma and [s_1, ..., s_r], each (*rows, 1); without normalisation u, and ones of shape (1,)."""
+    if scales is None:
+        one = u.new_ones(1)
+        return u, one, [one] * order
+    first, *rest = scales.split(1, dim=-1)
+    sigma = _sigma(first)
+    return u * sigma, sigma, [first / sigma, *rest]
+
+
+def _horner(c: list[Tensor], v: Tensor) -> Tensor:
+    """sum_i c[i] v^i; every c[i] is (1,) or (*rows, 1)."""
+    y = c[-1].expand_as(v)
+    for coefficient in reversed(c[:-1]):
+        y = torch.addcmul(coefficient, y, v)
+    return y
 
 
 def _ascending(weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -100,17 +128,10 @@ class _Polynomial(torch.autograd.Function):
     ) -> Tensor:
         u = _rectify(x, rho, slope)
         order = weight.shape[-1]
-        scales = _root_scales(u, order, eps, group) if normalize else None
-        a = _ascending(weight, u.dtype)
-        if scales is None:
-            y = a[-1] * u
-            for i in range(order - 1, 0, -1):  # Horner
-                y = (y + a[i - 1]) * u
-            y = y + bias.to(u.dtype)
-        else:
-            y = bias.to(u.dtype).expand_as(u).clone()
-            for i in range(1, order + 1):
-                y += a[i - 1] * (u * scales[..., i - 1 : i]).pow(i)
+        scales = _row_scales(u, order, eps, group) if normalize else None
+        v, _, s = _scaled(u, scales, order)
+        c = [a * scale for a, scale in zip(_ascending(weight, u.dtype), s, strict=True)]
+        y = _horner([bias.to(u.dtype), *c], v)
         ctx.save_for_backward(x, weight, bias, slope, scales)
         ctx.rho, ctx.group = rho, group
         return y.to(x.dtype)
@@ -122,32 +143,29 @@ class _Polynomial(torch.autograd.Function):
         u = _rectify(x, ctx.rho, slope)
         g = grad_output.to(u.dtype)
         order, group = weight.shape[-1], ctx.group
-        a = _ascending(weight, u.dtype)
+        v, sigma, s = _scaled(u, scales, order)
 
         # sums over the row: <g, t_1>, ..., <g, t_r>, sum(g); they are all that coefficients and normalisation
         # need
-        row_sums = []
-        for i in range(1, order + 1):
-            base = u if scales is None else u * scales[..., i - 1 : i]
-            row_sums.append((g * base.pow(i)).sum(dim=-1))
-        row_sums.append(g.sum(dim=-1))
-        dots = torch.stack(row_sums, dim=-1)
+        row_sums, power = [], g
+        for scale in s:
+            power = power * v
+            row_sums.append(power.sum(dim=-1, keepdim=True) * scale)
+        dots = torch.cat((*row_sums, g.sum(dim=-1, keepdim=True)), dim=-1)
         if scales is not None:
             all_reduce(dots, group)
         coefficients = dots if weight.dim() > 1 else dots.reshape(-1, order + 1).sum(dim=0)
         if scales is None:
             all_reduce(coefficients, group)
 
-        grad_u = torch.zeros_like(u)
-        width = x.shape[-1] * group_size(group)
-        for i in range(1, order + 1):
-            if scales is None:
-                grad_u += (i * a[i - 1]) * u.pow(i - 1) * g
-            else:
-                q = scales[..., i - 1 : i]
-                v = u * q
-                projected = g - v.pow(i) * (dots[..., i - 1 : i] / width)
-                grad_u += (i * a[i - 1]) * q * v.pow(i - 1) * projected
+        # sum_i i a_i s_i sigma v^(i-1) (g - t_i <g, t_i> / width), as g P(v) - v Q(v^2)
+        a = _ascending(weight, u.dtype)
+        p = [i * a[i - 1] * s[i - 1] * sigma for i in range(1, order + 1)]
+        grad_u = _horner(p, v) * g
+        if scales is not None:
+            width = x.shape[-1] * group_size(group)
+            q = [p[i] * s[i] * (dots[..., i : i + 1] / width) for i in range(order)]
+            grad_u = torch.addcmul(grad_u, _horner(q, v.square()), v, value=-1)
 
         grad_slope = None
         if ctx.rho is Rho.RELU:

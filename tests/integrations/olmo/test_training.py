@@ -59,7 +59,8 @@ def test_kill_and_resume_is_the_straight_run(train, settings):
 @pytest.mark.parametrize("wrapping", ["by_block", None])
 def test_coefficients_are_trained_complete_and_saved(train, wrapping):
     settings = {"model": POLYNORM | {"init_device": "meta"}, "fsdp": {"wrapping_strategy": wrapping}}
-    run = train(moe=True, processes=2, **settings)
+    run = train(moe=True, processes=2, **settings, **UNSHARDED)
+    saved = torch.load(run.folder / "checkpoints" / "step6-unsharded" / "model.pt")
     assert run.coefficients["step"] == 6
     assert run.coefficients["activation"] == "polynorm"
     layers = run.coefficients["layers"]
@@ -67,6 +68,8 @@ def test_coefficients_are_trained_complete_and_saved(train, wrapping):
     for layer in layers:
         assert len(layer["weight"]) == 3
         assert len(layer["bias"]) == 1
+        assert layer["weight"] == saved[f"{layer['name']}.weight"].tolist()
+        assert layer["bias"] == saved[f"{layer['name']}.bias"].tolist()
         assert 1e-3 < max(abs(value - 1 / 3) for value in layer["weight"]) < 0.1
     assert 1.3e-2 > run.metrics[6]["train/load_balancing_loss"] > 0.99e-2
     assert run.metrics[6]["train/router_z_loss"] > 0
