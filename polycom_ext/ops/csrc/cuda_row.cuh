@@ -1,0 +1,271 @@
+// A row on the device: who owns it, how its elements are held, read, summed over and written.
+//
+// A group of threads owns a row: a warp, or the whole block. With VECTORS > 0 every thread keeps VECTORS sixteen-byte
+// pieces of the row in registers, in storage type, so that memory is read once; VECTORS = 0 is the looped path for any
+// width and alignment, which reads a row again for each step.
+#pragma once
+
+#include "arguments.h"
+#include "cuda_storage.cuh"
+
+namespace polycom {
+namespace {
+
+constexpr int WARP = 32;
+constexpr int MAX_WARPS = 32;
+
+template <typename S>
+constexpr int PER_VECTOR = 4 * S::PER_WORD;
+
+// Where this thread works: its row group, its place in it, and how far the row goes in whole vectors.
+struct Place {
+  int lane;
+  int threads;  // per row
+  int64_t first_row;
+  int64_t row_stride;
+  int width;
+  int vectors;
+
+  __device__ __forceinline__ Place(int threads_per_row, int64_t width_, int vectors_)
+      : lane(int(threadIdx.x) % threads_per_row), threads(threads_per_row), width(int(width_)), vectors(vectors_) {
+    const int rows_per_block = int(blockDim.x) / threads_per_row;
+    first_row = int64_t(blockIdx.x) * rows_per_block + int(threadIdx.x) / threads_per_row;
+    row_stride = int64_t(gridDim.x) * rows_per_block;
+  }
+};
+
+struct Sum {
+  static __device__ __forceinline__ float combine(float a, float b) { return a + b; }
+};
+
+struct Maximum {
+  static __device__ __forceinline__ float combine(float a, float b) { return a < b ? b : a; }
+};
+
+// values[i] combined over the threads of a row, on every one of them.
+template <typename Operation, int N>
+__device__ __forceinline__ void reduce_row(float (&values)[N], const Place& place) {
+#pragma unroll
+  for (int offset = WARP / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      values[i] = Operation::combine(values[i], __shfl_xor_sync(0xffffffffu, values[i], offset));
+    }
+  }
+  if (place.threads == WARP) return;
+  __shared__ float shared[MAX_WARPS * N];
+  const int warps = place.threads / WARP;
+  if (place.lane % WARP == 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) shared[place.lane / WARP * N + i] = values[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = shared[i];
+  for (int warp = 1; warp < warps; ++warp) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = Operation::combine(values[i], shared[warp * N + i]);
+  }
+  __syncthreads();
+}
+
+// A row's pieces that belong to this thread: in registers, or read again at every use.
+template <typename S, int VECTORS>
+struct Tile {
+  const typename S::Element* row;
+  Packed kept[VECTORS > 0 ? VECTORS : 1];
+
+  __device__ __forceinline__ Tile(const void* base, int64_t index, const Place& place)
+      : row(static_cast<const typename S::Element*>(base) + index * place.width) {
+    if constexpr (VECTORS > 0) {
+#pragma unroll
+      for (int k = 0; k < VECTORS; ++k) {
+        const int vector = place.lane + k * place.threads;
+        if (vector < place.vectors) kept[k] = reinterpret_cast<const Packed*>(row)[vector];
+      }
+    }
+  }
+
+  __device__ __forceinline__ Packed piece(int k, int vector) const {
+    if constexpr (VECTORS > 0) return kept[k];
+    return reinterpret_cast<const Packed*>(row)[vector];
+  }
+
+  // Hides from the compiler that the pieces are those of the step before: it would keep them unpacked, as floats,
+  // which takes twice the registers and spills.
+  __device__ __forceinline__ void keep_packed() {
+#ifdef __CUDA_ARCH__
+    if constexpr (VECTORS > 0) {
+#pragma unroll
+      for (int k = 0; k < VECTORS; ++k) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) asm volatile("" : "+r"(kept[k].word[w]));
+      }
+    }
+#endif
+  }
+};
+
+// Calls visit(k, vector) for each of this thread's whole vectors.
+template <int VECTORS, typename Visit>
+__device__ __forceinline__ void for_each_vector(const Place& place, Visit visit) {
+  if constexpr (VECTORS > 0) {
+#pragma unroll
+    for (int k = 0; k < VECTORS; ++k) {
+      const int vector = place.lane + k * place.threads;
+      if (vector < place.vectors) visit(k, vector);
+    }
+  } else {
+    for (int vector = place.lane; vector < place.vectors; vector += place.threads) visit(0, vector);
+  }
+}
+
+// Calls visit(column) for each of this thread's elements outside whole vectors (looped path only).
+template <typename S, int VECTORS, typename Visit>
+__device__ __forceinline__ void for_each_remaining(const Place& place, Visit visit) {
+  if constexpr (VECTORS == 0) {
+    const int begin = place.vectors * PER_VECTOR<S>;
+    for (int column = begin + place.lane; column < place.width; column += place.threads) visit(column);
+  }
+}
+
+struct RowParameters {
+  const float* weight;
+  float bias;
+  const float* pre_bias;
+  float row_scale;
+
+  __device__ __forceinline__ RowParameters(const Parameters& all, const Problem& problem, int64_t row) {
+    const int expert = all.ends ? expert_of_row(all.ends, all.experts, row) : 0;
+    weight = all.weight + int64_t(expert) * problem.order;
+    bias = all.bias[expert];
+    pre_bias = all.pre_bias ? all.pre_bias + (all.pre_bias_per_expert ? expert : 0) * problem.width : nullptr;
+    row_scale = all.row_scale ? all.row_scale[row] : 1.0f;
+  }
+};
+
+template <bool RECTIFY>
+__device__ __forceinline__ float rho(float u) {
+  return RECTIFY ? rectified(u) : u;
+}
+
+template <typename S>
+__device__ __forceinline__ void unpack(const Packed& piece, float (&values)[PER_VECTOR<S>]) {
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    float word[S::PER_WORD];
+    S::unpack(piece.word[w], word);
+#pragma unroll
+    for (int i = 0; i < S::PER_WORD; ++i) values[w * S::PER_WORD + i] = word[i];
+  }
+}
+
+template <typename S>
+__device__ __forceinline__ Packed pack(const float (&values)[PER_VECTOR<S>]) {
+  Packed piece;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    float word[S::PER_WORD];
+#pragma unroll
+    for (int i = 0; i < S::PER_WORD; ++i) word[i] = values[w * S::PER_WORD + i];
+    piece.word[w] = S::pack(word);
+  }
+  return piece;
+}
+
+// The elements of x, pre_bias added, before ReLU.
+template <typename S, int VECTORS>
+__device__ __forceinline__ void inputs(const Tile<S, VECTORS>& x, const RowParameters& parameters, int k, int vector,
+                                       float (&u)[PER_VECTOR<S>]) {
+  unpack<S>(x.piece(k, vector), u);
+  if (parameters.pre_bias) {
+    const float* bias = parameters.pre_bias + vector * PER_VECTOR<S>;
+#pragma unroll
+    for (int i = 0; i < PER_VECTOR<S>; ++i) u[i] += bias[i];
+  }
+}
+
+template <typename S, int VECTORS>
+__device__ __forceinline__ float input(const Tile<S, VECTORS>& x, const RowParameters& parameters, int column) {
+  const float value = S::load(x.row[column]);
+  return parameters.pre_bias ? value + parameters.pre_bias[column] : value;
+}
+
+// Calls visit(u) for each of this thread's elements of the row.
+template <typename S, int VECTORS, typename Visit>
+__device__ __forceinline__ void for_each_input(const Tile<S, VECTORS>& x, const RowParameters& parameters,
+                                               const Place& place, Visit visit) {
+  for_each_vector<VECTORS>(place, [&](int k, int vector) {
+    float u[PER_VECTOR<S>];
+    inputs(x, parameters, k, vector, u);
+#pragma unroll
+    for (int i = 0; i < PER_VECTOR<S>; ++i) visit(u[i]);
+  });
+  for_each_remaining<S, VECTORS>(place, [&](int column) { visit(input(x, parameters, column)); });
+}
+
+// The same with the gradient at the element: visit(u, g).
+template <typename S, int VECTORS, typename Visit>
+__device__ __forceinline__ void for_each_pair(const Tile<S, VECTORS>& x, const Tile<S, VECTORS>& grad,
+                                              const RowParameters& parameters, const Place& place, Visit visit) {
+  for_each_vector<VECTORS>(place, [&](int k, int vector) {
+    float u[PER_VECTOR<S>], g[PER_VECTOR<S>];
+    inputs(x, parameters, k, vector, u);
+    unpack<S>(grad.piece(k, vector), g);
+#pragma unroll
+    for (int i = 0; i < PER_VECTOR<S>; ++i) visit(u[i], g[i]);
+  });
+  for_each_remaining<S, VECTORS>(place, [&](int column) {
+    visit(input(x, parameters, column), S::load(grad.row[column]));
+  });
+}
+
+template <typename S>
+__device__ __forceinline__ typename S::Element* row_of(void* out, int64_t row, const Place& place) {
+  return static_cast<typename S::Element*>(out) + row * place.width;
+}
+
+// out = function(u), element by element.
+template <typename S, int VECTORS, typename Function>
+__device__ __forceinline__ void write_row(typename S::Element* out, const Tile<S, VECTORS>& x,
+                                          const RowParameters& parameters, const Place& place, Function function) {
+  for_each_vector<VECTORS>(place, [&](int k, int vector) {
+    float u[PER_VECTOR<S>];
+    inputs(x, parameters, k, vector, u);
+#pragma unroll
+    for (int i = 0; i < PER_VECTOR<S>; ++i) u[i] = function(u[i]);
+    reinterpret_cast<Packed*>(out)[vector] = pack<S>(u);
+  });
+  for_each_remaining<S, VECTORS>(place, [&](int column) {
+    out[column] = S::narrow(function(input(x, parameters, column)));
+  });
+}
+
+// out = function(u, g) and, unless null, y = evaluate(u), element by element. In one pass over the pieces, so that each
+// is dead after its turn: with the two passes apart, wide rows spill.
+template <typename S, int VECTORS, typename Function, typename Evaluate>
+__device__ __forceinline__ void write_rows(typename S::Element* out, typename S::Element* y, const Tile<S, VECTORS>& x,
+                                           const Tile<S, VECTORS>& grad, const RowParameters& parameters,
+                                           const Place& place, Function function, Evaluate evaluate) {
+  for_each_vector<VECTORS>(place, [&](int k, int vector) {
+    float u[PER_VECTOR<S>], g[PER_VECTOR<S>];
+    inputs(x, parameters, k, vector, u);
+    unpack<S>(grad.piece(k, vector), g);
+#pragma unroll
+    for (int i = 0; i < PER_VECTOR<S>; ++i) g[i] = function(u[i], g[i]);
+    reinterpret_cast<Packed*>(out)[vector] = pack<S>(g);
+    if (y) {
+#pragma unroll
+      for (int i = 0; i < PER_VECTOR<S>; ++i) u[i] = evaluate(u[i]);
+      reinterpret_cast<Packed*>(y)[vector] = pack<S>(u);
+    }
+  });
+  for_each_remaining<S, VECTORS>(place, [&](int column) {
+    const float u = input(x, parameters, column);
+    out[column] = S::narrow(function(u, S::load(grad.row[column])));
+    if (y) y[column] = S::narrow(evaluate(u));
+  });
+}
+
+}  // namespace
+}  // namespace polycom
