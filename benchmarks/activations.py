@@ -14,7 +14,8 @@ bytes are those that the operation cannot avoid: x and y forward; x, the gradien
 Mode `block` is forward and backward of linear, activation, linear; `block, recomputing` the same where
 backward recomputes the activation instead of keeping it.
 
-Providers take turns, in rounds: a machine's mood, and the state of its allocator, then meets them all alike.
+Providers take turns, in rounds that each begin with another one: a machine's mood, and the state of its
+allocator, then meets them all alike.
 On a CPU, fresh outputs cost page faults, for every provider. MALLOC_MMAP_MAX_=0 and
 MALLOC_TRIM_THRESHOLD_=68719476736 in the environment make glibc keep its pages, as if outputs were given.
 """
@@ -304,8 +305,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
             x = torch.randn(args.rows, width, device=device, dtype=dtype)
             activations = list(providers(args.providers, device, dtype))
             samples: dict[tuple[str, str], Sample] = {}
-            for _ in range(args.rounds):
-                for sample in _round(args, x, activations, timer):
+            for turn in range(args.rounds):
+                shift = turn % len(activations)
+                for sample in _round(args, x, activations[shift:] + activations[:shift], timer):
                     known = samples.setdefault((sample.provider, sample.mode), sample)
                     if known is not sample:
                         known.times += sample.times
@@ -416,7 +418,7 @@ def main() -> int:
     parser.add_argument("--block", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 only")
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="hidden size of the feed-forward block")
     parser.add_argument("--repetitions", type=int, default=25, help="of a measurement, in every round")
-    parser.add_argument("--rounds", type=int, default=3, help="in which the providers take turns")
+    parser.add_argument("--rounds", type=int, default=3, help="that the providers take turns in")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--output", type=Path, default=Path("activations"), help="path without suffix")
     args = parser.parse_args()
