@@ -306,7 +306,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
             activations = list(providers(args.providers, device, dtype))
             samples: dict[tuple[str, str], Sample] = {}
             for turn in range(args.rounds):
-                shift = turn % len(activations)
+                shift = turn % max(len(activations), 1)
                 for sample in _round(args, x, activations[shift:] + activations[:shift], timer):
                     known = samples.setdefault((sample.provider, sample.mode), sample)
                     if known is not sample:
@@ -391,18 +391,17 @@ def plot(path: Path, rows: list[Row]) -> None:
     dtypes = sorted({row.dtype for row in rows})
     modes = ("forward", "backward", "both")
     figure, axes = pyplot.subplots(
-        len(dtypes), 3, figsize=(12, 3.2 * len(dtypes)), squeeze=False, sharey=True
+        len(dtypes), 3, figsize=(12, 3.2 * len(dtypes)), squeeze=False, sharey=True, layout="constrained"
     )
     for dtype, line in zip(dtypes, axes, strict=True):
         for mode, axis in zip(modes, line, strict=True):
             for name in dict.fromkeys(row.provider for row in rows if row.provider != "copy"):
                 own = [r for r in rows if (r.provider, r.mode, r.dtype) == (name, mode, dtype)]
                 axis.plot([r.width for r in own], [r.share_of_copy for r in own], marker="o", label=name)
-            axis.set(title=f"{mode}, {dtype}", xlabel="width", xscale="log")
+            axis.set(title=f"{mode}, {dtype}", xlabel="width")
             axis.set_xscale("log", base=2)
         line[0].set_ylabel("share of a copy's bandwidth")
-    axes[0][0].legend()
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=7)
     figure.savefig(path, dpi=120)
 
 
