@@ -71,25 +71,26 @@ inline void store(BFloat16* to, const Chunk& chunk) {
   memcpy(to, &words, sizeof words);
 }
 
-#if defined(__F16C__) && defined(__AVX512F__)
-inline Chunk load(const Half* from) {
-  return {reinterpret_cast<Floats>(_mm512_cvtph_ps(load_unaligned<__m256i>(from))),
-          reinterpret_cast<Floats>(_mm512_cvtph_ps(load_unaligned<__m256i>(from + LANES)))};
+#if defined(__F16C__)
+#if defined(__AVX512F__)
+inline Floats widened(const Half* from) {
+  return reinterpret_cast<Floats>(_mm512_cvtph_ps(load_unaligned<__m256i>(from)));
 }
+inline __m256i narrowed(Floats values) {
+  return _mm512_cvtps_ph(reinterpret_cast<__m512>(values), _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+inline Floats widened(const Half* from) {
+  return reinterpret_cast<Floats>(_mm256_cvtph_ps(load_unaligned<__m128i>(from)));
+}
+inline __m128i narrowed(Floats values) {
+  return _mm256_cvtps_ph(reinterpret_cast<__m256>(values), _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
+inline Chunk load(const Half* from) { return {widened(from), widened(from + LANES)}; }
 inline void store(Half* to, const Chunk& chunk) {
   for (int k = 0; k < 2; ++k) {
-    const __m256i halves = _mm512_cvtps_ph(reinterpret_cast<__m512>(chunk.part[k]), _MM_FROUND_TO_NEAREST_INT);
-    memcpy(to + k * LANES, &halves, sizeof halves);
-  }
-}
-#elif defined(__F16C__)
-inline Chunk load(const Half* from) {
-  return {reinterpret_cast<Floats>(_mm256_cvtph_ps(load_unaligned<__m128i>(from))),
-          reinterpret_cast<Floats>(_mm256_cvtph_ps(load_unaligned<__m128i>(from + LANES)))};
-}
-inline void store(Half* to, const Chunk& chunk) {
-  for (int k = 0; k < 2; ++k) {
-    const __m128i halves = _mm256_cvtps_ph(reinterpret_cast<__m256>(chunk.part[k]), _MM_FROUND_TO_NEAREST_INT);
+    const auto halves = narrowed(chunk.part[k]);
     memcpy(to + k * LANES, &halves, sizeof halves);
   }
 }
