@@ -362,7 +362,7 @@ def test_a_linear_layer_behind_under_autocast_or_frozen(path: str, name: str) ->
     [
         (
             {"linear_weight": torch.zeros(8, 5)},
-            r"linear_weight must have shape \(features, 4\), got \(8, 5",
+            r"linear_weight must have shape \(features, 4\), got \(8, 5\)",
         ),
         ({"linear_bias": torch.zeros(5)}, r"linear_bias must have shape \(8,\), got \(5,\)"),
         ({"linear_weight": torch.zeros(8, 4, device="meta")}, "linear_weight is on meta but x is on cpu"),

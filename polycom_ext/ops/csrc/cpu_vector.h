@@ -21,7 +21,6 @@ constexpr int LANES = 4;
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
-typedef int32_t Mask __attribute__((vector_size(LANES * 4)));
 
 struct BFloat16 {
   uint16_t bits;
