@@ -102,6 +102,10 @@ def _show(run: Run) -> int:
                 file=sys.stderr,
             )
     print(render(run.spec, run.trainer, run.directory.path).script(), end="")
+    for name, text in run.trainer.files(run.spec, run.directory.path).items():
+        print(f"\n# {run.directory.path / name}:")
+        for line in text.splitlines():
+            print(f"#   {line}".rstrip())
     return 0
 
 

@@ -123,6 +123,9 @@ class MegatronTrainer:
     def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
         return {}
 
+    def files(self, spec: Spec, run_dir: Path) -> dict[str, str]:
+        return {}
+
     def model(self, spec: Spec) -> dict[str, Any]:
         entry, order = activations.parse(spec.activation)
         resolved = _resolved(spec)

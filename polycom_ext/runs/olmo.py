@@ -113,6 +113,9 @@ class OLMoTrainer:
     def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
         return {"HF_DATASETS_OFFLINE": "1"}
 
+    def files(self, spec: Spec, run_dir: Path) -> dict[str, str]:
+        return {}
+
     def model(self, spec: Spec) -> dict[str, Any]:
         entry, order = activations.parse(spec.activation)
         shape = {

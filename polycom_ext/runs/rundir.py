@@ -27,7 +27,8 @@ from polycom_ext.runs.trainer import Trainer
 
 
 class RunDirectory:
-    """The files of one run that this room writes: run.yaml, command.sh, versions.json, log.txt."""
+    """The files of one run that this room writes: run.yaml, command.sh, versions.json, log.txt, and those
+    that the trainer's adapter names."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,9 +70,14 @@ class RunDirectory:
             yield log
 
     def write(self, spec: Spec, trainer: Trainer, command: Command) -> None:
-        """Write the resolved spec, the command and the versions; without checkpoints, forget old metrics."""
+        """Write the resolved spec, the command, its files and the versions.
+
+        Without checkpoints, forget old metrics.
+        """
         resolved = yaml.safe_dump(spec.as_mapping(), sort_keys=False, allow_unicode=True, width=110)
         _replace(self._spec, resolved)
+        for name, text in trainer.files(spec, self.path).items():
+            _replace(self.path / name, text)
         _replace(self.path / "command.sh", command.script(), mode=0o755)
         _replace(
             self._versions, json.dumps({**_versions(trainer), "attempts": self._attempts()}, indent=2) + "\n"

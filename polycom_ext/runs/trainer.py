@@ -34,6 +34,12 @@ class Trainer(Protocol):
     def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
         """Variables that every run of this trainer needs; the spec's own `environment` wins."""
 
+    def files(self, spec: Spec, run_dir: Path) -> dict[str, str]:
+        """Name -> text of the files that `arguments` points to: what is too long for a command line.
+
+        They are written into the run directory before each start, beside run.yaml.
+        """
+
     def model(self, spec: Spec) -> dict[str, Any]:
         """The part of the spec that fixes the model, by dotted keys: a checkpoint fits no other values."""
 

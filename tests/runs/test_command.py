@@ -57,6 +57,19 @@ def test_a_dry_run_prints_the_command_that_a_run_saves_and_writes_nothing(
     assert (RUN / "command.sh").read_text() == printed
 
 
+def test_a_file_of_the_adapters_own_is_shown_by_a_dry_run_and_written_before_a_start(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = toy_spec(steps=1, note="first\n\nlast\n")
+    assert main(["run", spec, "--dry-run"]) == 0
+    script, _, shown = capfd.readouterr().out.partition("\n# ")
+    assert not RUN.exists()
+    assert shown == f"{RUN.absolute()}/toy.txt:\n#   first\n#\n#   last\n"
+    assert main(["run", spec]) == 0
+    assert (RUN / "toy.txt").read_text() == "first\n\nlast\n"
+    assert (RUN / "command.sh").read_text() == script
+
+
 def test_the_saved_command_is_the_run(finished_directory: Path) -> None:
     metrics = finished_directory / "metrics.jsonl"
     logged = metrics.read_text()

@@ -28,11 +28,16 @@ class ToyTrainer:
             raise PolycomError(f"{spec.name}: toy.needs: {needed} not found")
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
-        options = [f"--{name}={value}" for name, value in spec.options.items() if name != "needs"]
+        options = [
+            f"--{name}={value}" for name, value in spec.options.items() if name not in ("needs", "note")
+        ]
         return [str(Path(__file__).with_name("toy_worker.py")), f"--run-dir={run_dir}", *options]
 
     def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
         return {"TOY": "1", "OMP_NUM_THREADS": "1"}
+
+    def files(self, spec: Spec, run_dir: Path) -> dict[str, str]:
+        return {"toy.txt": spec.options["note"]} if "note" in spec.options else {}
 
     def model(self, spec: Spec) -> dict[str, Any]:
         return {"activation": spec.activation, "toy.size": spec.options.get("size")}
