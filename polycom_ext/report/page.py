@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 from polycom_ext._version import __version__
 from polycom_ext.activations import REGISTRY
@@ -21,6 +20,7 @@ from polycom_ext.report.drawing import Plot
 from polycom_ext.report.plots import draw
 from polycom_ext.report.results import FINAL_SHARE, Family, Result, families
 from polycom_ext.report.sentence import summarize
+from polycom_ext.runs import document
 
 LABEL = "rehearsal: does not reproduce the paper"
 CONDITIONS = {
@@ -120,7 +120,7 @@ def _render(title: str, sentence: str, sections: list[Section]) -> str:
         "count": _count,
         "signed": _signed,
         "embed": _embed,
-        "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip(),
+        "yaml": lambda value: document.dump(value).strip(),
     }
     results = [result for section in sections for result in section.family.results]
     shared, individual = _versions(results)

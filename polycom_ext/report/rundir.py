@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from polycom_ext.errors import PolycomError
+from polycom_ext.runs import document
 
 Series = dict[int, float]
 """step -> value, ascending"""
@@ -54,7 +55,7 @@ def read(path: Path) -> Run:
     """Read a run directory. Raises PolycomError where it is none, or where nothing was logged."""
     if not (path / "run.yaml").is_file():
         raise PolycomError(f"{path} is not a run directory: it has no run.yaml (`polycom run` writes one)")
-    spec = _parse(path / "run.yaml", yaml.safe_load, yaml.YAMLError)
+    spec = _parse(path / "run.yaml", document.load, yaml.YAMLError)
     for key in ("trainer", "activation"):
         if not isinstance(spec.get(key), str):
             raise PolycomError(f"{path / 'run.yaml'} names no {key}")

@@ -14,12 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
-
 import polycom_ext
 from polycom_ext import upstream
 from polycom_ext._version import __version__
 from polycom_ext.errors import PolycomError
+from polycom_ext.runs import document
 from polycom_ext.runs import spec as specs
 from polycom_ext.runs.rendering import Command
 from polycom_ext.runs.spec import Spec
@@ -74,8 +73,7 @@ class RunDirectory:
 
         Without checkpoints, forget old metrics.
         """
-        resolved = yaml.safe_dump(spec.as_mapping(), sort_keys=False, allow_unicode=True, width=110)
-        _replace(self._spec, resolved)
+        _replace(self._spec, document.dump(spec.as_mapping()))
         for name, text in trainer.files(spec, self.path).items():
             _replace(self.path / name, text)
         _replace(self.path / "command.sh", command.script(), mode=0o755)

@@ -12,27 +12,11 @@ import yaml
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError
+from polycom_ext.runs import document
 from polycom_ext.runs.suggest import did_you_mean
 
 SHARED_KEYS = ("name", "trainer", "activation", "ffn_width", "processes", "environment", "sources")
 """Top-level keys of every spec; the one more is the trainer's section, named after the trainer."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with two traps of version 1.1 closed: `2e-3` is a number, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for i, key in enumerate(scalars):
-            if any(key.value == earlier.value for earlier in scalars[:i]):
-                problem = f"key {key.value!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ class Spec:
         return width
 
     def as_mapping(self) -> dict[str, Any]:
-        """The mapping that `from_mapping` reads back to an equal spec."""
+        """The mapping that `from_mapping` reads back to an equal spec, also from a file."""
         mapping: dict[str, Any] = {
             "name": self.name,
             "trainer": self.trainer,
@@ -93,11 +77,16 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Spec:
 
     Raises PolycomError for a missing or malformed file, a cycle, an unknown key or a value of the wrong type.
     """
-    mapping = _inherit(path, ())
-    for override in overrides:
-        mapping = merge(mapping, _parse_override(override))
-    mapping.setdefault("name", path.stem)
-    return from_mapping(mapping, str(path))
+    try:
+        mapping = _inherit(path, ())
+        for override in overrides:
+            mapping = merge(mapping, _parse_override(override))
+        mapping.setdefault("name", path.stem)
+        return from_mapping(mapping, str(path))
+    except RecursionError:
+        raise PolycomError(
+            f"run spec {path} is nested too deeply, or holds an anchor within itself"
+        ) from None
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +105,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:
     """Check the keys and types of a resolved mapping; `origin` names it in the sentence of a PolycomError."""
+    _check_texts(mapping, origin)
     trainer = _text(mapping, "trainer", origin, "megatron or olmo")
     known = (*SHARED_KEYS, trainer)
     for key in mapping:
@@ -133,10 +123,6 @@ def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:
         activations.parse(activation)
     except PolycomError as error:
         raise PolycomError(f"{origin}: {error}") from None
-    options = _section(mapping, trainer, origin)
-    for key in options:
-        if not isinstance(key, str):
-            raise PolycomError(f"{origin}: {trainer}.{key} must be a name, so quote it")
     spec = Spec(
         name=name,
         trainer=trainer,
@@ -144,7 +130,7 @@ def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:
         ffn_width=_count(mapping, "ffn_width", origin) if "ffn_width" in mapping else None,
         processes=_count(mapping, "processes", origin) if "processes" in mapping else 1,
         environment=_environment(mapping, origin),
-        options=options,
+        options=_section(mapping, trainer, origin),
         sources=mapping.get("sources"),
     )
     _ = spec.matched_ffn_width
@@ -158,7 +144,7 @@ def _inherit(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         chain = " -> ".join(link.name for link in (*above[above.index(resolved) :], resolved))
         raise PolycomError(f"{path} extends itself: {chain}; remove one of these `extends:`")
     try:
-        content = yaml.load(resolved.read_text(encoding="utf-8"), Loader=_Loader)
+        content = document.load(resolved.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PolycomError(f"run spec {path}{by} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -170,9 +156,9 @@ def _inherit(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     base = content.pop("extends", None)
     if base is None:
         return merge({}, content)
-    if not isinstance(base, str):
+    if not _is_text(base) or "\0" in str(base):
         raise PolycomError(f"{path}: extends must be the name of one file, not {base!r}")
-    return merge(_inherit(path.parent / base, (*above, resolved)), content)
+    return merge(_inherit(path.parent / str(base), (*above, resolved)), content)
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -183,7 +169,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     if parts[0] == "extends":
         raise PolycomError("--set cannot change `extends`; give the other file as CONFIG")
     try:
-        value: Any = yaml.load(text, Loader=_Loader)
+        value: Any = document.load(text)
     except yaml.YAMLError as error:
         raise PolycomError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}") from None
     for part in reversed(parts):
@@ -197,20 +183,48 @@ def _one_line(error: yaml.YAMLError) -> str:
     return " ".join(str(error).split())
 
 
+def _check_texts(value: Any, origin: str, key: str = "") -> None:
+    """Refuse what neither a command line nor a file can hold; only an escape in quotes can write it."""
+    if isinstance(value, str):
+        if "\0" in value or not _is_unicode(value):
+            where = f"{key} holds {value!r}" if key else f"{value!r} is a key"
+            raise PolycomError(f"{origin}: {where}, a character that no file or command line can hold")
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            _check_texts(name, origin)
+            _check_texts(inner, origin, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_texts(inner, origin, key)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # one half of a surrogate pair
+        return False
+    return True
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a scalar has a text as written: what reads as a number has, too."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
 def _text(mapping: dict[str, Any], key: str, origin: str, what: str) -> str:
     value = mapping.get(key)
     if value is None:
         raise PolycomError(f"{origin} has no `{key}:` ({what})")
-    if not isinstance(value, str) or not value:
+    if not _is_text(value) or not str(value):
         raise PolycomError(f"{origin}: {key} must be a text ({what}), not {value!r}")
-    return value
+    return str(value)
 
 
 def _count(mapping: dict[str, Any], key: str, origin: str) -> int:
     value = mapping[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PolycomError(f"{origin}: {key} must be an integer of at least 1, not {value!r}")
-    return value
+    return int(value)
 
 
 def _section(mapping: dict[str, Any], key: str, origin: str) -> dict[str, Any]:
@@ -223,8 +237,12 @@ def _section(mapping: dict[str, Any], key: str, origin: str) -> dict[str, Any]:
 def _environment(mapping: dict[str, Any], origin: str) -> dict[str, str]:
     variables = _section(mapping, "environment", origin)
     for name, value in variables.items():
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise PolycomError(
+                f"{origin}: environment: {name!r} is no name of a variable: letters, digits and '_'"
+            )
+        if not _is_text(value):
             raise PolycomError(
                 f"{origin}: environment.{name} must be a text or a number, not {value!r}: quote it"
             )
-    return {str(name): str(value) for name, value in variables.items()}
+    return {name: str(value) for name, value in variables.items()}

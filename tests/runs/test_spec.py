@@ -70,6 +70,24 @@ def test_overrides_apply_in_order_and_may_change_the_activation(tmp_path: Path) 
     assert (spec.name, spec.activation, spec.matched_ffn_width) == ("other", "swiglu", 512)
 
 
+def test_a_variable_and_a_name_are_the_text_that_was_written(tmp_path: Path) -> None:
+    variables = (
+        "A: 010, B: 12:30:45, C: 1.10, D: no, E: 2026-01-01, F: 12e4567, G: 0x1F, H: 1_0, I: .inf, J: ''"
+    )
+    path = write(tmp_path, "run.yaml", MINIMAL + f"name: 010\nenvironment: {{{variables}}}\n")
+    spec = specs.load(path, ["environment.K=010", "environment.A=0777"])
+    assert spec.name == "010"
+    assert " ".join(f"{name}={value}" for name, value in spec.environment.items()) == (
+        "A=0777 B=12:30:45 C=1.10 D=no E=2026-01-01 F=12e4567 G=0x1F H=1_0 I=.inf J= K=010"
+    )
+
+
+def test_a_count_is_decimal(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.yaml", MINIMAL + "processes: 010\nffn_width: 1_536\n")
+    spec = specs.load(path)
+    assert (spec.processes, spec.ffn_width) == (10, 1536)
+
+
 def test_a_resolved_spec_reads_back_equal(tmp_path: Path) -> None:
     path = write(
         tmp_path,
@@ -96,7 +114,7 @@ def test_a_gated_activation_gets_two_thirds_of_the_width(tmp_path: Path, activat
         (MINIMAL + "olmo: {a: 1}\n", "unknown key 'olmo'"),
         ("trainer: megatron\nactivation: polynrom\n", "unknown activation 'polynrom'"),
         ("trainer: megatron\nactivation: gelu-3\n", "has no polynomial"),
-        ("trainer: megatron\nactivation: 3\n", "activation must be a text"),
+        ("trainer: megatron\nactivation: [gelu]\n", "activation must be a text"),
         (MINIMAL + "processes: two\n", "processes must be an integer of at least 1, not 'two'"),
         (MINIMAL + "processes: true\n", "processes must be an integer of at least 1, not True"),
         (MINIMAL + "ffn_width: 0\n", "ffn_width must be an integer of at least 1, not 0"),
@@ -107,6 +125,21 @@ def test_a_gated_activation_gets_two_thirds_of_the_width(tmp_path: Path, activat
         (MINIMAL + "megatron: {seed: [}\n", "is not valid YAML: line 3"),
         (MINIMAL + "extends: [a, b]\n", "extends must be the name of one file"),
         ("just text\n", "must be a mapping"),
+        (MINIMAL + "processes: 1:30\n", "processes must be an integer of at least 1, not '1:30'"),
+        (MINIMAL + "processes: 0x10\n", "processes must be an integer of at least 1, not '0x10'"),
+        (MINIMAL + "processes: !!int 0x10\n", "line 3: '0x10' is not of type int"),
+        (MINIMAL + "megatron: {seed: !!timestamp 2026-01-01}\n", "a spec has nothing of type"),
+        (MINIMAL + "environment: {A=B: c}\n", "environment: 'A=B' is no name of a variable"),
+        (MINIMAL + "environment: {'': c}\n", "environment: '' is no name of a variable"),
+        (MINIMAL + "environment: {2A: c}\n", "environment: '2A' is no name of a variable"),
+        (MINIMAL + 'environment: {"A\\0": c}\n', "'A\\x00' is a key, a character that no file"),
+        (MINIMAL + 'environment: {A: "b\\0c"}\n', "environment.A holds 'b\\x00c', a character that no file"),
+        (MINIMAL + 'megatron: {a: ["b\\0"]}\n', "megatron.a holds 'b\\x00'"),
+        (MINIMAL + 'megatron: {a: "\\ud800"}\n', "megatron.a holds '\\ud800'"),
+        (MINIMAL + 'name: "a\\0"\n', "name holds 'a\\x00'"),
+        (MINIMAL + 'extends: "a\\0"\n', "extends must be the name of one file"),
+        (MINIMAL + "megatron: &a {b: *a}\n", "holds an anchor within itself"),
+        (MINIMAL + "sources: &a [*a]\n", "holds an anchor within itself"),
         ("trainer: megatron\nactivation: swiglu\nffn_width: 100\n", "ffn_width 100 has no exact 2/3"),
     ],
 )
