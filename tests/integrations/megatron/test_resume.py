@@ -1,0 +1,56 @@
+"""A resumed run is the straight run, bit for bit, whatever the optimizer, the types, the format, the activation."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from .conftest import Trainer
+from .test_layouts import MOE_MODEL
+
+OPTIMIZERS = {
+    "optimizer": (1, ""),
+    "DP2, distributed optimizer": (2, "--use-distributed-optimizer"),
+    "TP2": (2, "--tensor-model-parallel-size 2"),
+    "MoE, EP2": (2, " ".join([*MOE_MODEL, "--expert-model-parallel-size 2"])),
+    "MoE, EP2, distributed optimizer": (
+        2,
+        " ".join([*MOE_MODEL, "--expert-model-parallel-size 2 --use-distributed-optimizer"]),
+    ),
+}
+TYPES = {"fp32": "", "bf16": "--bf16", "fp16": "--fp16 --initial-loss-scale 4096"}
+FORMATS = ("torch_dist", "torch")
+ACTIVATIONS = {
+    "gelu": "",
+    **{name: f"--polycom-activation {name}" for name in ("polynorm", "polyrelu-2", "polyprelu")},
+}
+
+MATRIX = list(product(OPTIMIZERS, TYPES, FORMATS, ACTIVATIONS))
+QUICK = [
+    ("optimizer", "bf16", "torch_dist", "polynorm"),  # float32 coefficients beside bf16 weights
+    ("optimizer", "fp16", "torch", "polyprelu"),
+    ("DP2, distributed optimizer", "bf16", "torch_dist", "polynorm"),
+    ("DP2, distributed optimizer", "bf16", "torch", "polynorm"),
+    ("MoE, EP2", "bf16", "torch_dist", "polynorm"),  # two optimizers, chained
+]
+
+
+def marked(cell: tuple[str, ...]) -> object:
+    """A cell of the matrix, in `make test` if it is a quick one."""
+    return pytest.param(*cell, id=", ".join(cell), marks=() if cell in QUICK else pytest.mark.full)
+
+
+@pytest.mark.parametrize(("optimizer", "dtype", "format_", "activation"), [marked(cell) for cell in MATRIX])
+def test_resumed_is_straight(
+    train: Trainer, tmp_path: Path, optimizer: str, dtype: str, format_: str, activation: str
+) -> None:
+    processes, layout = OPTIMIZERS[optimizer]
+    options = f"{layout} {TYPES[dtype]} --ckpt-format {format_} {ACTIVATIONS[activation]}".split()
+    straight = train(*options, "--save", str(tmp_path), "--save-interval", "2", processes=processes)
+    assert set(straight.metrics) == {1, 2, 3, 4, 5}
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = train(*options, "--load", str(tmp_path), processes=processes)
+    assert set(resumed.metrics) == {3, 4, 5}
+    for name in ("train/loss", "train/grad_norm"):
+        expected = {step: value for step, value in straight.series(name).items() if step > 2}
+        assert resumed.series(name) == expected, name
