@@ -2,6 +2,10 @@
 
 Each function below mends one upstream place and says which. The last three are faults of the distributed
 optimizer that show only with torch's AdamW, that is, without Transformer Engine and Apex.
+
+A CUDA stream finishes what was begun, whoever has dropped its handle, before the memory that it reads is used
+anew; gloo promises neither. `_sends_are_finished` gives sends that guarantee, all that upstream begins and does
+not wait for; its asynchronous collectives are waited for before their results are read.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ def install() -> None:
     _no_kernels_to_warm_up()
     _split_sizes_as_numpy()
     _norm_under_sequence_parallelism()
+    _sends_are_finished()
     optimizer = import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     _materialise_adam_state(optimizer)
     _step_is_not_a_saved_tensor(optimizer)
@@ -78,6 +83,46 @@ def _norm_under_sequence_parallelism() -> None:
         return module
 
     norm.__new__ = new
+
+
+class _Send:
+    """A send under way, which may be waited for more than once."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, *args: Any) -> bool:
+        return bool(self._work.is_completed() or self._work.wait(*args))
+
+    def is_completed(self) -> bool:
+        return bool(self._work.is_completed())
+
+
+def _sends_are_finished() -> None:
+    """pipeline_parallel/schedules.py frees an output whose send is under way, and forgets the last ones.
+
+    So a send reads from an alias, which keeps the memory, and is kept until it was waited for, by upstream or in
+    `torch.cuda.synchronize`.
+    """
+    c10d: Any = torch.distributed.distributed_c10d
+    begin = c10d.isend
+    under_way: list[_Send] = []
+
+    @functools.wraps(begin)
+    def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> _Send | None:
+        work = begin(tensor.detach(), *args, **kwargs)
+        if work is None:  # this rank is not in the group
+            return None
+        under_way[:] = [send for send in under_way if not send.is_completed()]
+        under_way.append(_Send(work))
+        return under_way[-1]
+
+    def synchronize(device: Any = None) -> None:
+        while under_way:
+            under_way.pop().wait()
+
+    torch.distributed.isend = c10d.isend = isend
+    torch.cuda.synchronize = synchronize
 
 
 def _materialise_adam_state(optimizer: Any) -> None:
