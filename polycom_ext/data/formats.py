@@ -36,9 +36,14 @@ def token_dtype(format_: str, vocab_size: int) -> str:
     `DType.optimal_dtype`.
 
     Raises:
-        PolycomError: the vocabulary does not fit into OLMo's uint16.
+        PolycomError: the vocabulary does not fit into Megatron's int32 or OLMo's uint16.
     """
     if format_ == "megatron":
+        if vocab_size > 1 << 31:
+            raise PolycomError(
+                f"a vocabulary of {vocab_size} does not fit into the 32-bit tokens of --format megatron; "
+                "take a tokenizer of smaller ids"
+            )
         return "<u2" if vocab_size < 65500 else "<i4"
     if vocab_size > 1 << 16:
         raise PolycomError(

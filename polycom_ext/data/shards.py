@@ -98,10 +98,10 @@ def make_shard(chunk: Chunk, job: Job, encode: Encoder) -> Summary:
     for record in chunk.records:
         try:
             text = document_text(record, job.text_key)
+            ids = encode(text) if text.strip() else []
         except BadDocument as error:
             skipped.append(f"{record.where}: {error}")
             continue
-        ids = encode(text) if text.strip() else []
         if ids:
             documents.append(np.array(ids, dtype=job.dtype))
         else:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from polycom_ext.data.sources import BadDocument
 from polycom_ext.errors import PolycomError
 
 EOS = "<|endoftext|>"
@@ -19,16 +21,17 @@ SMALLEST_VOCABULARY = 257
 class Encoder:
     """Text -> token ids, ending with the id that ends a document.
 
-    Nothing is added to a text but that: no beginning-of-text token, no padding, no truncation. A special
-    token that a text spells out is taken for the characters that it is, so that a document cannot end
-    another one.
+    Nothing is added to a text but that: no beginning-of-text token, no padding, no truncation. The end token
+    stands at the end and nowhere else, whatever the text and the tokenizer: a text that spells it out is
+    written with the tokenizer's other pieces. Other special tokens that a text spells out are taken for the
+    characters that they are too, save those that the tokenizer's model has as pieces of its own.
 
     Args:
         path: a `tokenizer.json`.
         eos: the token that ends a document; None takes the one of `KNOWN_EOS` that the tokenizer has.
 
     Raises:
-        PolycomError: no such file, not a tokenizer, no such token, or several to choose from.
+        PolycomError: no such file, not a tokenizer, an empty one, no such token, or several to choose from.
     """
 
     def __init__(self, path: Path, eos: str | None = None) -> None:
@@ -47,17 +50,63 @@ class Encoder:
             raise PolycomError(
                 f"{path} is not a tokenizer.json of Hugging Face tokenizers ({error})"
             ) from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise PolycomError(
+                f"{path} has an empty vocabulary; give a trained one, or train one: --train-tokenizer SIZE"
+            )
+        _only_the_text(self._tokenizer)
+        self._other_pieces: Tokenizer | None = None
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.eos, self.eos_id = _choose_eos(self._tokenizer, path, eos)
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.eos, self.eos_id = _choose_eos(vocabulary, path, eos)
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of `text` and then `eos_id`; of a text without a token, nothing."""
-        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        """The ids of `text` and then `eos_id`; of a text without a token, nothing.
+
+        Raises:
+            BadDocument: the tokenizer fails on the text, or can write a part of it as its end token only.
+        """
+        try:
+            ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:
+            raise BadDocument(f"the tokenizer cannot encode it ({error})") from None
+        if self.eos_id in ids:
+            ids = self._around_eos(text)
         return [*ids, self.eos_id] if ids else []
+
+    def _around_eos(self, text: str) -> list[int]:
+        """The ids of a text that spells the end token, in the tokenizer's other pieces."""
+        if self._other_pieces is None:
+            self._other_pieces = _without(self._tokenizer, self.eos)
+        try:
+            spelt = self._tokenizer.encode(text, add_special_tokens=False)
+            written = self._other_pieces.encode(text, add_special_tokens=False)
+        except Exception:  # an unknown piece, and no token for such
+            written = None
+        if written is None or self.eos_id in written.ids or self._loses(text, spelt, written):
+            raise BadDocument(
+                f"it holds text that this tokenizer writes as its end token, {self.eos}, and cannot write "
+                "otherwise"
+            )
+        ids: list[int] = written.ids
+        return ids
+
+    def _loses(self, text: str, spelt: Encoding, written: Encoding) -> bool:
+        """Whether a character of `text` that has a part in `spelt` has none in `written`.
+
+        A model without a token for the unknown leaves out what it has no piece for. Blanks that an end token
+        takes along from its sides are no loss.
+        """
+        missing = bytearray(len(text))
+        for id_, (start, end) in zip(spelt.ids, spelt.offsets, strict=True):
+            if id_ == self.eos_id and (core := text[start:end].strip()):
+                start = text.index(core, start)
+                end = start + len(core)
+            missing[start:end] = b"\1" * (end - start)
+        for start, end in written.offsets:
+            missing[start:end] = bytes(end - start)
+        return any(missing)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -97,9 +146,45 @@ def check_vocabulary(vocab_size: int) -> None:
         )
 
 
-def _choose_eos(tokenizer: Tokenizer, path: Path, eos: str | None) -> tuple[str, int]:
+def _only_the_text(tokenizer: Tokenizer) -> None:
+    """Let it neither add to a text, nor cut it, nor take it for a special token."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+
+
+def _without(tokenizer: Tokenizer, token: str) -> Tokenizer:
+    """The same tokenizer, with the same ids, in which no text gives `token`.
+
+    The piece gets a name that does not occur in texts, and the merges go that lead to it.
+    """
+    hidden = f"\uffff{hashlib.sha256(token.encode()).hexdigest()}"
+    definition = json.loads(tokenizer.to_str())
+    for added in definition["added_tokens"]:
+        if added["content"] == token:
+            added["content"] = hidden
+    model = definition["model"]
+    if isinstance(model["vocab"], list):
+        model["vocab"] = [[hidden if piece == token else piece, score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {hidden if piece == token else piece: id_ for piece, id_ in model["vocab"].items()}
+    if model.get("unk_token") == token:
+        model["unk_token"] = hidden
+    if "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        model["merges"] = [
+            [left, right]
+            for left, right in model["merges"]
+            if token not in (left, right, left + right.removeprefix(prefix))
+        ]
+    other = Tokenizer.from_str(json.dumps(definition))
+    _only_the_text(other)
+    return other
+
+
+def _choose_eos(vocabulary: dict[str, int], path: Path, eos: str | None) -> tuple[str, int]:
     candidates = KNOWN_EOS if eos is None else (eos,)
-    found = [(token, id_) for token in candidates if (id_ := tokenizer.token_to_id(token)) is not None]
+    found = [(token, vocabulary[token]) for token in candidates if token in vocabulary]
     if len(found) == 1:
         return found[0]
     if found:

@@ -169,7 +169,7 @@ def test_finished_run_is_a_no_op(prepare: Prepare, texts: list[str], tokenizer: 
     [
         (("--format", "olmo"), "format megatron, not olmo"),
         (("--text-key", "body"), "text_key text, not body"),
-        (("--eos", "a"), "eos <|endoftext|>, not a"),
+        (("--eos", "Ġthen"), "eos <|endoftext|>, not Ġthen"),
         ((), "inputs that changed since"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from polycom_ext.data.formats import token_dtype
 from polycom_ext.data.tokenizer import EOS, Encoder, train
 from polycom_ext.errors import PolycomError
+
+from .conftest import read_documents, write_jsonl
+
+Prepare = Callable[..., tuple[int, str]]
 
 
 def test_training_is_deterministic_whatever_the_threads(texts: list[str]) -> None:
@@ -98,6 +103,38 @@ def test_end_token_is_found_or_asked_for(tmp_path: Path) -> None:
     given(path, ["</s>", EOS])
     with pytest.raises(PolycomError, match="and </s>; name its token that ends a document with --eos"):
         Encoder(path)
+
+
+def test_document_on_which_the_tokenizer_fails_is_a_bad_document(prepare: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0), ("b", -2.0)], None)).save(str(path))
+    source = write_jsonl(tmp_path / "a.jsonl", ["ab", "ac", "ba"])
+    for workers in (1, 2):
+        arguments = (source, "--output", tmp_path / str(workers), "--tokenizer", path, "--workers", workers)
+        status, printed = prepare(*arguments)
+        assert status == 2
+        assert f"{source}:2: the tokenizer cannot encode it (Encountered an unknown token" in printed
+        assert "Traceback" not in printed
+        assert prepare(*arguments, "--on-bad-line", "skip")[0] == 0
+        assert read_documents(tmp_path / str(workers)) == [[1, 2, 0], [2, 1, 0]]
+
+
+def test_tokenizer_that_cannot_be_used_gets_one_sentence(prepare: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    source = write_jsonl(tmp_path / "a.jsonl", ["ab"])
+    for vocabulary, format_, said in (
+        ({}, "megatron", "has an empty vocabulary"),
+        ({"a": 0, "b": 1, "</s>": 2**31}, "megatron", "does not fit into the 32-bit tokens"),
+        ({"a": 0, "b": 1, "</s>": 2**16}, "olmo", "does not fit into the 16-bit tokens"),
+        ({"a": 0, "b": 1}, "megatron", "name its token that ends a document with --eos"),
+    ):
+        path.write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}}))
+        arguments = (source, "--output", tmp_path / "out", "--tokenizer", path, "--format", format_)
+        status, printed = prepare(*arguments)
+        assert (status, said in printed) == (2, True), printed
+        assert not list(tmp_path.glob("out*"))
+    with pytest.raises(PolycomError, match="has no caf"):
+        Encoder(path, "caf\udce9")  # as an argument that is not UTF-8 arrives
 
 
 def test_token_types_hold_the_vocabulary() -> None:
