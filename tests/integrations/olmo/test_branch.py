@@ -156,6 +156,19 @@ def test_kill_and_resume_on_the_branch_is_the_straight_run(train_branch, layout)
     assert max(abs(value - 1 / 3) for value in straight.coefficients["layers"][1]["weight"]) > 1e-3
 
 
+def test_downstream_tasks_on_the_branch_are_060s_questions(train_branch) -> None:
+    tasks = ("copa", "piqa", "mmlu_stem_var")
+    run = train_branch(
+        moe=True,
+        max_duration=1,
+        evaluators=[{"label": task, "type": "downstream", "subset_num_batches": 1} for task in tasks],
+        device_eval_batch_size=4,
+        model=POLYNORM | {"max_sequence_length": 512},
+    )
+    for task in tasks:
+        assert 0 <= run.metrics[1][f"eval/{task}/acc"] <= 1
+
+
 REFUSALS = {
     "must both be above 0": {"moe_zloss_weight": None},
     "not a multiple of 128": {"moe_mlp_impl": "sparse", "mlp_hidden_size": 192},
