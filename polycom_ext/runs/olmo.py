@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from polycom_ext import activations, upstream
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import olmo_options
 from polycom_ext.runs.spec import Spec
 from polycom_ext.runs.suggest import did_you_mean
+
+CONFIG = "olmo.yaml"
+"""The run's TrainConfig, in its directory: a list of data files can pass what one argument may hold."""
 
 RESERVED = {
     "run_name": "it is the spec's `name:`",
@@ -93,28 +98,27 @@ class OLMoTrainer:
                     )
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
-        options: dict[str, Any] = {
-            "run_name": spec.name,
-            **_flat(spec.options),
-            "model.activation_type": spec.activation,
-            "save_folder": str(run_dir / "checkpoints"),
-            "save_overwrite": True,
-            "try_load_latest_save": True,
-        }
-        width = spec.matched_ffn_width
-        if width is not None:  # OLMo's is that of the first linear layer
-            options["model.mlp_hidden_size"] = 2 * width if spec.entry.gated else width
-        return [
-            *("-m", "polycom_ext.integrations.olmo.train"),
-            *(f"--{name}={_text(value)}" for name, value in options.items()),
-            f"--polycom-output={run_dir}",
-        ]
+        entry = ("-m", "polycom_ext.integrations.olmo.train")
+        return [*entry, str(run_dir / CONFIG), f"--polycom-output={run_dir}"]
 
     def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
         return {"HF_DATASETS_OFFLINE": "1"}
 
     def files(self, spec: Spec, run_dir: Path) -> dict[str, str]:
-        return {}
+        model = {**_section(spec, "model"), "activation_type": spec.activation}
+        width = spec.matched_ffn_width
+        if width is not None:  # OLMo's is that of the first linear layer
+            model["mlp_hidden_size"] = 2 * width if spec.entry.gated else width
+        config = {
+            "run_name": spec.name,
+            **spec.options,
+            "model": model,
+            "save_folder": _literal(str(run_dir / "checkpoints")),
+            "save_overwrite": True,
+            "try_load_latest_save": True,
+        }
+        text = yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+        return {CONFIG: text}
 
     def model(self, spec: Spec) -> dict[str, Any]:
         entry, order = activations.parse(spec.activation)
@@ -198,7 +202,21 @@ def _listed(datasets: dict[str, list[str]]) -> Iterator[str]:
         yield from paths
 
 
-def _text(value: Any) -> str:
-    """As YAML reads it back: names plain, everything else as JSON."""
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][\w./+-]*", value)
-    return value if plain and value not in ("null", "true", "false") else json.dumps(value)
+def _literal(text: str) -> str:
+    """A text that OLMo's configuration takes as it is: in a spec's own values `${…}` means what OLMo says."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what is not a plain name: readers of YAML differ in what else is a number. No anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = re.fullmatch(r"[A-Za-z_/][\w./+-]*", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _represent_text)

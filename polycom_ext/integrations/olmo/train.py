@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from polycom_ext import rehearsal
 from polycom_ext.errors import PolycomError
@@ -73,10 +74,15 @@ def parse(arguments: list[str]) -> tuple[Any, Path | None]:
     config = options.pop(0) if options and not options[0].startswith("-") else os.devnull
     outputs = [option for option in options if option.startswith(OUTPUT)]
     overrides = [clean_opt(option) for option in options if option not in outputs]
+    os.environ.setdefault(
+        "OMEGACONF_MAX_YAML_EXPANDED_NODES", "none"
+    )  # 10,000: fewer than a corpus has files
     try:
         cfg = olmo.config.TrainConfig.load(config, overrides)
     except FileNotFoundError as error:
         raise PolycomError(f"configuration: {error.filename or error} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PolycomError(f"configuration {config} cannot be read: {error}") from None
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check(cfg, world_size, on_branch=hasattr(olmo.config, "config_to_moe_args"))
     cfg.model.precision = cfg.precision

@@ -19,23 +19,28 @@ def make(activation: str = "polynorm", width: int | None = 768, processes: int =
     return Spec("run", "olmo", activation, width, processes, {}, {"max_duration": 8, **options})
 
 
-def arguments(spec: Spec) -> dict[str, str]:
-    given = OLMoTrainer().arguments(spec, Path("/run"))
-    assert given[:2] == ["-m", "polycom_ext.integrations.olmo.train"]
-    return dict(option.removeprefix("--").split("=", 1) for option in given[2:])
+def given(spec: Spec, run_dir: Path) -> Any:
+    """The TrainConfig that the entry makes of the arguments and what a run writes into its directory."""
+    from polycom_ext.integrations.olmo.train import parse
+
+    for name, text in OLMoTrainer().files(spec, run_dir).items():
+        (run_dir / name).write_text(text, encoding="utf-8")
+    arguments = OLMoTrainer().arguments(spec, run_dir)
+    assert arguments[:2] == ["-m", "polycom_ext.integrations.olmo.train"]
+    assert max(map(len, arguments)) < 1000
+    cfg, output = parse(arguments[2:])
+    assert output == run_dir
+    return cfg
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_activation_and_width_are_in_olmos_terms(name: str) -> None:
-    given = arguments(make(name))
-    assert given["model.activation_type"] == name
-    assert given["model.mlp_hidden_size"] == ("1024" if REGISTRY[name].gated else "768")
+def test_activation_and_width_are_in_olmos_terms(name: str, olmo: None, tmp_path: Path) -> None:
+    model = given(make(name), tmp_path).model
+    assert model.activation_type == name
+    assert model.mlp_hidden_size == (1024 if REGISTRY[name].gated else 768)
 
 
-def test_options_reach_olmo_as_they_are(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tree)
-    from polycom_ext.integrations.olmo.train import parse
-
+def test_options_reach_olmo_as_they_are(olmo: None, tmp_path: Path) -> None:
     datasets = {"c4_en-validation": ["/a b/part-0.npy"], "ice-validation": ["/c.npy"]}
     spec = make(
         "polynorm-4",
@@ -49,15 +54,64 @@ def test_options_reach_olmo_as_they_are(tree: Path, monkeypatch: pytest.MonkeyPa
         scheduler={"units": "tokens", "t_max": 5.0e12},
     )
     OLMoTrainer().validate(spec)
-    cfg, output = parse(OLMoTrainer().arguments(spec, Path("/run"))[2:])
-    assert output == Path("/run")
-    assert (cfg.run_name, cfg.save_folder) == ("run", "/run/checkpoints")
+    cfg = given(spec, tmp_path)
+    assert (cfg.run_name, cfg.save_folder) == ("run", str(tmp_path / "checkpoints"))
     assert (cfg.model.activation_type, cfg.model.mlp_hidden_size) == ("polynorm-4", 768)
     assert (cfg.model.rope, cfg.model.n_kv_heads, cfg.model.moe_zloss_weight) == (True, None, 1e-3)
     assert (cfg.optimizer.learning_rate, list(cfg.optimizer.betas)) == (4e-4, [0.9, 0.95])
     assert dict(cfg.evaluators[0].data.datasets) == datasets
     assert cfg.fsdp.sharding_strategy.name == "SHARD_GRAD_OP"
     assert (cfg.max_duration, cfg.scheduler.t_max) == ("1e9T", 5e12)
+
+
+@pytest.mark.parametrize("count", [1274, 20_000], ids=["the released OLMoE's", "more than OmegaConf reads"])
+def test_a_list_of_data_files_may_be_longer_than_an_argument(olmo: None, tmp_path: Path, count: int) -> None:
+    paths = [f"/data/{'x' * 110}/part-{i:05}-00000.npy" for i in range(count)]
+    assert sum(map(len, paths)) > 128 * 1024
+    labelled = {"c4_en-validation": paths}
+    evaluators = [{"label": "all", "data": {"datasets": labelled}}]
+    cfg = given(make(data={"paths": paths}, evaluators=evaluators), tmp_path)
+    assert cfg.data.paths == paths
+    assert cfg.evaluators[0].data.datasets == labelled
+
+
+TEXTS = (
+    *(
+        "null",
+        "true",
+        "off",
+        "0123",
+        "1:30",
+        "12e4567",
+        "1e9",
+        "1_000",
+        "0x1f",
+        ".5",
+        "2024-01-01",
+        "~",
+        "",
+        " a ",
+    ),
+    *("a: b", "#a", "- a", "a\nb", "ü", "\U0001f600", "a\\b", 'a"b', "%a", "@a", "=", "<<", "/a b/c,d.npy"),
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_a_text_whatever_it_looks_like(text: str, olmo: None, tmp_path: Path) -> None:
+    cfg = given(make(data={"paths": [text], "datasets": {text: [text]}}), tmp_path)
+    assert cfg.data.paths == [text]
+    assert cfg.data.datasets == {text: [text]}
+
+
+def test_a_specs_values_may_refer_as_olmos_do_and_the_runs_own_do_not(olmo: None, tmp_path: Path) -> None:
+    (tmp_path / "here.npy").touch()
+    run_dir = tmp_path / "a\\${run_name}"
+    run_dir.mkdir()
+    data = {"paths": ["${path.choose:/nowhere/a.npy,%s/here.npy}" % tmp_path]}  # noqa: UP031
+    cfg = given(make(data=data, wandb={"name": "${run_name}"}), run_dir)
+    assert cfg.data.paths == [str(tmp_path / "here.npy")]
+    assert cfg.wandb.name == "run"
+    assert cfg.save_folder == str(run_dir / "checkpoints")
 
 
 @pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
@@ -68,18 +122,14 @@ def test_tiny_specs_are_valid(path: Path, tree: Path) -> None:
     assert OLMoTrainer().total_steps(spec)
 
 
-def test_gated_and_ungated_tiny_models_have_equal_parameters(olmo: None) -> None:
-    from olmo.config import ModelConfig
+def test_gated_and_ungated_tiny_models_have_equal_parameters(olmo: None, tmp_path: Path) -> None:
     from olmo.model import OLMo
 
     for kind in ("dense", "moe"):
         counts = []
         for activation in ("swiglu", "polynorm"):
             spec = load(next(path for path in TINY if path.stem == f"olmo-{kind}-{activation}"))
-            given = arguments(spec)
-            width = int(given["model.mlp_hidden_size"])
-            model = ModelConfig(**spec.options["model"], activation_type=activation, mlp_hidden_size=width)
-            counts.append(OLMo(model).num_params())
+            counts.append(OLMo(given(spec, tmp_path).model).num_params())
         assert counts[1] - counts[0] == 4 * 4, "four coefficients in each of four layers"
 
 
