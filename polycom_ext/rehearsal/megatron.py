@@ -3,9 +3,9 @@
 Each function below mends one upstream place and says which. The last three are faults of the distributed
 optimizer that show only with torch's AdamW, that is, without Transformer Engine and Apex.
 
-A CUDA stream finishes what was begun, whoever has dropped its handle, before the memory that it reads is used
-anew; gloo promises neither. `_sends_are_finished` gives sends that guarantee, all that upstream begins and does
-not wait for; its asynchronous collectives are waited for before their results are read.
+A CUDA stream finishes what was begun, though its handle was dropped, before the memory that it reads is used
+anew; gloo promises neither. `_sends_are_finished` gives sends that guarantee: upstream waits for everything
+else that it begins before it uses what comes of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import copy
 import functools
 import importlib.util
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -101,8 +101,8 @@ class _Send:
 def _sends_are_finished() -> None:
     """pipeline_parallel/schedules.py frees an output whose send is under way, and forgets the last ones.
 
-    So a send reads from an alias, which keeps the memory, and is kept until it was waited for, by upstream or in
-    `torch.cuda.synchronize`.
+    So a send reads from an alias, which keeps the memory, and is kept until it was waited for, by upstream
+    or in `torch.cuda.synchronize`.
     """
     c10d: Any = torch.distributed.distributed_c10d
     begin = c10d.isend
@@ -121,7 +121,7 @@ def _sends_are_finished() -> None:
         while under_way:
             under_way.pop().wait()
 
-    torch.distributed.isend = c10d.isend = isend
+    cast(Any, torch.distributed).isend = c10d.isend = isend
     torch.cuda.synchronize = synchronize
 
 

@@ -36,13 +36,19 @@ def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn what upstream asserts about the arguments into one sentence and exit status 2."""
+ASSERTED = (AssertionError, ValueError, PolycomError)
+"""How upstream and PolyCom say that arguments cannot be right."""
+
+
+def _refusing(
+    function: Callable[..., Any], errors: tuple[type[Exception], ...] = ASSERTED
+) -> Callable[..., Any]:
+    """Turn what is asserted about the arguments into one sentence and exit status 2."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (AssertionError, ValueError, PolycomError) as error:
+        except errors as error:
             failed = traceback.extract_tb(error.__traceback__)[-1].line
             print(f"{ERROR_MARK}{' '.join(str(error).split()) or failed}", file=sys.stderr, flush=True)
             sys.exit(2)
@@ -65,6 +71,7 @@ def _refuse_before_training() -> None:
 
     training.initialize_megatron = _refusing(check)
     training.get_model = _refusing(get_model)
+    training.load_checkpoint = _refusing(training.load_checkpoint, (PolycomError,))
 
 
 def _keep_metrics() -> None:

@@ -98,7 +98,10 @@ MOE_MORE = {
     ),
 }
 
-CAPACITY = [*MOE_MODEL, *"--moe-expert-capacity-factor 2 --moe-pad-expert-input-to-capacity --micro-batch-size 1".split()]
+CAPACITY = [
+    *MOE_MODEL,
+    *"--moe-expert-capacity-factor 2 --moe-pad-expert-input-to-capacity --micro-batch-size 1".split(),
+]
 
 MOE_WITH_CAPACITY = {
     "EP2": MOE["EP2"],

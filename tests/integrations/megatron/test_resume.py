@@ -1,4 +1,4 @@
-"""A resumed run is the straight run, bit for bit, whatever the optimizer, the types, the format, the activation."""
+"""A resumed run is the straight run, bit for bit, with any optimizer, types, format and activation."""
 
 from itertools import product
 from pathlib import Path
