@@ -7,9 +7,11 @@ choice.
 
 from __future__ import annotations
 
+import gzip
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import zstandard
 
 from polycom_ext.errors import PolycomError
 
@@ -28,8 +31,12 @@ MAX_DOCUMENT_BYTES = 16 << 20
 """Longest document: `tokenizers` needs about 140 bytes of memory for each byte of one text."""
 
 
+BATCH_BYTES, BATCH_ROWS = 16 << 20, 1024
+"""Rows of a Parquet file that are held at a time: so many bytes of an average row group, so many at most."""
+
+
 class BadDocument(Exception):
-    """A record that holds no text; the message says why, the record says where."""
+    """A record that gives no tokens; the message says why, the record says where."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,10 @@ def check_input(path: Path) -> None:
 
 
 def read_records(path: Path, text_key: str = "text", text_documents: str = "file") -> Iterator[Record]:
-    """Yield the documents of one file in order, holding one of them (or one Parquet batch) in memory.
+    """Yield the documents of one file in order, holding one of them in memory.
+
+    Of a Parquet file some rows are held, and the page in which they lie, stored and decompressed: pages are
+    as large as their writer made them, with Arrow's defaults up to 1024 rows.
 
     Args:
         path: a file that `check_input` accepts.
@@ -79,7 +89,7 @@ def read_records(path: Path, text_key: str = "text", text_documents: str = "file
             one) or a "line". Blank lines of .txt and JSON Lines files are not documents.
 
     Raises:
-        PolycomError: the file cannot be read on: damaged compression, not Parquet, no such column.
+        PolycomError: the file cannot be read on: damaged compression, not Parquet, no such column (or two).
     """
     kind, _ = _kind(path)
     if kind == ".parquet":
@@ -147,15 +157,57 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The decompressed stream, and the stored one below it whose `tell()` is the progress."""
     _, compression = _kind(path)
     with path.open("rb", buffering=1 << 20) as stored:
-        if compression is None:
-            yield stored, stored
-            return
         try:
-            # Arrow's reader, unlike zstandard's, does not take a truncated file for a short one.
-            with pa.CompressedInputStream(stored, compression) as decompressed:
-                yield cast(BinaryIO, io.BufferedReader(decompressed, 1 << 20)), stored
-        except OSError as error:
+            yield _decompressed(stored, compression), stored
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            if isinstance(error, OSError) and error.strerror:
+                raise PolycomError(f"{path} cannot be read: {error.strerror}") from None
             raise PolycomError(f"{path} is damaged or not {compression} ({error}); fetch it again") from None
+
+
+def _decompressed(stored: BinaryIO, compression: str | None) -> BinaryIO:
+    if compression is None:
+        return stored
+    if compression == "gzip":  # Python's reader takes several members, and zeros behind the last
+        raw: object = gzip.GzipFile(fileobj=stored)
+    else:
+        raw = _ZstdFrames(stored)
+    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw), 1 << 20))
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The content of zstd frames, one after another, of any window that the format has.
+
+    Arrow's reader refuses windows of more than 128 MiB (`zstd --long=28`), and zstandard's own takes a
+    truncated file for a short one.
+    """
+
+    def __init__(self, stored: BinaryIO) -> None:
+        self._stored = stored
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._output:
+            # Little, because all that it expands to is held.
+            block = self._input or self._stored.read(1 << 13)
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            frame = self._frame or self._decompressor.decompressobj()
+            self._output = memoryview(frame.decompress(block))
+            self._input = frame.unused_data
+            self._frame = None if frame.eof else frame
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
 
 
 def _whole_file(path: Path) -> Iterator[Record]:
@@ -213,34 +265,64 @@ def _paragraphs(path: Path) -> Iterator[Record]:
 
 
 def _parquet_rows(path: Path, text_key: str) -> Iterator[Record]:
+    number, size = 0, path.stat().st_size
     try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow
-            if text_key not in columns.names:
-                raise PolycomError(
-                    f"{path} has no column {text_key}; choose of {', '.join(columns.names)} with --text-key"
+        # A stream, because Arrow takes no file name that is not UTF-8, and buffered: a column of a row group
+        # is not read at once.
+        with path.open("rb") as stored, pq.ParquetFile(stored, buffer_size=1 << 20) as file:
+            _check_column(path, file.schema_arrow, text_key)
+            rows = file.metadata.num_rows
+            for group in range(file.num_row_groups):
+                batches = file.iter_batches(
+                    batch_size=_batch_rows(file.metadata.row_group(group), text_key),
+                    row_groups=[group],
+                    columns=[text_key],
+                    use_threads=False,
                 )
-            type_ = columns.field(text_key).type
-            value_type = type_.value_type if pa.types.is_dictionary(type_) else type_
-            if not (pa.types.is_string(value_type) or pa.types.is_large_string(value_type)):
-                raise PolycomError(
-                    f"column {text_key} of {path} is of type {type_}; name one of strings with --text-key"
-                )
-            number, rows, size = 0, file.metadata.num_rows, path.stat().st_size
-            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
-                # As bytes: Parquet does not check that strings are UTF-8, `document_text` does.
-                for data in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
-                    number += 1
-                    where, position = f"{path}:row {number}", size * number // rows
-                    if data is None:
-                        yield Record(where, b"", False, position, problem=f"{text_key} is null")
-                    elif len(data) > MAX_DOCUMENT_BYTES:
-                        yield Record(where, b"", False, position, problem=_too_long())
-                    else:
-                        yield Record(where, data, False, position)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+                for batch in batches:
+                    # As bytes: Parquet does not check that strings are UTF-8, `document_text` does.
+                    for value in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()):
+                        data = value.as_py()
+                        number += 1
+                        where, position = f"{path}:row {number}", size * number // rows
+                        if data is None:
+                            yield Record(where, b"", False, position, problem=f"{text_key} is null")
+                        elif len(data) > MAX_DOCUMENT_BYTES:
+                            yield Record(where, b"", False, position, problem=_too_long())
+                        else:
+                            yield Record(where, data, False, position)
+    except PolycomError:
+        raise
+    except Exception as error:  # Arrow's own, and what it lets through of a damaged schema
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        reason = str(error).partition("\n")[0]
         raise PolycomError(f"{path} is damaged or not a Parquet file ({reason}); fetch it again") from None
+
+
+def _check_column(path: Path, columns: pa.Schema, text_key: str) -> None:
+    found = columns.get_all_field_indices(text_key)
+    if not found:
+        raise PolycomError(
+            f"{path} has no column {text_key}; choose of {', '.join(columns.names)} with --text-key"
+        )
+    if len(found) > 1:
+        raise PolycomError(
+            f"{path} has {len(found)} columns {text_key}; rename one, or choose another with --text-key"
+        )
+    type_ = columns.field(found[0]).type
+    value_type = type_.value_type if pa.types.is_dictionary(type_) else type_
+    if not (pa.types.is_string(value_type) or pa.types.is_large_string(value_type)):
+        raise PolycomError(
+            f"column {text_key} of {path} is of type {type_}; name one of strings with --text-key"
+        )
+
+
+def _batch_rows(group: pq.RowGroupMetaData, text_key: str) -> int:
+    """How many rows of a row group make `BATCH_BYTES` of text."""
+    columns = (group.column(index) for index in range(group.num_columns))
+    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_key)
+    return min(max(BATCH_BYTES * group.num_rows // max(size, 1), 1), BATCH_ROWS)
 
 
 def _too_long() -> str:

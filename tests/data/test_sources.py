@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +162,90 @@ def test_damaged_file_is_named_not_taken_for_a_short_one(
     path.write_bytes(path.read_bytes()[:-30] if damage == "cut" else b"plain text\n" * 20)
     with pytest.raises(PolycomError, match=f"{path} is damaged or not"):
         read(path)
+
+
+def zstd(data: bytes, window_log: int, checksum: bool = True) -> bytes:
+    """One frame, as `zstd --long=WINDOW_LOG` writes a stream."""
+    parameters = zstandard.ZstdCompressionParameters(
+        compression_level=3, window_log=window_log, write_checksum=checksum
+    )
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    frame: bytes = compressor.compress(data) + compressor.flush()
+    return frame
+
+
+@pytest.mark.parametrize("window_log", [28, 31])
+def test_zstd_frames_of_any_window_are_read(texts: list[str], tmp_path: Path, window_log: int) -> None:
+    lines = write_jsonl(tmp_path / "plain.jsonl", texts).read_bytes()
+    skippable = b"\x50\x2a\x4d\x18\x05\x00\x00\x00hello"
+    frames = [zstd(lines[:7000], 17), zstd(lines[7000:20_000], window_log), skippable, zstd(b"", 20)]
+    assert zstandard.get_frame_parameters(frames[1]).window_size == 1 << window_log
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join([*frames, zstd(lines[20_000:], window_log, checksum=False)]))
+    assert read(path) == texts
+
+
+@pytest.mark.parametrize("kind", [".jsonl.gz", ".jsonl.zst"])
+def test_file_cut_anywhere_is_named(tmp_path: Path, kind: str) -> None:
+    line = b'{"text": "one"}\n'
+    compress = {".jsonl.gz": gzip.compress, ".jsonl.zst": lambda data: zstd(data, 28)}[kind]
+    first, second = compress(line), compress(line * 2)
+    path = tmp_path / f"a{kind}"
+    for length in range(len(first) + 1, len(first + second)):
+        path.write_bytes((first + second)[:length])
+        with pytest.raises(PolycomError, match=f"{path} is damaged or not"):
+            read(path)
+    path.write_bytes(first + second)
+    assert read(path) == ["one"] * 3
+
+
+def test_gzip_padded_with_zeros_is_whole(texts: list[str], tmp_path: Path) -> None:
+    path = write(tmp_path, ".jsonl.gz", texts)
+    path.write_bytes(path.read_bytes() + bytes(1000))
+    assert read(path) == texts
+    path.write_bytes(path.read_bytes() + b"rest")
+    with pytest.raises(PolycomError, match=f"{path} is damaged or not gzip"):
+        read(path)
+
+
+def test_parquet_column_of_a_name_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["text", "text", "body"]), path)
+    with pytest.raises(PolycomError, match=f"{path} has 2 columns text; rename one, or choose another with"):
+        read(path)
+    assert read(path, text_key="body") == ["c"]
+
+
+def test_parquet_damaged_anywhere_is_one_sentence(tmp_path: Path, texts: list[str]) -> None:
+    whole = write(tmp_path, ".parquet", texts).read_bytes()
+    path = tmp_path / "b.parquet"
+    for position in range(0, len(whole), len(whole) // 60):
+        damaged = bytearray(whole)
+        damaged[position : position + 8] = bytes(byte ^ 0xFF for byte in whole[position : position + 8])
+        path.write_bytes(damaged)
+        said = str(path)
+        with contextlib.suppress(BadDocument):  # or nothing: Arrow writes no checksums
+            try:
+                read(path)
+            except PolycomError as error:
+                said = str(error)
+        assert str(path) in said
+        assert "\n" not in said
+
+
+def test_parquet_rows_of_megabytes_are_not_held_together(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = pa.table({"text": [os.urandom(1 << 19).hex() for _ in range(96)]})
+    with pq.ParquetWriter(path, rows.schema, use_dictionary=False, write_batch_size=4) as writer:
+        writer.write_table(rows)
+    assert pq.ParquetFile(path).num_row_groups == 1
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    try:
+        pa.set_memory_pool(pool)
+        assert sum(len(record.data) for record in read_records(path)) == 96 << 20
+    finally:
+        pa.set_memory_pool(pa.default_memory_pool())
+    assert 16 << 20 < pool.max_memory() < 64 << 20
 
 
 @pytest.mark.parametrize(
