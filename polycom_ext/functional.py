@@ -17,8 +17,9 @@ Three variants save passes over memory where the operations are fused, and mean 
 - `row_scale`, x.shape[:-1]: the result times row_scale[..., None], as a router's probabilities need it.
 - `offsets`, (E,) integers: x is (rows, width) and its rows are grouped by expert; expert e owns the rows
   from offsets[e - 1] (or 0) to offsets[e], as in torch's grouped_mm, and has the coefficients weight[e] (r,)
-  and bias[e] (1,) and, where it is two-dimensional, pre_bias[e]. Rows past the last offset count as the last
-  expert's.
+  and bias[e] (1,) and, where it is two-dimensional, pre_bias[e]. Rows past the last offset, the
+  padding of a buffer, are nobody's: whatever they hold, they give y = 0 and a zero gradient of x and
+  row_scale, and enter no other gradient.
 
 Where the last dimension is sharded over a process group (tensor parallelism), pass `group`: row sums are
 reduced over it, so the function is the one of the whole row, and coefficient gradients come out complete on
@@ -27,6 +28,7 @@ every rank. The gradient of `row_scale` is the rank's own share, as that of any 
 
 from __future__ import annotations
 
+import math
 from typing import TypedDict
 
 import torch
@@ -36,6 +38,8 @@ from typing_extensions import Unpack
 
 from polycom_ext.ops import dispatch
 from polycom_ext.ops.eager import Rho
+
+MIN_EPS = 1e-30
 
 
 class Variants(TypedDict, total=False):
@@ -55,7 +59,12 @@ def _check(
     pre_bias: Tensor | None = None,
     row_scale: Tensor | None = None,
     offsets: Tensor | None = None,
+    eps: float = 1.0,
 ) -> None:
+    if not MIN_EPS <= eps < math.inf:
+        raise ValueError(
+            f"eps must be at least {MIN_EPS}, so that float32 holds 1 / rms of any row, got {eps}"
+        )
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -149,13 +158,13 @@ def poly_norm(
             float64.
         weight: (r,), descending powers.
         bias: (1,), the constant term.
-        eps: added to the mean of squares.
+        eps: added to the mean of squares; at least 1e-30.
         group: process group over which the row is sharded in equal parts.
         variants: pre_bias, row_scale, offsets; see the module's docstring.
 
     Returns: a tensor of x's shape and type. Raises ValueError for shapes or devices that do not match.
     """
-    _check(x, weight, bias, **variants)
+    _check(x, weight, bias, eps=eps, **variants)
     return dispatch.polynomial(
         x, weight, bias, rho=Rho.IDENTITY, normalize=True, eps=eps, group=group, **variants
     )
@@ -175,7 +184,7 @@ def poly_relu_norm(
     The paper names it in figure 5b without a formula; this is the reading that combines the two as they
     stand.
     """
-    _check(x, weight, bias, **variants)
+    _check(x, weight, bias, eps=eps, **variants)
     return dispatch.polynomial(
         x, weight, bias, rho=Rho.RELU, normalize=True, eps=eps, group=group, **variants
     )
@@ -226,7 +235,7 @@ def poly_norm_linear(
     ValueError for shapes or devices that do not match.
     """
     _check_linear(x, linear_weight, linear_bias)
-    _check(x, weight, bias, pre_bias=pre_bias, row_scale=row_scale)
+    _check(x, weight, bias, pre_bias=pre_bias, row_scale=row_scale, eps=eps)
     return dispatch.polynomial_linear(
         x, weight, bias, linear_weight, linear_bias, rho=Rho.IDENTITY, normalize=True, eps=eps,
         pre_bias=pre_bias, row_scale=row_scale,

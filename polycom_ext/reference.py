@@ -20,8 +20,14 @@ def _combine(terms: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     return result
 
 
-def _rms_normalize(x: Tensor, eps: float) -> Tensor:
-    return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+def _normalized_power(x: Tensor, power: int, eps: float) -> Tensor:
+    """x^i / rms(x^i), numerator and denominator divided by m^i, m = max(|x|, 1) of the row: x^2i, which the
+    mean of squares takes, leaves even float64's range for the largest float32.
+    """
+    largest = x.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1)
+    scaled = (x / largest) ** power
+    eps_scaled = eps / largest**power / largest**power
+    return scaled / torch.sqrt(scaled.square().mean(dim=-1, keepdim=True) + eps_scaled)
 
 
 def poly_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -42,7 +48,7 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Ten
     float64.
     """
     x = x.double()
-    return _combine([_rms_normalize(x**i, eps) for i in range(1, weight.numel() + 1)], weight, bias)
+    return _combine([_normalized_power(x, i, eps) for i in range(1, weight.numel() + 1)], weight, bias)
 
 
 def poly_relu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:

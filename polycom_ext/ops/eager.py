@@ -61,7 +61,8 @@ def _row_scales(u: Tensor, order: int, eps: float, group: dist.ProcessGroup | No
     """1 / rms(u), s_2, ..., s_r of each row: shape (*rows, order), u's type.
 
     The sums are formed on u divided by a power of two near its row maximum and put back together in float64,
-    in which x^8 of any float32 is finite; so one all-reduce serves a row that is sharded over a group.
+    as those of u / 2^16, in which the eighth power of any float32 is finite, summed over any width; so one
+    all-reduce serves a row that is sharded over a group.
     """
     exponent = torch.frexp(u.abs().amax(dim=-1, keepdim=True).clamp_min(1)).exponent
     square = torch.ldexp(u, -exponent).square()
@@ -71,9 +72,10 @@ def _row_scales(u: Tensor, order: int, eps: float, group: dist.ProcessGroup | No
             power = power * square
         sums.append(power.sum(dim=-1))
     powers = torch.arange(1, order + 1, device=u.device, dtype=torch.float64)
-    total = torch.stack(sums, dim=-1).double() * torch.exp2(2.0 * exponent * powers)
+    total = torch.stack(sums, dim=-1).double() * torch.exp2(2.0 * (exponent - 16) * powers)
     mean = all_reduce(total, group) / (u.shape[-1] * group_size(group))
-    scales = (mean + eps).rsqrt()
+    units = torch.exp2(-16 * powers)
+    scales = (mean + eps * units.square()).rsqrt() * units
     first = scales[..., :1].to(u.dtype)
     rest = scales[..., 1:] / _sigma(first).double().pow(powers[1:])
     return torch.cat((first, rest.to(u.dtype)), dim=-1)
@@ -183,11 +185,11 @@ class _Polynomial(torch.autograd.Function):
 
 
 def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
-    """Index of each row's set of coefficients: the first whose end, offsets[e], lies beyond the row; the last
-    one for rows past all ends.
+    """Index of each row's set of coefficients: the first whose end, offsets[e], lies beyond the row; the
+    number of sets for rows past all ends, which are nobody's.
     """
     row = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
-    return torch.searchsorted(offsets, row, right=True).clamp_max(offsets.numel() - 1)
+    return torch.searchsorted(offsets, row, right=True)
 
 
 def polynomial(
@@ -210,12 +212,20 @@ def polynomial(
     u = x.to(compute_dtype(x.dtype))
     if offsets is not None:
         expert = expert_of_rows(offsets, x.shape[0])
+        owned = (expert < offsets.numel()).unsqueeze(1)
+        expert = expert.clamp_max(offsets.numel() - 1)
         weight, bias = weight[expert], bias[expert]
+        if row_scale is not None:
+            row_scale = torch.where(owned.squeeze(1), row_scale, 0)
         if pre_bias is not None and pre_bias.dim() == 2:
             pre_bias = pre_bias[expert]
     if pre_bias is not None:
         u = u + pre_bias
+    if offsets is not None:
+        u = torch.where(owned, u, 0)
     y = _Polynomial.apply(u, weight, bias, slope, rho, normalize, eps, group)
     if row_scale is not None:
         y = y * row_scale.unsqueeze(-1)
+    if offsets is not None:
+        y = torch.where(owned, y, 0)
     return y.to(x.dtype)

@@ -108,6 +108,9 @@ def _row_scale_gradient(dots: Tensor, weight: Tensor, bias: Tensor, offsets: Ten
     """sum_i a_i <g, t_i> of each row; dots[:, i] = <g, t_i>, i = 0..order."""
     coefficients = torch.cat((bias.reshape(-1, 1), weight.reshape(bias.numel(), -1).flip(1)), dim=1)
     if offsets is not None:
+        coefficients = torch.cat(
+            (coefficients, torch.zeros_like(coefficients[:1]))
+        )  # of rows that are nobody's
         coefficients = coefficients[expert_of_rows(offsets, dots.shape[0])]
     return (dots * coefficients).sum(dim=1)
 
@@ -120,8 +123,8 @@ def _coefficient_gradients(
     if offsets is None:
         sums = terms.sum(dim=0, keepdim=True)
     else:
-        sums = terms.new_zeros((experts, terms.shape[1]))
-        sums.index_add_(0, expert_of_rows(offsets, dots.shape[0]), terms)
+        sums = terms.new_zeros((experts + 1, terms.shape[1]))  # the last of rows that are nobody's
+        sums = sums.index_add_(0, expert_of_rows(offsets, dots.shape[0]), terms)[:experts]
     return sums.flip(1).float()
 
 

@@ -127,9 +127,10 @@ def test_variants_agree_with_the_cpu_operations(emulator: Emulator, width: int) 
     torch.manual_seed(width)
     dtype, rows, experts = torch.float32, 11, 4
     x, grad_y = torch.randn(rows, width, dtype=dtype), torch.randn(rows, width, dtype=dtype)
+    x[10], grad_y[10] = torch.nan, torch.nan
     weight, bias = torch.randn(experts, 3), torch.randn(experts, 1)
     pre_bias, row_scale = torch.randn(experts, width), torch.rand(rows)
-    offsets = torch.tensor([3, 3, 7, 10], dtype=torch.int32)  # an expert without rows, a row past the end
+    offsets = torch.tensor([3, 3, 7, 10], dtype=torch.int32)  # an expert without rows, a row of nobody's
     variants = (pre_bias, row_scale, offsets, IDENTITY, True)
     ops = torch.ops.polycom
     y, scales = emulator.forward(x, weight, bias, *variants, 1e-6)
@@ -137,6 +138,7 @@ def test_variants_agree_with_the_cpu_operations(emulator: Emulator, width: int) 
     cpu_y, cpu_scales = ops.forward(x, weight, bias, *variants, 1e-6)
     cpu_backward = ops.backward(grad_y, x, weight, bias, cpu_scales, *variants, False)
     torch.testing.assert_close(y, cpu_y, rtol=1e-5, atol=1e-5)
+    assert not any(part[10].any() for part in (y, scales, backward[0], backward[2]))
     for actual, expected in zip(backward[:3], cpu_backward[:3], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
@@ -144,9 +146,10 @@ def test_variants_agree_with_the_cpu_operations(emulator: Emulator, width: int) 
 @pytest.mark.parametrize("member", ["polynorm", "polyrelunorm"])
 def test_two_shards_are_one_row(emulator: Emulator, member: str) -> None:
     rho, normalize = MEMBERS[member]
-    width, rows, order = 256, 3, 3
+    width, rows, order = 256, 3, 4
     x, grad_y = torch.randn(rows, 2 * width), torch.randn(rows, 2 * width)
     x[1] *= 1e12
+    x[2] = x[2].clamp(-1, 1) * 3.4e38
     weight, bias = torch.randn(order), torch.randn(1)
     expected_y, expected_grad_x, _ = _expected(x, weight, bias, rho, normalize, grad_y)
     shards = list(zip(x.split(width, 1), grad_y.split(width, 1), strict=True))

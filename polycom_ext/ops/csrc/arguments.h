@@ -38,7 +38,7 @@ struct ForwardArguments {
   const void* x;
   void* y;
   float* scales;       // (rows, order): written, unless null
-  double* power_sums;  // (rows, order): written by REDUCE, read by APPLY
+  double* power_sums;  // (rows, order), of u / 2^16: written by REDUCE, read by APPLY
 };
 
 struct BackwardArguments {

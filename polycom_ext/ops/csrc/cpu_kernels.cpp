@@ -56,12 +56,19 @@ struct RowParameters {
   float row_scale;
 };
 
-inline RowParameters row_parameters(const Parameters& all, const Problem& problem, int64_t row) {
-  const int expert = all.ends ? expert_of_row(all.ends, all.experts, row) : 0;
+inline int owner(const Parameters& all, int64_t row) { return all.ends ? expert_of_row(all.ends, all.experts, row) : 0; }
+
+inline RowParameters row_parameters(const Parameters& all, const Problem& problem, int64_t row, int expert) {
   const int64_t bias_row = all.pre_bias_per_expert ? expert : 0;
   return {all.weight + int64_t(expert) * problem.order, all.bias[expert],
           all.pre_bias ? all.pre_bias + bias_row * problem.width : nullptr,
           all.row_scale ? all.row_scale[row] : 1.0f};
+}
+
+// Zeros in row `row` of a result, unless it is null.
+template <typename T>
+inline void clear_row(T* result, int64_t row, int64_t columns) {
+  if (result) memset(result + row * columns, 0, size_t(columns) * sizeof(T));
 }
 
 // Sums over a row of what visit(column, count, accumulators) adds to a set of accumulators for each part of a chunk.
@@ -119,7 +126,14 @@ void forward_rows(const ForwardArguments& arguments, int64_t first_row, int64_t 
   const Problem& problem = arguments.problem;
   const int64_t width = problem.width;
   for (int64_t row = first_row; row < last_row; ++row) {
-    const RowParameters parameters = row_parameters(arguments.parameters, problem, row);
+    const int expert = owner(arguments.parameters, row);
+    if (expert == arguments.parameters.experts) {
+      clear_row(static_cast<T*>(arguments.y), row, width);
+      clear_row(arguments.scales, row, R);
+      if (problem.step == Step::REDUCE) clear_row(arguments.power_sums, row, R);
+      continue;
+    }
+    const RowParameters parameters = row_parameters(arguments.parameters, problem, row, expert);
     const Input<T, RECTIFY> read{static_cast<const T*>(arguments.x) + row * width, parameters.pre_bias};
     const int64_t next = row + 1 < last_row ? width : 0;
     T* y = arguments.y ? static_cast<T*>(arguments.y) + row * width : nullptr;
@@ -167,7 +181,15 @@ void backward_rows(const BackwardArguments& arguments, int64_t first_row, int64_
   const Problem& problem = arguments.problem;
   const int64_t width = problem.width;
   for (int64_t row = first_row; row < last_row; ++row) {
-    const RowParameters parameters = row_parameters(arguments.parameters, problem, row);
+    const int expert = owner(arguments.parameters, row);
+    if (expert == arguments.parameters.experts) {
+      clear_row(static_cast<T*>(arguments.grad_x), row, width);
+      clear_row(static_cast<T*>(arguments.y), row, width);
+      clear_row(arguments.grad_row_scale, row, 1);
+      if (problem.step != Step::APPLY) clear_row(arguments.dots, row, R + 1);
+      continue;
+    }
+    const RowParameters parameters = row_parameters(arguments.parameters, problem, row, expert);
     const Input<T, false> read{static_cast<const T*>(arguments.x) + row * width, parameters.pre_bias};
     const Input<T, RECTIFY> read_rectified{read.x, read.pre_bias};
     const T* grad_y = static_cast<const T*>(arguments.grad_y) + row * width;

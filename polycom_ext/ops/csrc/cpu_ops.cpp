@@ -48,6 +48,7 @@ void sum_coefficients(const BackwardArguments& arguments, float* coefficients) {
   std::vector<double> sums(size_t(parameters.experts) * (order + 1));
   for (int64_t row = 0; row < arguments.problem.rows; ++row) {
     const int expert = parameters.ends ? expert_of_row(parameters.ends, parameters.experts, row) : 0;
+    if (expert == parameters.experts) continue;
     const float scale = parameters.row_scale ? parameters.row_scale[row] : 1.0f;
     for (int i = 0; i <= order; ++i) {
       sums[size_t(expert) * (order + 1) + order - i] += double(scale) * double(arguments.dots[row * (order + 1) + i]);

@@ -22,7 +22,14 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(ForwardArguments ar
   const Problem& problem = arguments.problem;
   const Place place(threads_per_row, problem.width, vectors);
   for (int64_t row = place.first_row; row < problem.rows; row += place.row_stride) {
-    const RowParameters parameters(arguments.parameters, problem, row);
+    const int expert = owner(arguments.parameters, row);
+    if (expert == arguments.parameters.experts) {
+      clear_row<S, VECTORS>(arguments.y, row, place);
+      clear_columns<R>(arguments.scales, row, place);
+      if (problem.step == Step::REDUCE) clear_columns<R>(arguments.power_sums, row, place);
+      continue;
+    }
+    const RowParameters parameters(arguments.parameters, problem, row, expert);
     Tile<S, VECTORS> x(arguments.x, row, place);
     RowScales<R> scales = no_scales<R>();
     float kept[R];
@@ -71,7 +78,15 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(BackwardArguments 
     for (int i = 0; i <= R; ++i) arguments.terms[place.first_row * (R + 1) + i] = 0.0f;
   }
   for (int64_t row = place.first_row; row < problem.rows; row += place.row_stride) {
-    const RowParameters parameters(arguments.parameters, problem, row);
+    const int expert = owner(arguments.parameters, row);
+    if (expert == arguments.parameters.experts) {
+      clear_row<S, VECTORS>(arguments.grad_x, row, place);
+      clear_row<S, VECTORS>(arguments.y, row, place);
+      clear_columns<1>(arguments.grad_row_scale, row, place);
+      if (problem.step == Step::REDUCE) clear_columns<R + 1>(arguments.dots, row, place);
+      continue;
+    }
+    const RowParameters parameters(arguments.parameters, problem, row, expert);
     Tile<S, VECTORS> x(arguments.x, row, place);
     Tile<S, VECTORS> grad(arguments.grad_y, row, place);
     const RowScales<R> scales =
@@ -131,9 +146,8 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_terms_kernel(const float* ter
                                                                 float* coefficients) {
   __shared__ double partial[SUM_THREADS];
   const int expert = int(blockIdx.x);
-  // Ends need not reach the last row, nor stop at it: as in expert_of_row, the last expert takes the rest.
-  const int64_t begin = ends && expert > 0 ? (ends[expert - 1] < items ? ends[expert - 1] : items) : 0;
-  const int64_t end = ends && expert + 1 < experts ? (ends[expert] < items ? ends[expert] : items) : items;
+  const int64_t begin = ends && expert > 0 ? ends[expert - 1] : 0;
+  const int64_t end = ends && ends[expert] < items ? ends[expert] : items;
   for (int column = 0; column < columns; ++column) {
     double sum = 0.0;
     for (int64_t item = begin + int(threadIdx.x); item < end; item += SUM_THREADS) {

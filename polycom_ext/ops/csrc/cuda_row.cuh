@@ -135,14 +135,17 @@ struct RowParameters {
   const float* pre_bias;
   float row_scale;
 
-  __device__ __forceinline__ RowParameters(const Parameters& all, const Problem& problem, int64_t row) {
-    const int expert = all.ends ? expert_of_row(all.ends, all.experts, row) : 0;
+  __device__ __forceinline__ RowParameters(const Parameters& all, const Problem& problem, int64_t row, int expert) {
     weight = all.weight + int64_t(expert) * problem.order;
     bias = all.bias[expert];
     pre_bias = all.pre_bias ? all.pre_bias + (all.pre_bias_per_expert ? expert : 0) * problem.width : nullptr;
     row_scale = all.row_scale ? all.row_scale[row] : 1.0f;
   }
 };
+
+__device__ __forceinline__ int owner(const Parameters& all, int64_t row) {
+  return all.ends ? expert_of_row(all.ends, all.experts, row) : 0;
+}
 
 template <bool RECTIFY>
 __device__ __forceinline__ float rho(float u) {
@@ -223,6 +226,22 @@ __device__ __forceinline__ void for_each_pair(const Tile<S, VECTORS>& x, const T
 template <typename S>
 __device__ __forceinline__ typename S::Element* row_of(void* out, int64_t row, const Place& place) {
   return static_cast<typename S::Element*>(out) + row * place.width;
+}
+
+// Zeros in a row of a result, unless it is null.
+template <typename S, int VECTORS>
+__device__ __forceinline__ void clear_row(void* out, int64_t row, const Place& place) {
+  if (!out) return;
+  auto* elements = row_of<S>(out, row, place);
+  for_each_vector<VECTORS>(place, [&](int, int vector) { reinterpret_cast<Packed*>(elements)[vector] = Packed{}; });
+  for_each_remaining<S, VECTORS>(place, [&](int column) { elements[column] = typename S::Element(0); });
+}
+
+// The same for the columns of a result that are few.
+template <int COLUMNS, typename T>
+__device__ __forceinline__ void clear_columns(T* out, int64_t row, const Place& place) {
+  if (!out || place.lane != 0) return;
+  for (int i = 0; i < COLUMNS; ++i) out[row * COLUMNS + i] = T(0);
 }
 
 // out = function(u), element by element.

@@ -118,14 +118,19 @@ POLYCOM_INLINE RowScales<R> scales_from_sums(const float (&sums)[R], int exponen
   return scales;
 }
 
+// The sums of a sharded row's parts are added as doubles, of u / 2^16: the eighth power of any float, times any width,
+// is then within double's range, and so is that of any u whose square is not lost beside eps.
+constexpr int SHARD_EXPONENT = 16;
+
 // The same from double sums of the whole row, all-reduced over a sharded row.
 template <int R>
 POLYCOM_INLINE RowScales<R> scales_from_total(const double* total, float inverse_width, float eps, float* kept) {
   uint64_t bits;
   memcpy(&bits, total, sizeof bits);
-  int exponent = int(bits >> 52) - 1022;  // total[0] < 2^exponent
+  int exponent = int(bits >> 52) - 1022 + 2 * SHARD_EXPONENT;  // sum u^2 < 2^exponent
   exponent = exponent <= 0 ? 0 : exponent > 252 ? 126 : (exponent + 1) / 2;
-  const double shrink = double(power_of_two(-exponent)) * double(power_of_two(-exponent));
+  const double unit = double(power_of_two(SHARD_EXPONENT - exponent));
+  const double shrink = unit * unit;
   float sums[R];
   double factor = 1.0;
 #pragma unroll
@@ -138,7 +143,8 @@ POLYCOM_INLINE RowScales<R> scales_from_total(const double* total, float inverse
 
 // sums[i-1] of u / 2^exponent as the number that scales_from_total takes.
 POLYCOM_INLINE double unscaled_sum(double sum, int exponent, int power) {
-  const double square = double(power_of_two(exponent)) * double(power_of_two(exponent));
+  const double unit = double(power_of_two(exponent - SHARD_EXPONENT));
+  const double square = unit * unit;
   for (int i = 0; i < power; ++i) sum *= square;
   return sum;
 }
@@ -241,9 +247,10 @@ POLYCOM_INLINE float row_scale_gradient(const float* weight, float bias, const f
   return sum;
 }
 
-// The set of coefficients of a row: the first expert whose rows end beyond it; the last one for rows past all.
+// The set of coefficients of a row: the first expert whose rows end beyond it; `experts` for rows past all, which are
+// nobody's: everything written for them is zero, and nothing that they hold is looked at.
 POLYCOM_INLINE int expert_of_row(const int32_t* ends, int experts, int64_t row) {
-  int low = 0, high = experts - 1;
+  int low = 0, high = experts;
   while (low < high) {
     const int middle = (low + high) / 2;
     if (ends[middle] > row) {

@@ -1,0 +1,25 @@
+"""The paths that the public functions take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from polycom_ext.ops import library
+
+GPU = ["cuda"] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=["cpu", *GPU, "eager"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The fused operations of each device, and plain torch's; new tensors are on that device."""
+    name = str(request.param)
+    if name == "eager":
+        monkeypatch.setattr(library, "devices", frozenset())
+        monkeypatch.setattr(library, "problem", "")
+    elif name not in library.devices:
+        pytest.skip(f"the fused operations are not there: {library.problem}")
+    with torch.device("cuda" if name == "cuda" else "cpu"):
+        yield name
