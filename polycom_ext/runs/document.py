@@ -76,6 +76,13 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
+def holds(number: float, text: str) -> bool:
+    """Whether a number is what its text says: 12e4567 is more than every float, and 1e-400 is not 0."""
+    too_large = math.isinf(number) and "inf" not in text.lower()
+    too_small = number == 0 and re.match(r"[-+0._]*[1-9]", text)
+    return not (too_large or too_small)
+
+
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Keys are texts as written; one that is given twice is an error."""
@@ -100,6 +107,9 @@ class _Loader(yaml.SafeLoader):
             return text.lower() == "true"
         return _integer(text) if kind == "int" else _number(text)
 
+    def _word(self, node: yaml.ScalarNode) -> str:
+        return str(node.value)
+
     def _unknown(self, node: yaml.Node) -> None:
         raise _Error(None, None, f"a spec has nothing of type {node.tag!r}", node.start_mark)
 
@@ -114,9 +124,7 @@ def _integer(text: str) -> int | str:
 
 def _number(text: str) -> float | str:
     number = Float(text)
-    too_large = math.isinf(number) and "inf" not in text.lower()
-    too_small = number == 0 and re.match(r"[-+0.]*[1-9]", text)
-    if too_large or too_small:  # what was written is no number that can be held, but may be a commit, 12e4567
+    if not holds(number, text):  # then what was written can only be a text, as a commit is, 12e4567
         return text
     return float(number) if repr(float(number)) == text else number
 
@@ -158,7 +166,7 @@ for _name in ("null", "bool", "int", "float"):
     _Loader.add_constructor(_tag(_name), _Loader._scalar)
 for _name in ("str", "seq", "map"):
     _Loader.add_constructor(_tag(_name), yaml.SafeLoader.yaml_constructors[_tag(_name)])
-_Loader.add_constructor(_tag("merge"), lambda loader, node: loader.construct_scalar(node))  # anywhere but as a key
+_Loader.add_constructor(_tag("merge"), _Loader._word)  # anywhere but as a key
 _Loader.add_constructor(None, _Loader._unknown)
 _Dumper.add_representer(str, _Dumper._text)
 yaml.SafeDumper.add_representer(Int, lambda dumper, value: dumper.represent_int(int(value)))

@@ -8,7 +8,7 @@ from typing import Any
 from polycom_ext import activations, upstream
 from polycom_ext.analysis.coefficients import from_megatron
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import megatron_options
+from polycom_ext.runs import megatron_model, megatron_options
 from polycom_ext.runs.spec import Spec
 from polycom_ext.runs.suggest import did_you_mean
 
@@ -24,38 +24,6 @@ RESERVED = {
     },
 }
 """Options that a run sets itself -> why a spec cannot."""
-
-MODEL_OPTIONS = (
-    "num-layers",
-    "hidden-size",
-    "ffn-hidden-size",
-    "num-attention-heads",
-    "group-query-attention",
-    "num-query-groups",
-    "kv-channels",
-    "normalization",
-    "position-embedding-type",
-    "max-position-embeddings",
-    "rotary-base",
-    "rotary-percent",
-    "untie-embeddings-and-output-weights",
-    "disable-bias-linear",
-    "add-qkv-bias",
-    "qk-layernorm",
-    "multi-latent-attention",
-    "num-experts",
-    "moe-layer-freq",
-    "moe-ffn-hidden-size",
-    "moe-router-topk",
-    "moe-shared-expert-intermediate-size",
-    "mtp-num-layers",
-    "tokenizer-type",
-    "tokenizer-model",
-    "vocab-size",
-    "padded-vocab-size",
-    "make-vocab-size-divisible-by",
-)
-"""Options that fix the model's function: a checkpoint written under other values is another model's."""
 
 DATA_OPTIONS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
 DATA_FILE_OPTIONS = ("data-args-path", "per-split-data-args-path")
@@ -127,10 +95,12 @@ class MegatronTrainer:
         return {}
 
     def model(self, spec: Spec) -> dict[str, Any]:
+        """Without Megatron's tree, which only a dry run does without, the activation alone."""
         entry, order = activations.parse(spec.activation)
-        resolved = _resolved(spec)
-        shape = {f"megatron.{name}": resolved[name] for name in MODEL_OPTIONS if resolved.get(name)}
-        return {"activation": (entry.name, order), **shape}
+        tree = upstream.tree("megatron")
+        options = {name: value for name, value in _resolved(spec).items() if name not in RESERVED}
+        fixed = megatron_model.fixed(options, megatron_options.known(tree)) if tree.exists() else {}
+        return {"activation": (entry.name, order), **{f"megatron.{name}": fixed[name] for name in fixed}}
 
     def total_steps(self, spec: Spec) -> int | None:
         return _integer(spec, "train-iters", None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from polycom_ext import upstream
 from polycom_ext.activations import REGISTRY
 from polycom_ext.cli import main
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import megatron_options
 from polycom_ext.runs.megatron import MegatronTrainer
 from polycom_ext.runs.spec import Spec, load
 
@@ -221,28 +219,6 @@ def test_the_run_is_complete_at_its_last_iteration(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(step)
         assert trainer.latest_step(spec, tmp_path) == int(step)
         assert trainer.is_complete(spec, tmp_path) is complete
-
-
-def test_options_are_asked_of_a_tree_once_a_commit(tree: Path) -> None:
-    cached = next(tree.parent.glob(f".options-{tree.name}-*.json"))
-    stamp = cached.stat().st_mtime_ns
-    known = megatron_options.known(tree)
-    assert cached.stat().st_mtime_ns == stamp
-    assert known["polycom-activation"].takes_value
-    assert known["bf16"] == megatron_options.Option(False, False, False, "any", None)
-    assert "inference-wandb-logging" in known
-    assert "no-inference-wandb-logging" not in known
-
-
-def test_a_tree_whose_parser_cannot_be_imported_is_named(tmp_path: Path) -> None:
-    broken = tmp_path / "megatron"
-    (broken / "megatron" / "training").mkdir(parents=True)
-    (broken / "megatron" / "training" / "arguments.py").write_text("import a_package_that_is_not_there\n")
-    git = ["git", "-C", str(broken), "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "tree"]):
-        subprocess.run([*git, *command], check=True)
-    with pytest.raises(PolycomError, match="No module named 'a_package_that_is_not_there'"):
-        megatron_options.known(broken)
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
