@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,11 @@ class MegatronTrainer:
         for name, value in options.items():
             if value is True:
                 arguments.append(f"--{name}")
-            elif value is not False:
-                values = value if isinstance(value, list) else [value]
-                arguments += [f"--{name}", *map(str, values)]
+            elif isinstance(value, list):
+                arguments += [f"--{name}", *map(_word, value)]
+            elif value is not False:  # one that begins with a dash must not be taken for an option
+                word = _word(value)
+                arguments += [f"--{name}={word}"] if word.startswith("-") else [f"--{name}", word]
         return arguments
 
     def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
@@ -130,6 +133,11 @@ def _resolved(spec: Spec) -> dict[str, Any]:
         if options.get("num-experts"):
             options["moe-ffn-hidden-size"] = width
     return options
+
+
+def _word(value: Any) -> str:
+    """As written, but for what Python's own parsers write without the dot of YAML's `.inf`."""
+    return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else str(value)
 
 
 def _check_reserved(spec: Spec) -> None:

@@ -13,6 +13,7 @@ from polycom_ext import upstream
 from polycom_ext.activations import REGISTRY
 from polycom_ext.cli import main
 from polycom_ext.errors import PolycomError
+from polycom_ext.runs import document
 from polycom_ext.runs.megatron import MegatronTrainer
 from polycom_ext.runs.spec import Spec, load
 
@@ -69,6 +70,15 @@ def test_values_become_flags_lists_and_words() -> None:
     assert "--bf16 " in given
     assert "fp16 " not in given
     assert "--split 99 1 --lr 0.002 --moe-layer-freq '[0]*2'" in given
+
+
+def test_a_value_reaches_upstream_as_it_was_written() -> None:
+    texts = "010 1.10 2e-3 12e4567 1:30 no 2026-01-01 0x1F 1_000 .5 .inf -1e-3 -x".split()
+    for text, word in zip(texts, [*texts[:-3], "inf", "-1e-3", "-x"], strict=True):
+        given = shlex.join(arguments(make(tokenizer_model=document.load(text))))
+        assert f"--tokenizer-model{'=' if word.startswith('-') else ' '}{word} " in given
+    given = shlex.join(arguments(make(train_data_path=document.load("[030, a, 070, b]"))))
+    assert "--train-data-path 030 a 070 b " in given
 
 
 def test_a_run_saves_and_resumes_in_its_own_directory() -> None:
