@@ -43,14 +43,13 @@ def render(spec: Spec, trainer: Trainer, run_dir: Path) -> Command:
         "--log-dir",
         os.devnull,
     ]  # or it leaves an empty folder for every start among the temporary files
-    trees = [str(upstream.tree(name)) for name in trainer.upstreams]
-    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = {**trainer.environment(spec, run_dir), **spec.environment}
+    # The trees first, so that neither the spec nor the caller can hide them.
+    paths = [str(upstream.tree(name)) for name in trainer.upstreams]
+    for given in (environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")):
+        paths += [path for path in given.split(os.pathsep) if path and path not in paths]
     return Command(
         arguments=[sys.executable, *launcher, *quiet, *trainer.arguments(spec, run_dir)],
-        environment={
-            "PYTHONPATH": os.pathsep.join([*trees, *(path for path in inherited if path not in trees)]),
-            **trainer.environment(spec, run_dir),
-            **spec.environment,
-        },
+        environment={"PYTHONPATH": os.pathsep.join(paths), **environment},
         directory=Path.cwd(),
     )

@@ -14,9 +14,12 @@ import pytest
 import torch
 import yaml
 
-from polycom_ext import __version__
+from polycom_ext import __version__, upstream
 from polycom_ext.cli import main
+from polycom_ext.runs.rendering import Command, render
 from polycom_ext.runs.spec import load
+
+from .toy import ToyTrainer
 
 RUN = Path("outputs/small")
 
@@ -80,6 +83,24 @@ def test_the_saved_command_is_the_run(finished_directory: Path) -> None:
         [finished_directory / "command.sh"], cwd="/", env=environment, check=True, capture_output=True
     )
     assert metrics.read_text() == logged
+
+
+def test_no_variable_of_a_spec_hides_the_trees_or_breaks_the_script(
+    toy_spec: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ToyTrainer, "upstreams", ("megatron", "olmo"))
+    monkeypatch.setenv("PYTHONPATH", f"/inherited:{upstream.tree('olmo')}::/spec")
+    path = Path(toy_spec(steps=1))
+    text = yaml.safe_load(path.read_text())
+    odd = "two\nlines '$HOME' \"`ls`\" \\\\ ü"
+    text["environment"] = {"PYTHONPATH": "/spec:/more:", "ODD": odd}
+    path.write_text(yaml.safe_dump(text))
+    command = render(load(path), ToyTrainer(), Path("/run"))
+    trees = [str(upstream.tree(name)) for name in ("megatron", "olmo")]
+    assert command.environment["PYTHONPATH"].split(":") == [*trees, "/spec", "/more", "/inherited"]
+    script = Command(["printenv", "ODD"], command.environment, Path("/")).script()
+    printed = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+    assert printed.stdout == f"{odd}\n"
 
 
 def test_a_complete_run_is_left_alone_and_says_so(finished: str, capfd: pytest.CaptureFixture[str]) -> None:
