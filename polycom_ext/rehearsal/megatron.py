@@ -30,6 +30,7 @@ def install() -> None:
     _split_sizes_as_numpy()
     _norm_under_sequence_parallelism()
     _sends_are_finished()
+    _writers_copy()
     optimizer = import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     _materialise_adam_state(optimizer)
     _step_is_not_a_saved_tensor(optimizer)
@@ -123,6 +124,32 @@ def _sends_are_finished() -> None:
 
     cast(Any, torch.distributed).isend = c10d.isend = isend
     torch.cuda.synchronize = synchronize
+
+
+def _writers_copy() -> None:
+    """dist_checkpointing's process for --async-save knows nothing of the rehearsal, and never answers."""
+    utils = import_module("megatron.core.dist_checkpointing.strategies.async_utils")
+    utils.PersistentAsyncCaller.async_loop = staticmethod(_write_checkpoints)
+
+
+def _write_checkpoints(*args: Any) -> None:
+    """That process: training goes on in the very memory that it was sent, so it takes a copy first.
+
+    From a GPU `Tensor.to("cpu")` makes one.
+    """
+    torch_cuda.install()
+    strategies = "megatron.core.dist_checkpointing.strategies"
+    writer = import_module(f"{strategies}.filesystem_async").FileSystemWriterAsync
+    preload = writer.preload_tensors
+
+    def copy_tensors(*buckets: Any) -> list[Any]:
+        return [
+            (file, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (objects, tensors) in preload(*buckets)
+        ]
+
+    writer.preload_tensors = staticmethod(copy_tensors)
+    import_module(f"{strategies}.async_utils").PersistentAsyncCaller.async_loop(*args)
 
 
 def _materialise_adam_state(optimizer: Any) -> None:

@@ -1,5 +1,6 @@
 """A resumed run is the straight run, bit for bit, with any optimizer, types, format and activation."""
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -46,10 +47,29 @@ def test_resumed_is_straight(
 ) -> None:
     processes, layout = OPTIMIZERS[optimizer]
     options = f"{layout} {TYPES[dtype]} --ckpt-format {format_} {ACTIVATIONS[activation]}".split()
-    straight = train(*options, "--save", str(tmp_path), "--save-interval", "2", processes=processes)
+    assert_resumes(train, tmp_path, options, processes)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("optimizer", ["optimizer", "DP2, distributed optimizer"])
+def test_resumed_from_what_was_written_beside_training(
+    train: Trainer, tmp_path: Path, optimizer: str
+) -> None:
+    processes, layout = OPTIMIZERS[optimizer]
+    options = [*layout.split(), *ACTIVATIONS["polynorm"].split()]
+    beside = "--async-save --async-strategy mcore --use-persistent-ckpt-worker".split()
+    assert_resumes(train, tmp_path, options, processes, beside)
+
+
+def assert_resumes(
+    train: Trainer, folder: Path, options: list[str], processes: int, saving: Sequence[str] = ()
+) -> None:
+    """From the second of five steps, on which alone a checkpoint is looked at."""
+    save = ("--save", str(folder), "--save-interval", "2", *saving)
+    straight = train(*options, *save, processes=processes)
     assert set(straight.metrics) == {1, 2, 3, 4, 5}
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
-    resumed = train(*options, "--load", str(tmp_path), processes=processes)
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = train(*options, "--load", str(folder), processes=processes)
     assert set(resumed.metrics) == {3, 4, 5}
     for name in ("train/loss", "train/grad_norm"):
         expected = {step: value for step, value in straight.series(name).items() if step > 2}
