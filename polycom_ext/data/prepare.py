@@ -7,6 +7,7 @@ killed goes on when the same command is given again.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -26,6 +27,8 @@ from polycom_ext.data.progress import progress
 from polycom_ext.data.settings import Settings, check
 from polycom_ext.data.sources import BadDocument, document_text, read_records
 from polycom_ext.errors import PolycomError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def prepare(settings: Settings) -> manifest.Manifest:
@@ -48,7 +51,10 @@ def prepare(settings: Settings) -> manifest.Manifest:
                 if not any(settings.work.glob("*.npz")) and not (settings.work / "tokenizer.json").exists():
                     shutil.rmtree(settings.work, ignore_errors=True)
     except OSError as error:
-        raise PolycomError(f"{error.filename or settings.output}: {error.strerror or error}") from None
+        way_out = "; make room, then the same command goes on" if error.errno in NO_ROOM else ""
+        raise PolycomError(
+            f"{error.filename or settings.output}: {error.strerror or error}{way_out}"
+        ) from None
 
 
 @dataclass

@@ -7,6 +7,7 @@ behind the last one.
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -108,15 +109,17 @@ def make_shard(chunk: Chunk, job: Job, encode: Encoder) -> Summary:
             empty += 1
     lengths = np.array([len(document) for document in documents], dtype="<i4")
     summary = Summary(len(documents), int(lengths.sum()), empty, skipped)
+    archive = io.BytesIO()  # in memory, because NumPy's writer complains on stderr when a disk is full
+    np.savez(
+        archive,
+        tokens=np.concatenate(documents) if documents else np.array([], dtype=job.dtype),
+        lengths=lengths,
+        summary=np.frombuffer(json.dumps(asdict(summary)).encode(), dtype=np.uint8),
+    )
     path = job.path(chunk.index)
     # With the process id: a worker may outlive a killed run for a moment, and meet the next one's.
     with atomic(path, path.with_suffix(f".{os.getpid()}.partial")) as file:
-        np.savez(
-            file,
-            tokens=np.concatenate(documents) if documents else np.array([], dtype=job.dtype),
-            lengths=lengths,
-            summary=np.frombuffer(json.dumps(asdict(summary)).encode(), dtype=np.uint8),
-        )
+        file.write(archive.getbuffer())
     return summary
 
 
