@@ -7,6 +7,7 @@ from typing import Any
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.olmo.activation import is_native
+from polycom_ext.integrations.olmo.checkpoint import check_format
 from polycom_ext.integrations.olmo.megablocks import BLOCK_SIZE
 
 
@@ -21,6 +22,7 @@ def check(cfg: Any, world_size: int, on_branch: bool) -> None:
         raise PolycomError(f"model.mlp_hidden_size {hidden} is odd, but {entry.name} is gated and halves it")
     _check_batch(cfg, world_size)
     _check_strategy(cfg)
+    check_format(cfg)
     if cfg.model.block_type == "moe":
         _check_moe(cfg)
         if on_branch:

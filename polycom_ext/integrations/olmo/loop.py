@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gzip
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,11 +22,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from polycom_ext.errors import PolycomError
+from polycom_ext.integrations.olmo import checkpoint
 from polycom_ext.integrations.olmo.recording import RecordingTrainer
 
 log = logging.getLogger("polycom.olmo")
-
-NO_WEIGHTS_ONLY = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def build(cfg: Any, device: torch.device, output: Path | None) -> RecordingTrainer:
@@ -38,6 +34,7 @@ def build(cfg: Any, device: torch.device, output: Path | None) -> RecordingTrain
     Raises PolycomError or OLMoConfigurationError for what could not be built.
     """
     resumes = _find_checkpoint(cfg)
+    checkpoint.check_source(cfg, get_world_size())
     _save_config(cfg, resumes)
     _start_wandb(cfg)
     seed_all(cfg.seed)
@@ -76,6 +73,7 @@ def train(trainer: RecordingTrainer) -> None:
     """Load the checkpoint to go on from, if there is one, train to the end, and write what was learned."""
     cfg = trainer.cfg
     with trainer:
+        checkpoint.begin_state(cfg, trainer.optim)
         if cfg.load_path is not None:
             _load(trainer)
         elif not cfg.dry_run and not cfg.no_pre_train_checkpoint:
@@ -125,7 +123,7 @@ def _find_checkpoint(cfg: Any) -> bool:
     for folder in (cfg.save_folder, cfg.remote_save_folder) if cfg.try_load_latest_save else ():
         latest = find_latest_checkpoint(folder) if folder is not None else None
         if latest is not None:
-            cfg.load_path = str(latest)
+            cfg.load_path, cfg.load_path_sharded_checkpointer = str(latest), None
             cfg.restore_dataloader = True
             cfg.reset_trainer_state = cfg.reset_optimizer_state = False
             return True
@@ -164,7 +162,7 @@ def _open_indices_file(cfg: Any, resumes: bool) -> TextIO | None:
 def _load(trainer: RecordingTrainer) -> None:
     cfg = trainer.cfg
     log.info("Loading %s", cfg.load_path)
-    with _pickles_allowed(cfg.load_path, cfg.save_folder):
+    with checkpoint.reading(cfg.load_path):
         trainer.restore_checkpoint(
             cfg.load_path,
             load_optimizer_state=not cfg.reset_optimizer_state,
@@ -184,23 +182,5 @@ def _try_saving(trainer: RecordingTrainer) -> None:
     sharded = cfg.distributed_strategy == "fsdp" and cfg.save_num_checkpoints_to_keep != 0
     kind = CheckpointType.sharded if sharded else CheckpointType.unsharded
     path, cache = trainer.save_checkpoint(kind)
-    with _pickles_allowed(cache or path, cfg.save_folder):
+    with checkpoint.reading(str(cache or path)):
         trainer.restore_checkpoint(path, checkpoint_type=kind, local_cache=cache)
-
-
-@contextmanager
-def _pickles_allowed(checkpoint: str | Path, own_folder: str | Path) -> Iterator[None]:
-    """Let torch.load unpickle what this run wrote: OLMo saves more than torch takes by itself since 2.6.
-
-    A checkpoint from elsewhere is read as torch reads any file, unless the caller's environment has it
-    otherwise: unpickling it would run whatever it holds.
-    """
-    own = Path(checkpoint).resolve().parent == Path(own_folder).resolve()
-    before = os.environ.get(NO_WEIGHTS_ONLY)
-    if own:
-        os.environ[NO_WEIGHTS_ONLY] = "1"
-    yield
-    if own:
-        del os.environ[NO_WEIGHTS_ONLY]
-        if before is not None:
-            os.environ[NO_WEIGHTS_ONLY] = before

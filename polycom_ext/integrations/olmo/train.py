@@ -41,10 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg, output = parse(sys.argv[1:] if argv is None else argv)
         device = _join_ranks()
-        trainer = loop.build(cfg, device, output)
+        loop.train(loop.build(cfg, device, output))
     except (OLMoConfigurationError, PolycomError) as error:
         return _refuse(str(error))
-    loop.train(trainer)
     dist.destroy_process_group()
     return 0
 
