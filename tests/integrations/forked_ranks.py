@@ -7,6 +7,7 @@ has failed or the log holds the text of "kill_when".
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -53,6 +54,7 @@ class Zygote:
 
 def serve(entry: Entry) -> None:
     """Answer requests until there are no more."""
+    gc.freeze()  # ranks collect garbage often, and need not look through all that was imported
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line), entry)), flush=True)
 

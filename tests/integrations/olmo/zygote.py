@@ -35,4 +35,5 @@ if __name__ == "__main__":
     rehearsal.enable = lambda upstream: None  # done, for every rank that is forked from here
     recording = importlib.import_module("polycom_ext.integrations.olmo.recording")
     importlib.import_module("polycom_ext.integrations.olmo.loop")
+    importlib.import_module("torch._dynamo")  # an optimizer would, in every rank
     serve(_entry)
