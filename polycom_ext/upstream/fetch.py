@@ -114,7 +114,9 @@ def build(pin: Pin, folder: Path) -> None:
         _export(pin.source, clone, folder)
     git.run(folder, "init", "--quiet", "--template=", "--initial-branch", "polycom")
     information = folder / ".git" / "info"
-    _keep_bytes(information)
+    information.mkdir(exist_ok=True)
+    # For the user's own git; here, git goes by these two whatever becomes of the files.
+    (information / "attributes").write_text(git.KEEP_BYTES)
     (information / "exclude").write_text("\n".join(IGNORED) + "\n")
     git.run(folder, "config", "core.autocrlf", "false")
     git.run(folder, "add", "--all", "--force")
@@ -122,12 +124,6 @@ def build(pin: Pin, folder: Path) -> None:
         _compare(pin, pin.source, clone, folder)
     message = _message(pin, _chosen(pin))
     git.run(folder, "commit", "--quiet", "--no-gpg-sign", "--message", message)
-
-
-def _keep_bytes(information: Path) -> None:
-    """Make git keep files to the byte, whatever upstream's own .gitattributes say."""
-    information.mkdir(exist_ok=True)
-    (information / "attributes").write_text("* -text -eol -ident -filter -working-tree-encoding\n")
 
 
 def _unpack_release(file: Path, folder: Path) -> None:
@@ -160,7 +156,6 @@ def _clone(name: str, source: Git) -> Path:
         # All wanted files in one request; a checkout would ask for them one by one.
         blobs = sorted({blob for _, blob, _ in _files(made, source)})
         _receive(made, source, "--no-write-fetch-head", "--stdin", stdin="\n".join(blobs))
-        _keep_bytes(made / "info")
         try:
             made.rename(clone)
         except OSError:
@@ -171,7 +166,7 @@ def _clone(name: str, source: Git) -> Path:
 
 def _receive(clone: Path, source: Git, *arguments: str, stdin: str = "") -> None:
     what = ("fetch", "--quiet", "--no-tags", "--filter=blob:none", "origin", *arguments)
-    finished = git.run(clone, *what, stdin=stdin, check=False, users_settings=True)
+    finished = git.run(clone, *what, stdin=stdin, check=False, users_network=True)
     if finished.returncode != 0:
         raise PolycomError(
             f"cannot fetch {source.commit[:10]} of {source.url}: {git.last_words(finished)} "

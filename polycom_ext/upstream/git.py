@@ -1,10 +1,20 @@
-"""git, without the user's identity, hooks, signatures, ignored files or line endings."""
+"""git as this package needs it: nothing that a user, a machine or a tree says about git changes what it does.
+
+Settings and attributes come from the system, the user, the environment and the repository itself, and git
+has hundreds of them; so they are not overridden one by one. Each call gets a git directory of its own, of
+links to the repository's objects and references and of settings and attributes of ours. As the call names it,
+neither GIT_DIR, nor a repository around the folder, nor the folder's owner has a say in which one is meant.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from polycom_ext.errors import PolycomError
@@ -13,49 +23,30 @@ IDENTITY = ("PolyCom", "polycom@users.noreply.github.com")
 """Author and committer of every commit made here."""
 EPOCH = "2000-01-01T00:00:00+00:00"
 """Committer date of every commit made here, so that equal content has equal ids."""
+KEEP_BYTES = "* -text -eol -ident -filter -working-tree-encoding !diff !whitespace\n"
+"""Attributes by which git keeps files to the byte and has one form of patches, against upstream's own."""
 
 _SETTINGS = {
     "core.hooksPath": os.devnull,
     "core.fsmonitor": "false",
     "core.autocrlf": "false",
     "core.quotePath": "false",
+    "core.attributesFile": os.devnull,
+    "core.excludesFile": os.devnull,
     "gc.auto": "0",
 }
-"""Said on the command line, because it beats what a user has set in the tree's own .git/config."""
-
-_NETWORK = ("GIT_CONFIG", "GIT_SSH", "GIT_SSL", "GIT_PROXY", "GIT_HTTP")
+_ANYBODYS = {"core.hooksPath": os.devnull, "core.fsmonitor": "false", "safe.directory": "*"}
+"""For a checkout under its user's settings: nothing of it is run, and it may be another user's."""
+_LINKED = ("objects", "refs", "packed-refs", "logs", "shallow")
+"""Of a repository's own git directory, what a call sees of it; besides, HEAD and the index."""
+_ON_SETTINGS = ("init", "config", "remote", "fetch")
+"""Commands that make or write a repository's own settings, and so need the real ones."""
+_NETWORK = ("GIT_ASKPASS", "GIT_SSH", "GIT_SSL", "GIT_PROXY", "GIT_HTTP", "GIT_ALLOW_PROTOCOL")
 """Beginnings of the variables by which users say how git reaches the network."""
-
-
-def _command(folder: Path, arguments: Sequence[str]) -> list[str]:
-    # A container may mount a tree that another user owns; with no hooks and no monitor, nothing of it is run.
-    settings = {**_SETTINGS, "safe.directory": str(folder.resolve())}
-    return [
-        "git",
-        *(part for key, value in settings.items() for part in ("-c", f"{key}={value}")),
-        *arguments,
-    ]
-
-
-def _environment(folder: Path, extra: Mapping[str, str] | None, users_settings: bool) -> dict[str, str]:
-    kept = _NETWORK if users_settings else ()
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith(kept)}
-    if not users_settings:
-        inherited.update({"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"})
-    return {
-        **inherited,
-        "LC_ALL": "C",
-        "GIT_TERMINAL_PROMPT": "0",
-        # Where the folder is no repository, git must not take the project's own repository around it.
-        "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent),
-        "GIT_AUTHOR_NAME": IDENTITY[0],
-        "GIT_AUTHOR_EMAIL": IDENTITY[1],
-        "GIT_AUTHOR_DATE": EPOCH,
-        "GIT_COMMITTER_NAME": IDENTITY[0],
-        "GIT_COMMITTER_EMAIL": IDENTITY[1],
-        "GIT_COMMITTER_DATE": EPOCH,
-        **(extra or {}),
-    }
+_NETWORK_SETTINGS = re.compile(
+    r"(http|url|credential|ssh|protocol)\..+|core\.(sshcommand|gitproxy|askpass)|safe\.directory"
+)
+"""The same in the user's configuration."""
 
 
 def run(
@@ -64,35 +55,20 @@ def run(
     environment: Mapping[str, str] | None = None,
     stdin: str = "",
     check: bool = True,
-    users_settings: bool = False,
+    users_network: bool = False,
     pass_fds: tuple[int, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run git in a folder.
+    """Run git in a folder: the top of a working tree, a bare repository, or no repository at all.
 
     Args:
         environment: variables of git's own to add.
         stdin: what git reads.
         check: raise PolycomError with git's last words when it fails.
-        users_settings: let the user's configuration take part: proxies, credentials and mirrors.
+        users_network: let the user's proxies, credentials and mirrors take part, and nothing else of theirs.
         pass_fds: descriptors that stay open in git, so that a lock outlives this process as long as git does.
     """
-    try:
-        # Bytes, because text mode would change line ends.
-        finished = subprocess.run(
-            _command(folder, arguments),
-            cwd=folder,
-            env=_environment(folder, environment, users_settings),
-            input=stdin.encode("utf-8", "surrogateescape"),
-            capture_output=True,
-            check=False,
-            pass_fds=pass_fds,
-        )
-    except FileNotFoundError as error:
-        raise PolycomError("git is not installed: the patch manager needs git 2.32 or later") from error
-    said, complained = (
-        part.decode("utf-8", "surrogateescape") for part in (finished.stdout, finished.stderr)
-    )
-    told = subprocess.CompletedProcess(finished.args, finished.returncode, said, complained)
+    with _repository(folder, arguments[0]) as repository, _users_network(folder, users_network) as network:
+        told = _start(folder, arguments, {**repository, **network, **(environment or {})}, stdin, pass_fds)
     if check and told.returncode != 0:
         raise PolycomError(f"git {arguments[0]} failed in {folder}: {last_words(told)}")
     return told
@@ -107,3 +83,140 @@ def last_words(finished: subprocess.CompletedProcess[str]) -> str:
 def output(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
     """What git prints, without the last newline."""
     return run(folder, *arguments, environment=environment).stdout.rstrip("\n")
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder is at, `+changes` where its files differ from it; for a record or a cache.
+
+    The folder may be any in anybody's checkout. Its user's settings decide what counts as a change; which
+    checkout it is, the folder alone: not GIT_DIR and its like, which a hook or an editor sets. None where git
+    is not installed, cannot read the checkout, or has no file of the folder.
+    """
+
+    def ask(*arguments: str) -> str | None:
+        with contextlib.suppress(PolycomError):
+            told = _start(folder, arguments, {"GIT_OPTIONAL_LOCKS": "0"}, settings=_ANYBODYS)
+            return told.stdout.strip() if told.returncode == 0 else None
+        return None
+
+    if not ask("ls-files", "--", "."):
+        return None
+    commit = ask("rev-parse", "--verify", "HEAD")
+    changes = ask("status", "--porcelain", "--untracked-files=normal", "--", ".")
+    return None if commit is None or changes is None else f"{commit}+changes" if changes else commit
+
+
+def _start(
+    folder: Path,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    stdin: str = "",
+    pass_fds: tuple[int, ...] = (),
+    settings: Mapping[str, str] = _SETTINGS,
+) -> subprocess.CompletedProcess[str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+    try:
+        # Bytes, because text mode would change line ends.
+        finished = subprocess.run(
+            ["git", *options, *arguments],
+            cwd=folder,
+            env={**inherited, "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", **environment},
+            input=stdin.encode("utf-8", "surrogateescape"),
+            capture_output=True,
+            check=False,
+            pass_fds=pass_fds,
+        )
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.filename == "git":
+            raise PolycomError("git is not installed: the patch manager needs git 2.32 or later") from error
+        raise PolycomError(f"git cannot be started in {folder}: {error.strerror}") from error
+    said, complained = (
+        part.decode("utf-8", "surrogateescape") for part in (finished.stdout, finished.stderr)
+    )
+    return subprocess.CompletedProcess(finished.args, finished.returncode, said, complained)
+
+
+@contextmanager
+def _repository(folder: Path, command: str) -> Iterator[dict[str, str]]:
+    """The environment that says which repository a call is about and by which settings."""
+    folder = folder.absolute()
+    own = folder / ".git" if (folder / ".git").is_dir() else folder
+    says = {
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_NO_REPLACE_OBJECTS": "1",
+        "GIT_DEFAULT_HASH": "sha1",
+        "GIT_DEFAULT_REF_FORMAT": "files",
+        "GIT_AUTHOR_NAME": IDENTITY[0],
+        "GIT_AUTHOR_EMAIL": IDENTITY[1],
+        "GIT_AUTHOR_DATE": EPOCH,
+        "GIT_COMMITTER_NAME": IDENTITY[0],
+        "GIT_COMMITTER_EMAIL": IDENTITY[1],
+        "GIT_COMMITTER_DATE": EPOCH,
+    }
+    if command in _ON_SETTINGS:
+        yield says if command == "init" else {**says, "GIT_DIR": str(own)}
+        return
+    with tempfile.TemporaryDirectory(prefix="polycom-git-") as scratch:
+        seen = Path(scratch)
+        head = _assemble(own, seen, bare=own == folder)
+        says["GIT_DIR"] = scratch
+        if own != folder:
+            says |= {"GIT_WORK_TREE": str(folder), "GIT_INDEX_FILE": str(own / "index")}
+        yield says
+        if (seen / "HEAD").read_bytes() != head:  # the commit itself, where the user is on no branch
+            (seen / "HEAD").replace(own / "HEAD")
+
+
+def _assemble(own: Path, seen: Path, *, bare: bool) -> bytes:
+    """Make the git directory that a call sees of a repository, and return its HEAD."""
+    head = b"ref: refs/heads/none\n"
+    settings = f"[core]\n\trepositoryformatversion = 0\n\tbare = {str(bare).lower()}\n"
+    if (own / "HEAD").is_file() and (own / "objects").is_dir():
+        head = (own / "HEAD").read_bytes()
+        for path in (*(own / name for name in _LINKED), *own.glob("sharedindex.*")):
+            if path.exists() or path.name == "packed-refs":  # which git may have to write
+                (seen / path.name).symlink_to(path)
+        # What `git init` found out about the file system.
+        if re.search(
+            rb"^\s*filemode\s*=\s*false\s*$", (own / "config").read_bytes(), re.MULTILINE | re.IGNORECASE
+        ):
+            settings += "\tfilemode = false\n"
+        if bare:  # a clone in the cache, which is without the files that nobody wants
+            settings += '[remote "origin"]\n\tpromisor = true\n'
+    else:
+        (seen / "objects").mkdir()
+        (seen / "refs").mkdir()
+    (seen / "HEAD").write_bytes(head)
+    (seen / "config").write_text(settings)
+    (seen / "info").mkdir()
+    (seen / "info" / "attributes").write_text(KEEP_BYTES)
+    return head
+
+
+@contextmanager
+def _users_network(folder: Path, wanted: bool) -> Iterator[dict[str, str]]:
+    """Variables by which git sees the part of the user's configuration that is about the network."""
+    if not wanted:
+        yield {}
+        return
+    kept = {key: value for key, value in os.environ.items() if key.startswith(_NETWORK)}
+    theirs = {
+        key: value for key, value in os.environ.items() if key.startswith("GIT_CONFIG_") or key == "HOME"
+    }
+    listed = _start(
+        folder, ("config", "--list", "--null", "--show-scope"), {**theirs, "GIT_DIR": str(folder)}
+    )
+    if listed.returncode != 0:
+        raise PolycomError(f"git cannot read your configuration: {last_words(listed)}")
+    with tempfile.TemporaryDirectory(prefix="polycom-git-") as scratch:
+        file = Path(scratch) / "config"
+        file.touch()
+        fields = listed.stdout.split("\0")
+        for scope, entry in zip(fields[::2], fields[1::2], strict=False):
+            key, _, value = entry.partition("\n")
+            if scope != "local" and _NETWORK_SETTINGS.fullmatch(key):
+                _start(folder, ("config", "--file", str(file), "--add", key, value), {})
+        yield {**kept, "GIT_CONFIG_GLOBAL": str(file)}

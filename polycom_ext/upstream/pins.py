@@ -97,7 +97,7 @@ class Pin:
 
 def patches_dir() -> Path:
     """`patches/` of the checkout that this package is installed from, or $POLYCOM_PATCHES."""
-    folder = Path(os.environ.get("POLYCOM_PATCHES") or Path(__file__).parents[2] / "patches")
+    folder = Path(os.environ.get("POLYCOM_PATCHES") or Path(__file__).parents[2] / "patches").absolute()
     if not (folder / "pins.toml").is_file():
         raise PolycomError(
             f"no pins.toml in {folder}: run from a checkout, or set POLYCOM_PATCHES to its patches/"
@@ -107,7 +107,7 @@ def patches_dir() -> Path:
 
 def trees_dir() -> Path:
     """Where the trees are: $POLYCOM_UPSTREAM_DIR, or `.upstream` beside `patches/`."""
-    return Path(os.environ.get("POLYCOM_UPSTREAM_DIR") or patches_dir().parent / ".upstream")
+    return Path(os.environ.get("POLYCOM_UPSTREAM_DIR") or patches_dir().parent / ".upstream").absolute()
 
 
 def load() -> dict[str, Pin]:

@@ -205,8 +205,13 @@ def _scratch_objects(tree: Path) -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory() as scratch:
         yield {
             "GIT_OBJECT_DIRECTORY": scratch,
-            "GIT_ALTERNATE_OBJECT_DIRECTORIES": os.fspath((tree / ".git" / "objects").resolve()),
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": _quoted((tree / ".git" / "objects").resolve()),
         }
+
+
+def _quoted(path: Path) -> str:
+    """A path for a list that git divides at colons."""
+    return '"' + os.fspath(path).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _committed(tree: Path, treeish: str, environment: dict[str, str] | None = None) -> _Files:
@@ -231,8 +236,8 @@ def _worktree(tree: Path, objects: dict[str, str]) -> _Files:
         git.run(tree, "read-tree", base(tree), environment=environment)
         git.run(tree, "add", "--update", environment=environment)
         # Not `add --all`, which would pass over what upstream's own .gitignore names.
-        exclude = f"--exclude-from={tree / '.git' / 'info' / 'exclude'}"
-        listing = git.output(tree, "ls-files", "--others", "-z", exclude, environment=environment)
+        exclude = [f"--exclude={pattern}" for pattern in fetch.IGNORED]
+        listing = git.output(tree, "ls-files", "--others", "-z", *exclude, environment=environment)
         others = [path for path in listing.split("\0") if path]
         files = "".join(f"{path}\0" for path in others if not path.endswith("/"))
         git.run(tree, "update-index", "--add", "-z", "--stdin", stdin=files, environment=environment)

@@ -1,6 +1,7 @@
 """A small upstream, made on the fly as a wheel, with a pin and a series of two patches."""
 
 import hashlib
+import os
 import re
 import subprocess
 import zipfile
@@ -22,6 +23,7 @@ FILES = {
 }
 
 WHY = "It is needed.\n\nOrigin: here\nUpstream-Status: Inappropriate [a test]"
+DATE = "2026-01-02T03:04:05+00:00"
 FORM = ("--full-index", "--zero-commit", "--no-signature", "-N", "--quiet")
 
 PATCHED = {
@@ -88,7 +90,8 @@ def git(folder: Path, *arguments: str, author: tuple[str, str] = ("T", "t@exampl
     """Run the user's own git, as somebody else unless `author` says otherwise."""
     who = ("-c", f"user.name={author[0]}", "-c", f"user.email={author[1]}")
     command = ["git", "-C", str(folder), *who, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    environment = {**os.environ, "GIT_AUTHOR_DATE": DATE, "GIT_COMMITTER_DATE": DATE}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
 def write_wheel(path: Path, files: dict[str, str]) -> str:
@@ -96,24 +99,29 @@ def write_wheel(path: Path, files: dict[str, str]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as wheel:
         for name, text in files.items():
-            wheel.writestr(name, text)
+            wheel.writestr(zipfile.ZipInfo(name), text)  # of one date, so that equal files have equal hashes
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
     """The upstream's wheel in the cache, its pin and its series; no tree yet."""
-    made = Small(tmp_path, tmp_path / "patches", tmp_path / "cache")
+    return make_small(tmp_path, monkeypatch)
+
+
+def make_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
+    """Make one below a folder, and name it in the environment."""
+    made = Small(folder, folder / "patches", folder / "cache")
     monkeypatch.setenv("POLYCOM_PATCHES", str(made.patches))
     monkeypatch.setenv("POLYCOM_CACHE", str(made.cache))
-    monkeypatch.setenv("POLYCOM_UPSTREAM_DIR", str(tmp_path / "trees"))
+    monkeypatch.setenv("POLYCOM_UPSTREAM_DIR", str(folder / "trees"))
     sha256 = write_wheel(made.cache / "pypi" / WHEEL, FILES)
     made.series.mkdir(parents=True)
     (made.patches / "pins.toml").write_text(
         f'[small]\nversion = "1.0"\nseries = "small"\norigin = "here"\n'
         f'[small.pypi]\nproject = "small"\nfiles."{WHEEL}" = "{sha256}"\n'
     )
-    work = tmp_path / "work"
+    work = folder / "work"
     for name, text in FILES.items():
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_bytes(text.encode())
