@@ -9,7 +9,7 @@ from typing import Any
 from polycom_ext import activations, upstream
 from polycom_ext.analysis.coefficients import from_megatron
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import megatron_model, megatron_options
+from polycom_ext.runs import megatron_data, megatron_model, megatron_options
 from polycom_ext.runs.spec import Spec
 from polycom_ext.runs.suggest import did_you_mean
 
@@ -26,8 +26,6 @@ RESERVED = {
 }
 """Options that a run sets itself -> why a spec cannot."""
 
-DATA_OPTIONS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
-DATA_FILE_OPTIONS = ("data-args-path", "per-split-data-args-path")
 UNEVEN_PIPELINE = (
     "decoder-first-pipeline-num-layers",
     "decoder-last-pipeline-num-layers",
@@ -48,20 +46,24 @@ class MegatronTrainer:
         tree = upstream.tree("megatron")
         if tree.exists():
             _check_options(spec, megatron_options.known(tree))
+        megatron_data.check(spec.name, spec.options)
         _check_length(spec)
         _check_layout(spec)
         _check_batch(spec)
 
     def check_inputs(self, spec: Spec) -> None:
-        if not any(spec.options.get(name) for name in (*DATA_OPTIONS, *DATA_FILE_OPTIONS, "mock-data")):
+        if not any(
+            spec.options.get(name)
+            for name in (*megatron_data.OPTIONS, *megatron_data.FILE_OPTIONS, "mock-data")
+        ):
             raise PolycomError(
                 f"{spec.name}: megatron.train-data-path must name token files (or set mock-data)"
             )
-        for name in DATA_FILE_OPTIONS:
+        for name in megatron_data.FILE_OPTIONS:
             path = spec.options.get(name)
-            if path is not None and not Path(path).exists():
+            if path is not None and not Path(str(path)).exists():
                 raise PolycomError(f"{spec.name}: megatron.{name}: {path} not found (looked in {Path.cwd()})")
-        for name in DATA_OPTIONS:
+        for name in megatron_data.OPTIONS:
             value = spec.options.get(name, [])
             for item in value if isinstance(value, list) else [value]:
                 files = [] if _is_weight(item) else [f"{item}.bin", f"{item}.idx"]
@@ -75,7 +77,7 @@ class MegatronTrainer:
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
         checkpoints = str(run_dir / "checkpoints")
         options = {
-            **_resolved(spec),
+            **megatron_data.arguments(_resolved(spec), run_dir),
             "save": checkpoints,
             "load": checkpoints,
             "polycom-metrics": str(run_dir / "metrics.jsonl"),
@@ -95,7 +97,8 @@ class MegatronTrainer:
         return {}
 
     def files(self, spec: Spec, run_dir: Path) -> dict[str, str]:
-        return {}
+        written = megatron_data.files(spec.options).values()
+        return {name: text for file in written for name, text in file.items()}
 
     def model(self, spec: Spec) -> dict[str, Any]:
         """Without Megatron's tree, which only a dry run does without, the activation alone."""

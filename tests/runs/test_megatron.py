@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 
@@ -18,6 +20,7 @@ from polycom_ext.runs.megatron import MegatronTrainer
 from polycom_ext.runs.spec import Spec, load
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
+DATA = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
 SPECS = sorted([*TINY.glob("dense-*.yaml"), *TINY.glob("moe-*.yaml")])
 
 
@@ -189,6 +192,70 @@ def test_token_files_must_be_there_weights_need_not(tmp_path: Path, monkeypatch:
         trainer.check_inputs(make(data_path="c"))
     with pytest.raises(PolycomError, match=r"megatron\.per-split-data-args-path: splits\.json not found"):
         trainer.check_inputs(make(per_split_data_args_path="splits.json"))
+
+
+def upstreams_blend(tree: Path, **given: Any) -> Any:
+    """What Megatron itself reads from its data options."""
+    names = [*DATA, "data-args-path", "per-split-data-args-path"]
+    options = {name.replace("-", "_"): given.get(name) for name in names}
+    scope: dict[str, Any] = {
+        "json": json,
+        "open_file": open,
+        "Optional": Optional,
+        "List": list,
+        "Tuple": tuple,
+    }
+    for file, name in [
+        ("core/datasets/utils.py", "get_blend_from_list"),
+        ("training/utils.py", "get_blend_and_blend_per_split"),
+    ]:
+        source = ast.parse((tree / "megatron" / file).read_text())
+        [function] = [n for n in source.body if isinstance(n, ast.FunctionDef) and n.name == name]
+        exec(ast.unparse(function), scope)
+    return scope["get_blend_and_blend_per_split"](argparse.Namespace(**options))
+
+
+@pytest.mark.parametrize(
+    "blends",
+    [
+        {
+            "data-path": document.load(
+                "[" + ", ".join(f"0.{i:05}, corpus/part-{i}" for i in range(30000)) + "]"
+            )
+        },
+        {"data-path": [f"corpus/part-{i}" for i in range(1275)]},
+        {"train-data-path": ["train"] * 100, "valid-data-path": "valid"},
+        {"train-data-path": "a", "valid-data-path": [1, "an odd name", 2, "b"] * 20, "test-data-path": "c"},
+        {"data-path": ["a", "b"]},
+        {"train-data-path": [1, "a", 2, "b"], "valid-data-path": "v"},
+    ],
+    ids=lambda blends: " ".join(f"{len(value)}-{name}" for name, value in blends.items()),
+)
+def test_a_blend_of_any_length_reaches_upstream_as_it_is(
+    tree: Path, tmp_path: Path, blends: dict[str, Any]
+) -> None:
+    trainer, spec = MegatronTrainer(), make()
+    spec.options.update(blends)
+    trainer.validate(spec)
+    for name, text in trainer.files(spec, tmp_path).items():
+        (tmp_path / name).write_text(text)
+    given = trainer.arguments(spec, tmp_path)
+    assert sum(len(word) + 1 for word in given) < 4096
+    parser = argparse.ArgumentParser()
+    for name in DATA:
+        parser.add_argument(f"--{name}", nargs="*")
+    for name in ("data-args-path", "per-split-data-args-path"):
+        parser.add_argument(f"--{name}")
+    read = {name.replace("_", "-"): value for name, value in vars(parser.parse_known_args(given)[0]).items()}
+    lists = {k: [str(word) for word in (v if isinstance(v, list) else [v])] for k, v in blends.items()}
+    assert upstreams_blend(tree, **read) == upstreams_blend(tree, **lists)
+
+
+def test_a_path_that_upstream_would_take_for_two_is_refused() -> None:
+    spec = make(data_path=["an odd name"] * 100)
+    with pytest.raises(PolycomError, match="ends a path at white space: rename 'an odd name'"):
+        MegatronTrainer().validate(spec)
+    MegatronTrainer().validate(make(data_path=["an odd name"] * 3))
 
 
 def test_data_is_never_invented_unasked() -> None:

@@ -1,0 +1,57 @@
+"""Blends of token files: on the command line while they are short, else in a file of the run directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from polycom_ext.errors import PolycomError
+
+SPLITS = {"train": "train-data-path", "valid": "valid-data-path", "test": "test-data-path"}
+OPTIONS = ("data-path", *SPLITS.values())
+FILE_OPTIONS = ("data-args-path", "per-split-data-args-path")
+LONG = 64
+"""Words of a blend, paths and weights, from which it is written to a file: a corpus has thousands, and Linux
+limits the length of the command line that every rank carries."""
+
+
+def files(options: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Option of FILE_OPTIONS -> {name of the file: its text}, for the blends that are long."""
+    found = {}
+    blend = _words(options.get("data-path"))
+    if blend is not None and len(blend) > LONG:
+        found["data-args-path"] = {"data.txt": "".join(f"{word}\n" for word in blend)}
+    splits = {split: _words(options.get(name)) for split, name in SPLITS.items()}
+    if sum(len(words or ()) for words in splits.values()) > LONG:
+        found["per-split-data-args-path"] = {"data.json": json.dumps(splits, indent=1) + "\n"}
+    return found
+
+
+def arguments(options: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The options with each long blend as the file that `files` makes of it."""
+    shorter = dict(options)
+    for option, written in files(options).items():
+        for name in ("data-path",) if option == "data-args-path" else SPLITS.values():
+            shorter.pop(name, None)
+        [file] = written
+        shorter[option] = str(run_dir / file)
+    return shorter
+
+
+def check(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse what a file cannot say: upstream splits the words of --data-args-path at white space."""
+    if "data-args-path" in files(options):
+        for word in _words(options["data-path"]) or ():
+            if len(word.split()) != 1:
+                raise PolycomError(
+                    f"{name}: megatron.data-path has more than {LONG} words, so it goes into a file, where "
+                    f"Megatron ends a path at white space: rename {word!r}"
+                )
+
+
+def _words(value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    return [str(word) for word in (value if isinstance(value, list) else [value])]
