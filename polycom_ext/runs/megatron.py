@@ -9,7 +9,7 @@ from typing import Any
 from polycom_ext import activations, upstream
 from polycom_ext.analysis.coefficients import from_megatron
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import megatron_data, megatron_model, megatron_options
+from polycom_ext.runs import megatron_checks, megatron_data, megatron_model, megatron_options
 from polycom_ext.runs.spec import Spec
 from polycom_ext.runs.suggest import did_you_mean
 
@@ -18,6 +18,7 @@ RESERVED = {
     "load": "a run resumes from its own directory; to start from elsewhere use pretrained-checkpoint",
     "polycom-activation": "name it with `activation:`",
     "polycom-metrics": "metrics go to the run directory",
+    "yaml-cfg": "it would replace every option of the run",
     **{
         option: "name the activation with `activation:`"
         for entry in activations.REGISTRY.values()
@@ -25,14 +26,6 @@ RESERVED = {
     },
 }
 """Options that a run sets itself -> why a spec cannot."""
-
-UNEVEN_PIPELINE = (
-    "decoder-first-pipeline-num-layers",
-    "decoder-last-pipeline-num-layers",
-    "pipeline-model-parallel-layout",
-    "account-for-embedding-in-pipeline-split",
-    "account-for-loss-in-pipeline-split",
-)
 
 
 class MegatronTrainer:
@@ -47,11 +40,10 @@ class MegatronTrainer:
         if tree.exists():
             _check_options(spec, megatron_options.known(tree))
         megatron_data.check(spec.name, spec.options)
-        _check_length(spec)
-        _check_layout(spec)
-        _check_batch(spec)
+        megatron_checks.check(spec, _resolved(spec))
 
     def check_inputs(self, spec: Spec) -> None:
+        megatron_checks.check_packages(spec)
         if not any(
             spec.options.get(name)
             for name in (*megatron_data.OPTIONS, *megatron_data.FILE_OPTIONS, "mock-data")
@@ -109,7 +101,7 @@ class MegatronTrainer:
         return {"activation": (entry.name, order), **{f"megatron.{name}": fixed[name] for name in fixed}}
 
     def total_steps(self, spec: Spec) -> int | None:
-        return _integer(spec, "train-iters", None)
+        return megatron_checks.integer(spec, "train-iters", None)
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
         try:
@@ -162,85 +154,6 @@ def _check_options(spec: Spec, known: dict[str, megatron_options.Option]) -> Non
         problem = option.problem(value)
         if problem:
             raise PolycomError(f"{spec.name}: megatron.{name} {problem}")
-
-
-def _integer(spec: Spec, name: str, default: int | None) -> int | None:
-    value = spec.options.get(name, default)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise PolycomError(f"{spec.name}: megatron.{name} must be an integer of at least 1, not {value!r}")
-    return value
-
-
-def _size(spec: Spec, name: str) -> int:
-    size = _integer(spec, name, 1)
-    assert size is not None
-    return size
-
-
-def _check_length(spec: Spec) -> None:
-    if "train-iters" not in spec.options and "train-samples" not in spec.options:
-        raise PolycomError(f"{spec.name}: megatron.train-iters (or train-samples) must say how long to train")
-    if "save-interval" not in spec.options:
-        raise PolycomError(
-            f"{spec.name}: megatron.save-interval must say how often to save, so that a run can resume"
-        )
-
-
-def _check_layout(spec: Spec) -> None:
-    """Processes, widths, layers, heads and experts must divide evenly over the ranks that share them."""
-    tensor = _size(spec, "tensor-model-parallel-size")
-    pipeline = _size(spec, "pipeline-model-parallel-size")
-    context = _size(spec, "context-parallel-size")
-    expert = _size(spec, "expert-model-parallel-size")
-    expert_tensor = _integer(spec, "expert-tensor-parallel-size", tensor) or tensor
-    experts = _integer(spec, "num-experts", None)
-    resolved = _resolved(spec)
-
-    def divides(divisor: int, divisor_name: str, number: Any, number_name: str) -> None:
-        if isinstance(number, int) and number % divisor:
-            raise PolycomError(
-                f"{spec.name}: {divisor_name} {divisor} does not divide {number_name} {number}"
-            )
-
-    divides(
-        tensor * pipeline * context, "tensor x pipeline x context parallel size", spec.processes, "processes"
-    )
-    divides(tensor, "tensor-model-parallel-size", resolved.get("ffn-hidden-size"), "the FFN width")
-    divides(tensor, "tensor-model-parallel-size", resolved.get("num-attention-heads"), "num-attention-heads")
-    if not any(resolved.get(name) for name in UNEVEN_PIPELINE):
-        divides(pipeline, "pipeline-model-parallel-size", resolved.get("num-layers"), "num-layers")
-    if experts is None:
-        if expert > 1:
-            raise PolycomError(f"{spec.name}: expert-model-parallel-size {expert} needs megatron.num-experts")
-        return
-    divides(
-        expert_tensor * expert * pipeline,
-        "expert-tensor x expert x pipeline parallel size",
-        spec.processes,
-        "processes",
-    )
-    divides(expert, "expert-model-parallel-size", experts, "num-experts")
-    divides(
-        expert_tensor,
-        "expert-tensor-parallel-size",
-        resolved.get("moe-ffn-hidden-size"),
-        "the experts' width",
-    )
-
-
-def _check_batch(spec: Spec) -> None:
-    micro, batch = _integer(spec, "micro-batch-size", None), _integer(spec, "global-batch-size", None)
-    if micro is None or batch is None:
-        return
-    model = 1
-    for dimension in ("tensor", "pipeline"):
-        model *= _size(spec, f"{dimension}-model-parallel-size")
-    replicas = spec.processes // (model * _size(spec, "context-parallel-size"))
-    if batch % (micro * replicas):
-        raise PolycomError(
-            f"{spec.name}: global-batch-size {batch} is not a multiple of micro-batch-size {micro} times "
-            f"{replicas} data-parallel ranks"
-        )
 
 
 def _is_weight(item: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any, Optional
@@ -21,6 +22,12 @@ from polycom_ext.runs.spec import Spec, load
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 DATA = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
+PER_TOKEN = {
+    "processes": 2,
+    "num_experts": 4,
+    "tensor_model_parallel_size": 2,
+    "calculate_per_token_loss": True,
+}
 SPECS = sorted([*TINY.glob("dense-*.yaml"), *TINY.glob("moe-*.yaml")])
 
 
@@ -106,6 +113,7 @@ def test_a_run_saves_and_resumes_in_its_own_directory() -> None:
         ({"squared_relu": True}, "name the activation with `activation:`"),
         ({"polycom_activation": "relu"}, "with `activation:`"),
         ({"load": "elsewhere"}, "use pretrained-checkpoint"),
+        ({"yaml_cfg": "a.yaml"}, "it would replace every option of the run"),
         ({"save": "elsewhere"}, "checkpoints go to the run directory"),
         ({"ffn_hidden_size": 512}, "give either ffn_width or megatron.ffn-hidden-size, not both"),
         ({"train_iters": None}, "must say how long to train"),
@@ -143,9 +151,39 @@ def test_a_wrong_option_is_refused_in_one_sentence(options: dict[str, Any], sent
         (
             6,
             768,
-            {"expert_tensor_parallel_size": 6, "num_experts": 6, "moe_ffn_hidden_size": 100, "width": None},
-            "expert-tensor-parallel-size 6 does not divide the experts' width 100",
+            {"expert_tensor_parallel_size": 3, "num_experts": 6, "moe_ffn_hidden_size": 100, "width": None}
+            | {"expert_model_parallel_size": 2},
+            "expert-tensor-parallel-size 3 does not divide the experts' width 100",
         ),
+        (
+            2,
+            768,
+            {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "num_experts": 4},
+            "expert-tensor-parallel-size 1 other than tensor-model-parallel-size 2 trains wrongly",
+        ),
+        (
+            2,
+            768,
+            {"expert_tensor_parallel_size": 2, "num_experts": 4},
+            "expert-tensor-parallel-size 2 other than tensor-model-parallel-size 1 trains wrongly",
+        ),
+        (2, 768, PER_TOKEN | {"moe_aux_loss_coeff": 0.01}, "weighs moe-aux-loss-coeff by 1 / tensor"),
+        (2, 768, PER_TOKEN | {"moe_aux_loss_coeff": [0.0, 0.01]}, "weighs moe-aux-loss-coeff by 1 / tensor"),
+        (2, 768, PER_TOKEN | {"moe_z_loss_coeff": 0.01}, "weighs moe-z-loss-coeff by 1 / tensor"),
+        (1, 768, {"lr_warmup_iters": 8}, "lr-warmup-iters 8 must be less than train-iters 8"),
+        (
+            1,
+            768,
+            {"lr_warmup_iters": 5, "lr_decay_iters": 4},
+            "lr-warmup-iters 5 must be less than lr-decay-iters 4",
+        ),
+        (
+            1,
+            768,
+            {"lr_warmup_samples": 90, "train_samples": 80, "train_iters": None},
+            "lr-warmup-samples 90 must be less than train-samples 80",
+        ),
+        (1, 768, {"lr_warmup_fraction": 1.0}, "lr-warmup-fraction 1.0 must be less than 1"),
         (
             2,
             768,
@@ -170,12 +208,65 @@ def test_a_layout_that_does_not_divide_is_refused(
         {"processes": 4, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
         {"processes": 3, "pipeline_model_parallel_size": 3, "decoder_first_pipeline_num_layers": 2},
         {"processes": 2, "expert_model_parallel_size": 2, "num_experts": 4},
-        {"processes": 2, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "num_experts": 4},
+        {
+            "processes": 4,
+            "tensor_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 1,
+            "expert_model_parallel_size": 2,
+            "num_experts": 4,
+        },
+        {"processes": 4, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2, "num_experts": 4},
+        {"processes": 2, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2, "num_experts": 4},
+        {"processes": 2, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+        {**PER_TOKEN, "moe_aux_loss_coeff": 0.0},
+        {**PER_TOKEN, "moe_aux_loss_coeff": 0.01, "tensor_model_parallel_size": 1},
+        {"lr_warmup_iters": 7},
+        {"lr_warmup_iters": 9, "lr_decay_iters": 10},
+        {"lr_warmup_iters": 0, "lr_warmup_fraction": 0.5},
         {"processes": 2, "micro_batch_size": 4, "global_batch_size": 16},
     ],
 )
 def test_a_layout_that_divides_is_accepted(options: dict[str, Any]) -> None:
     MegatronTrainer().validate(make(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"optimizer": "muon"}, "optimizer muon needs the package emerging-optimizers, 0.1 or later"),
+        ({"optimizer": "dist_muon"}, "optimizer dist_muon needs the package emerging-optimizers, 0.1"),
+        ({"optimizer": "lion"}, "optimizer lion needs the package emerging-optimizers, 0.2 or later"),
+        (
+            {"optimizer": "muon", "muon_scalar_optimizer": "lion"},
+            "muon-scalar-optimizer lion needs the package emerging-optimizers, 0.2",
+        ),
+        ({"use_precision_aware_optimizer": True}, "needs Transformer Engine's Adam, which is not installed"),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else None,
+)
+def test_an_optimizer_whose_package_is_missing_is_refused_before_a_start_but_not_in_a_dry_run(
+    options: dict[str, Any], sentence: str
+) -> None:
+    spec = make(mock_data=True, **options)
+    MegatronTrainer().validate(spec)
+    with pytest.raises(PolycomError, match=re.escape(sentence)):
+        MegatronTrainer().check_inputs(spec)
+
+
+def test_an_optimizer_whose_package_is_there_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, version in (("emerging_optimizers", "0.2.1rc0"), ("transformer_engine", "2.9")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        (tmp_path / f"{name}-{version}.dist-info").mkdir()
+        (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    for optimizer in ("muon", "lion", "adam"):
+        options = {"optimizer": optimizer, "use_precision_aware_optimizer": optimizer == "adam"}
+        MegatronTrainer().check_inputs(make(mock_data=True, **options))
 
 
 def test_token_files_must_be_there_weights_need_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

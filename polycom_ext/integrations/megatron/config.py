@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,7 +48,47 @@ def _reason_against(config: TransformerConfig, activation: Activation) -> str | 
         return "it normalises rows, so router weights on its input (--moe-apply-probs-on-input) vanish"
     if config.num_moe_experts and config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
         return "experts under tensor parallelism need --sequence-parallel"
+    return _wrong_layout(config)
+
+
+def _wrong_layout(config: TransformerConfig) -> str | None:
+    """Why a model trains wrongly in this layout, with any activation: silent faults of Megatron's own."""
+    tensor, expert_tensor = config.tensor_model_parallel_size, config.expert_tensor_parallel_size
+    if not config.num_moe_experts:
+        return None
+    if config.expert_model_parallel_size == 1 and expert_tensor != tensor:
+        return (
+            f"--expert-tensor-parallel-size {expert_tensor} other than --tensor-model-parallel-size {tensor} "
+            "needs --expert-model-parallel-size above 1: with 1, Megatron reduces the experts' gradients "
+            "over the wrong ranks"
+        )
+    coefficient = config.moe_aux_loss_coeff
+    weights = [*(coefficient if isinstance(coefficient, list) else [coefficient]), config.moe_z_loss_coeff]
+    if config.calculate_per_token_loss and tensor > 1 and any(weights):
+        return (
+            "--calculate-per-token-loss weighs the router's losses by 1 / --tensor-model-parallel-size: "
+            "remove one of them"
+        )
     return None
+
+
+def check_arguments(args: Any, config: TransformerConfig) -> None:
+    """Check what Megatron was asked for, where its configuration alone does not tell.
+
+    Raises PolycomError for what trains wrongly with any activation, and for what fails with this one.
+    """
+    reason = _wrong_layout(config)
+    name = getattr(config, "polycom_activation", None)
+    if reason is None and name is not None:
+        if args.moe_use_upcycling:
+            reason = "--moe-use-upcycling copies a dense model's fixed activation into the experts"
+        elif parse(name)[0].coefficients:
+            if args.use_torch_fsdp2 and args.bf16:
+                reason = "its coefficients are float32, and --use-torch-fsdp2 wants one type, so not --bf16"
+            elif args.use_megatron_fsdp:
+                reason = "--use-megatron-fsdp has not been tried with its float32 coefficients: remove it"
+    if reason is not None:
+        raise PolycomError(reason if name is None else f"--polycom-activation {name}: {reason}")
 
 
 def prepare_config(config: TransformerConfig) -> None:

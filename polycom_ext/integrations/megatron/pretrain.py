@@ -61,13 +61,13 @@ def _refuse_before_training() -> None:
     from megatron.training import get_args, training
     from megatron.training.arguments import core_transformer_config_from_args
 
+    from polycom_ext.integrations.megatron.config import check_arguments
+
     initialize, get_model = training.initialize_megatron, training.get_model
 
     def check(*args: Any, **kwargs: Any) -> None:
         initialize(*args, **kwargs)
-        core_transformer_config_from_args(get_args())
-        if getattr(get_args(), "polycom_activation", None) is not None and get_args().moe_use_upcycling:
-            raise PolycomError("--moe-use-upcycling copies a dense model's fixed activation into the experts")
+        check_arguments(get_args(), core_transformer_config_from_args(get_args()))
 
     training.initialize_megatron = _refusing(check)
     training.get_model = _refusing(get_model)

@@ -2,8 +2,13 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from polycom_ext.errors import PolycomError
+from polycom_ext.integrations.megatron.config import check_arguments
 
 from .conftest import Trainer
 from .test_layouts import MOE_MODEL
@@ -31,6 +36,24 @@ REFUSED = {
         2,
         "49",
     ),
+    "expert tensor parallelism of its own without expert parallelism, GELU too": (
+        " ".join(
+            ["--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1", *MOE_MODEL]
+        ),
+        2,
+        "--expert-tensor-parallel-size 1 other than --tensor-model-parallel-size 2",
+    ),
+    "losses by the token with the router's under tensor parallelism": (
+        " ".join(
+            [
+                "--polycom-activation polynorm --tensor-model-parallel-size 2 --sequence-parallel "
+                "--calculate-per-token-loss",
+                *MOE_MODEL,
+            ]
+        ),
+        2,
+        "--calculate-per-token-loss weighs",
+    ),
     "upcycling": (
         " ".join(
             [
@@ -42,6 +65,35 @@ REFUSED = {
         "--moe-use-upcycling",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("activation", "asked", "words"),
+    [
+        ("polynorm", {"use_torch_fsdp2": True, "bf16": True}, "--use-torch-fsdp2 wants one type"),
+        ("polyrelu", {"use_megatron_fsdp": True}, "remove it"),
+        ("polynorm", {"use_torch_fsdp2": True}, None),
+        ("relu", {"use_torch_fsdp2": True, "bf16": True, "use_megatron_fsdp": True}, None),
+        (None, {"use_torch_fsdp2": True, "bf16": True, "use_megatron_fsdp": True}, None),
+    ],
+)
+def test_what_shards_parameters_wants_one_type_of_them(
+    activation: str | None, asked: dict[str, bool], words: str | None
+) -> None:
+    """On what upstream's arguments and configuration hold: it asks for a GPU before it comes to that."""
+    names = ("use_torch_fsdp2", "use_megatron_fsdp", "bf16", "moe_use_upcycling")
+    args = SimpleNamespace(**{**dict.fromkeys(names, False), **asked})
+    config: Any = SimpleNamespace(
+        polycom_activation=activation,
+        num_moe_experts=None,
+        tensor_model_parallel_size=1,
+        expert_tensor_parallel_size=1,
+    )
+    if words is None:
+        check_arguments(args, config)
+    else:
+        with pytest.raises(PolycomError, match=words):
+            check_arguments(args, config)
 
 
 @pytest.mark.parametrize("what", REFUSED)
