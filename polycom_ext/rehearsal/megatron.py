@@ -29,6 +29,7 @@ def install() -> None:
     _no_kernels_to_warm_up()
     _split_sizes_as_numpy()
     _norm_under_sequence_parallelism()
+    _parts_of_unequal_size()
     _sends_are_finished()
     _writers_copy()
     optimizer = import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
@@ -84,6 +85,32 @@ def _norm_under_sequence_parallelism() -> None:
         return module
 
     norm.__new__ = new
+
+
+def _parts_of_unequal_size() -> None:
+    """tensor_parallel/mappings.py gathers as many tokens as each rank has (experts under expert and expert
+    tensor parallelism), and scatters as many; gloo takes equal parts only.
+    """
+    mappings: Any = import_module("megatron.core.tensor_parallel.mappings")
+    gather_equal, scatter_equal = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(x: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or len(set(sizes)) == 1:
+            return gather_equal(x, group, sizes, use_global_buffer)
+        parts = [x.new_empty(int(size), *x.shape[1:]) for size in sizes]
+        parts[group.rank()] = x.contiguous()
+        for rank, part in enumerate(parts):
+            torch.distributed.broadcast(part, group=group, group_src=rank)
+        return torch.cat(parts)
+
+    def scatter(x: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or len(set(sizes)) == 1:
+            return scatter_equal(x, group, sizes, use_global_buffer)
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split([int(size) for size in sizes])[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
 
 
 class _Send:

@@ -98,14 +98,12 @@ MOE_MORE = {
     ),
 }
 
-CAPACITY = [
-    *MOE_MODEL,
-    *"--moe-expert-capacity-factor 2 --moe-pad-expert-input-to-capacity --micro-batch-size 1".split(),
-]
+# each expert's tokens as they come, and padded to the same number
+SINGLE = [*MOE_MODEL, "--micro-batch-size", "1"]
+CAPACITY = [*SINGLE, *"--moe-expert-capacity-factor 2 --moe-pad-expert-input-to-capacity".split()]
 
-MOE_WITH_CAPACITY = {
+EXPERTS_IN_PARTS = {
     "EP2": MOE["EP2"],
-    # the two together gather as many tokens from every rank only if experts are padded; gloo needs that
     "TP2+SP x DP2, ETP2, EP2": (
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2 "
@@ -226,10 +224,13 @@ def test_odd_width(train: Trainer, start: Start, layout: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("activation", ["polynorm", "polyrelu"])
-@pytest.mark.parametrize("layout", MOE_WITH_CAPACITY)
-def test_padded_to_capacity(train: Trainer, start: Start, activation: str, layout: str) -> None:
-    options, straight = start(activation, CAPACITY)
-    processes, more = MOE_WITH_CAPACITY[layout]
+@pytest.mark.parametrize("model", [SINGLE, CAPACITY], ids=["as they come", "padded to capacity"])
+@pytest.mark.parametrize("layout", EXPERTS_IN_PARTS)
+def test_experts_in_parts(
+    train: Trainer, start: Start, activation: str, model: list[str], layout: str
+) -> None:
+    options, straight = start(activation, model)
+    processes, more = EXPERTS_IN_PARTS[layout]
     assert_same(train(*options, *more.split(), processes=processes), straight)
 
 
