@@ -34,9 +34,10 @@ def read(path: Path) -> Manifest | None:
 
 
 def write(path: Path, manifest: Manifest, temporary: Path | None = None) -> None:
-    """Write readable JSON, atomically."""
+    """Write readable JSON, atomically; bytes of file names that are not UTF-8 are `\\udcXX`, as in Python."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     with atomic(path, temporary) as file:
-        file.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def fingerprints(inputs: Sequence[Path], known: Iterable[Manifest]) -> list[dict[str, Any]]:

@@ -155,7 +155,8 @@ def _begin(settings: Settings, begun: manifest.Manifest | None, identity: manife
             if path.name != "lock":
                 path.unlink()
     elif not settings.overwrite:
-        for suffix in formats.SUFFIXES[settings.format]:
+        also = [".tokenizer.json"] if settings.train_tokenizer is not None else []
+        for suffix in (*formats.SUFFIXES[settings.format], *also):
             if settings.path(suffix).exists():
                 raise PolycomError(
                     f"{settings.path(suffix)} is in the way; add --overwrite or choose another --output"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Literal
 from polycom_ext.data import formats, tokenizer
 from polycom_ext.data.sources import check_input
 from polycom_ext.errors import PolycomError
+
+_OWN = re.compile(r"lock|(manifest|tokenizer)\.json|output\..*|\d{8}\.npz|.*\.partial")
+"""Names of what a work folder holds; it is removed when the work is done."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,21 @@ def check(settings: Settings) -> dict[str, str]:
 
 def _check_output(settings: Settings) -> None:
     output = settings.output
+    if output.name in ("", ".."):
+        raise PolycomError(f"--output {output} names no files; it is a prefix, such as {output / 'train'}")
     if output.is_dir() and not settings.path(".json").exists():  # Megatron keeps an index beside what is made
         raise PolycomError(f"{output} is a directory; --output is a prefix, such as {output / 'train'}")
     read = {path.resolve() for path in (*settings.inputs, settings.tokenizer) if path is not None}
     for suffix in (*formats.SUFFIXES[settings.format], ".json", ".tokenizer.json", ".skipped.txt"):
-        if settings.path(suffix).resolve() in read:
+        path = settings.path(suffix)
+        if path.resolve() in read:
+            raise PolycomError(f"the output {path} would replace an input; choose another --output")
+        if path.is_dir():  # says too, now and not at the end, that the name is too long
+            raise PolycomError(f"{path} is a directory, where a file would go; choose another --output")
+    for path in settings.work.iterdir() if settings.work.is_dir() else ():
+        if not _OWN.fullmatch(path.name):
             raise PolycomError(
-                f"the output {settings.path(suffix)} would replace an input; choose another --output"
+                f"{path} is in the way, in the folder for what is begun; choose another --output, or move it"
             )
 
 

@@ -138,7 +138,8 @@ def read_summary(path: Path) -> Summary:
 def write_skipped(file: BinaryIO, paths: Iterable[Path]) -> None:
     """One line for each record without a text, of all shards."""
     for path in paths:
-        file.writelines(f"{line}\n".encode() for line in read_summary(path).skipped)
+        lines = read_summary(path).skipped
+        file.writelines(f"{line}\n".encode("utf-8", "backslashreplace") for line in lines)
 
 
 def make_shards(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 from tokenizers import Tokenizer
 
-from polycom_ext.data import shards
+from polycom_ext.data import shards, token_files
 from polycom_ext.data.files import exclusive
 from polycom_ext.data.prepare import prepare as prepare_directly
 from polycom_ext.data.settings import Settings
@@ -245,10 +250,26 @@ def test_other_peoples_files_are_left_alone(
     (tmp_path / "c.bin").write_text("mine")
     status, printed = prepare(source, "--output", tmp_path / "c", "--tokenizer", tokenizer)
     assert (status, "in the way" in printed) == (2, True)
+    (tmp_path / "d.tokenizer.json").write_text("mine")
+    status, printed = prepare(source, "--output", tmp_path / "d", "--train-tokenizer", 300)
+    assert (status, "d.tokenizer.json is in the way" in printed) == (2, True)
     assert source.read_bytes() == content
     assert (tmp_path / "b.json").read_text() == "{}"
     assert (tmp_path / "c.bin").read_text() == "mine"
+    assert (tmp_path / "d.tokenizer.json").read_text() == "mine"
     assert not list(tmp_path.glob("*.work"))
+
+
+def test_a_folder_of_other_peoples_work_is_left_alone(
+    prepare: Prepare, texts: list[str], tokenizer: Path, tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    thesis = tmp_path / "out.work" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("mine")
+    status, printed = prepare(source, "--output", tmp_path / "out", "--tokenizer", tokenizer, "--overwrite")
+    assert (status, f"{thesis} is in the way" in printed) == (2, True)
+    assert list(thesis.parent.iterdir()) == [thesis]
 
 
 def test_input_that_changes_meanwhile_is_noticed(tokenizer: Path, texts: list[str], tmp_path: Path) -> None:
@@ -356,12 +377,77 @@ def test_mistakes_get_one_sentence_and_leave_nothing(
     assert [path for path in sorted(tmp_path.iterdir()) if not path.name.startswith("out.work")] == before
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("", "--output . names no files; it is a prefix, such as train"),
+        (".", "--output . names no files; it is a prefix, such as train"),
+        ("/", "--output / names no files; it is a prefix, such as /train"),
+        ("..", "--output .. names no files; it is a prefix, such as ../train"),
+        ("folder", "folder is a directory; --output is a prefix, such as folder/train"),
+        ("taken", "taken.bin is a directory, where a file would go"),
+        ("file/out", "Not a directory"),
+        ("/proc/out", "/proc/out"),
+        ("x" * 300, "File name too long"),
+        ("x" * 245, "File name too long"),  # with its suffix
+    ],
+)
 def test_output_that_cannot_be_written_is_named(
-    prepare: Prepare, texts: list[str], tokenizer: Path, tmp_path: Path
+    prepare: Prepare,
+    texts: list[str],
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    said: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "taken.bin").mkdir()
     (tmp_path / "file").write_text("")
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    status, printed = prepare(source, "--output", tmp_path / "file" / "out", "--tokenizer", tokenizer)
-    assert (status, "Not a directory" in printed) == (2, True)
-    status, printed = prepare(source, "--output", tmp_path, "--tokenizer", tokenizer)
-    assert (status, "--output is a prefix" in printed) == (2, True)
+    before = sorted(tmp_path.iterdir())
+    status, printed = prepare(source, "--output", output, "--tokenizer", tokenizer, "--overwrite")
+    assert status == 2
+    (sentence,) = [line for line in printed.splitlines() if line.startswith("polycom data: ")]
+    assert said in sentence
+    assert "Traceback" not in printed
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_names_that_are_not_utf8_are_names_like_others(
+    texts: list[str], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    own_tokenizer = folder / os.fsdecode(b"tokenizer-\xff.json")
+    own_tokenizer.write_bytes(tokenizer.read_bytes())
+    inputs = [
+        folder / os.fsdecode(b"\xe9" + kind) for kind in (b".jsonl", b".txt.gz", b".json.zst", b".parquet")
+    ]
+    lines = write_jsonl(folder / "plain", texts[:20]).read_bytes()
+    inputs[0].write_bytes(lines + b"{broken\n")
+    inputs[1].write_bytes(gzip.compress(b"one\n"))
+    inputs[2].write_bytes(zstandard.compress(lines))
+    with inputs[3].open("wb") as file:
+        pq.write_table(pa.table({"text": texts[20:30]}), file)
+    output = Path(os.fsdecode(b"\xe9-out"))
+    settings = Settings(inputs, output, tokenizer=own_tokenizer)
+    with pytest.raises(PolycomError, match=re.escape(f"{inputs[0]}:21: not JSON")):
+        prepare_directly(settings)
+    command = [sys.executable, "-m", "polycom_ext.cli", "data", "prepare", *inputs, "--workers", "2"]
+    command += ["--output", output, "--tokenizer", own_tokenizer, "--on-bad-line", "skip"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    finished = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert b"\\udce9-out.bin" in finished.stdout
+    skipped = output.with_name(f"{output.name}.skipped.txt").read_text()
+    assert skipped.startswith(str(inputs[0]).encode("utf-8", "backslashreplace").decode() + ":21: ")
+    manifest = json.loads(output.with_name(f"{output.name}.json").read_text())
+    assert manifest["documents"] == 51
+    assert [item["path"] for item in manifest["inputs"]] == list(map(str, inputs))
+    assert manifest["tokenizer"] == str(own_tokenizer)
+    model = token_files.Model(320, "", tokenizer=own_tokenizer)
+    assert token_files.indexed_problem([str(output)], model) == ""
+    assert prepare_directly(Settings(inputs, output, tokenizer=own_tokenizer, on_bad_line="skip")) == manifest
