@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polycom_ext import activations
+from polycom_ext.integrations.olmo.grouped import grouped_product
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ class ExpertMLP(nn.Module):
 
     def forward(self, rows: Tensor, ends: Tensor, act: nn.Module) -> Tensor:
         """Rows (n, d_model) sorted by expert, and where each expert's rows end (experts,), int32."""
-        h = F.grouped_mm(rows, self._each(self.w1, rows).transpose(-2, -1), offs=ends)
+        h = grouped_product(rows, self._each(self.w1, rows).transpose(-2, -1), ends)
         if self.v1 is None:
             h = act(h)
         else:
-            h = F.silu(h) * F.grouped_mm(rows, self._each(self.v1, rows).transpose(-2, -1), offs=ends)
-        return F.grouped_mm(h, self._each(self.w2, rows), offs=ends)
+            h = F.silu(h) * grouped_product(rows, self._each(self.v1, rows).transpose(-2, -1), ends)
+        return grouped_product(h, self._each(self.w2, rows), ends)
 
     def _each(self, weight: Tensor, rows: Tensor) -> Tensor:
         """(experts, ffn, d_model) in the rows' type: autocast does not know grouped_mm."""

@@ -25,7 +25,11 @@ REFERENCES = {
 }
 
 
-def make(activation: str, **changes: object) -> tuple[SimpleNamespace, MoE, nn.Module]:
+ODD = (9, 33)
+"""d_model and FFN width whose rows are no multiple of 16 bytes in any type."""
+
+
+def make(activation: str, width: int = WIDTH, **changes: object) -> tuple[SimpleNamespace, MoE, nn.Module]:
     """A configuration, a layer with random weights and the activation of its block."""
     settings = {
         "d_model": D_MODEL,
@@ -42,7 +46,7 @@ def make(activation: str, **changes: object) -> tuple[SimpleNamespace, MoE, nn.M
     }
     config = SimpleNamespace(**(settings | changes))
     torch.manual_seed(0)
-    moe = MoE(config, WIDTH)
+    moe = MoE(config, width)
     act = build_activation(config)
     for parameter in [*moe.parameters(), *act.parameters()]:
         nn.init.normal_(parameter, std=0.5)
@@ -54,14 +58,14 @@ def textbook(x: Tensor, moe: MoE, act: nn.Module, name: str) -> tuple[Tensor, Ro
     apply = REFERENCES[name]
     mlp, logits = moe.experts.mlp, x @ moe.router.layer.weight.T
     scores = logits.softmax(-1)
-    w1, w2 = (w.view(EXPERTS, WIDTH, D_MODEL) for w in (mlp.w1, mlp.w2))
+    w1, w2, v1 = (w if w is None else w.view(EXPERTS, -1, x.shape[-1]) for w in (mlp.w1, mlp.w2, mlp.v1))
     rows, counts = [], torch.zeros(EXPERTS)
     for token, score in zip(x, scores, strict=True):
         total = torch.zeros_like(token)
         for e in score.topk(TOP_K).indices.tolist():
             h = w1[e] @ token
             if apply is None:
-                h = nn.functional.silu(h) * (mlp.v1.view(EXPERTS, WIDTH, D_MODEL)[e] @ token)
+                h = nn.functional.silu(h) * (v1[e] @ token)
             else:
                 h = apply(h, act)
             total = total + score[e] * (h @ w2[e])
@@ -75,14 +79,18 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> bool:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item() <= tolerance
 
 
-@pytest.mark.parametrize("name", REFERENCES)
-def test_outputs_and_gradients_are_the_textbooks(name: str) -> None:
-    _, moe, act = make(name)
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [*((name, (D_MODEL, WIDTH)) for name in REFERENCES), ("swiglu", ODD), ("polynorm", ODD)],
+)
+def test_outputs_and_gradients_are_the_textbooks(name: str, sizes: tuple[int, int]) -> None:
+    d_model, width = sizes
+    _, moe, act = make(name, width, d_model=d_model)
     exact, exact_act = copy.deepcopy(moe).double(), copy.deepcopy(act).double()
-    x = torch.randn(3, 7, D_MODEL, requires_grad=True)
+    x = torch.randn(3, 7, d_model, requires_grad=True)
     exact_x = x.detach().double().requires_grad_()
     y = moe(x, act)
-    expected, routing = textbook(exact_x.view(-1, D_MODEL), exact, exact_act, name)
+    expected, routing = textbook(exact_x.view(-1, d_model), exact, exact_act, name)
     grad = torch.randn_like(y)
     y.backward(grad)
     expected.view(y.shape).backward(grad.double())
@@ -112,9 +120,11 @@ def test_experts_without_a_token_are_legal(name: str) -> None:
     assert grad[1].any()
 
 
-def test_bfloat16_under_autocast_rounds_and_nothing_else() -> None:
-    _, moe, act = make("polynorm")
-    x = torch.randn(64, D_MODEL)
+@pytest.mark.parametrize("sizes", [(D_MODEL, WIDTH), ODD, (36, 68)])
+def test_bfloat16_under_autocast_rounds_and_nothing_else(sizes: tuple[int, int]) -> None:
+    d_model, width = sizes
+    _, moe, act = make("polynorm", width, d_model=d_model)
+    x = torch.randn(64, d_model)
     expected = moe(x, act)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = moe(x, act)
@@ -123,6 +133,25 @@ def test_bfloat16_under_autocast_rounds_and_nothing_else() -> None:
     assert moe.routing.scores.dtype == torch.float32
     routed_alike = (moe.router(x)[3] == moe.router(x.bfloat16().float())[3]).all(dim=1)
     assert close(y[routed_alike], expected[routed_alike], 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_compiled_layer_is_the_same_in_every_type(dtype: torch.dtype) -> None:
+    _, moe, act = make("polynorm")
+    compiled, compiled_act = copy.deepcopy(moe).to(dtype), copy.deepcopy(act)
+    moe.to(dtype)
+    x = torch.randn(3, 7, D_MODEL, dtype=dtype, requires_grad=True)
+    compiled_x = x.detach().requires_grad_()
+    y = moe(x, act)
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    compiled_y = compiled(compiled_x, compiled_act)
+    y.square().sum().backward()
+    compiled_y.square().sum().backward()
+    assert torch.equal(compiled_y, y)
+    assert torch.equal(compiled_x.grad, x.grad)
+    for plain, other in ((moe, compiled), (act, compiled_act)):
+        for (name, p), q in zip(plain.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(q.grad, p.grad), name
 
 
 def test_a_shared_expert_and_a_bias_are_added() -> None:

@@ -85,6 +85,15 @@ def test_every_activation_trains(train, activation, moe):
     assert losses[6] < losses[1] - 0.3
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+def test_a_compiled_mixture_of_experts_trains_as_it_does_otherwise(train, precision):
+    settings = {"moe": True, "processes": 2, "model": POLYNORM, "precision": precision, "max_duration": 3}
+    losses = train(**settings).series("train/loss")
+    compiled = train(compile={}, **settings).series("train/loss")
+    assert compiled == pytest.approx(losses, rel=1e-5 if precision == "fp32" else 1e-2)
+
+
 def _unpatched(tree: Path, folder: Path) -> Path:
     """Upstream as it was, beside the patched tree's evaluation data."""
     base = subprocess.check_output(
