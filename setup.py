@@ -31,13 +31,21 @@ build = _load_build()
 
 
 class BuildOperations(build_ext):
-    """Compiles by build.py; a failure is said once and leaves the pure Python package."""
+    """Compiles by build.py; a failure leaves the pure Python package, and a note that its first use shows.
+
+    Where POLYCOM_BUILD_CUDA=1 asks for the CUDA operations, theirs ends the installation.
+    """
 
     def build_extension(self, ext: Extension) -> None:
-        compile_library = build.build_cuda if ext.name.endswith("_cuda") else build.build_cpu
+        cuda = ext.name.endswith("_cuda")
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.unlink(missing_ok=True)  # one of other sources would be refused
         try:
-            compile_library(Path(self.get_ext_fullpath(ext.name)).resolve(), build.Torch.find())
+            (build.build_cuda if cuda else build.build_cpu)(library, build.Torch.find())
         except build.BuildError as error:
+            if cuda and build.cuda_demanded():
+                raise SystemExit(f"polycom-ext: POLYCOM_BUILD_CUDA is set, but {error}") from error
+            build.note_failure(library, error)
             print(f"polycom-ext: {ext.name} was not built, plain torch operations serve instead: {error}")
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -53,12 +61,10 @@ class AnyPythonWheel(bdist_wheel):
 
 def _extensions() -> list[Extension]:
     try:
-        torch = build.Torch.find()
-        build.find_cxx()
-    except build.BuildError as error:
-        print(f"polycom-ext: installing without compiled operations: {error}")
-        return []
-    names = ["_cpu", "_cuda"] if build.wants_cuda(torch) else ["_cpu"]
+        cuda = build.wants_cuda(build.Torch.find())
+    except build.BuildError:
+        cuda = False
+    names = ["_cpu", "_cuda"] if cuda else ["_cpu"]
     return [Extension(f"polycom_ext.ops.{name}", sources=[], optional=True) for name in names]
 
 

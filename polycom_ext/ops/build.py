@@ -48,23 +48,28 @@ _CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contrac
 
 
 class BuildError(Exception):
-    """A compiler is missing or refused a source; the message holds its output."""
+    """A compiler is missing or refused a source: a sentence that says so, and the compiler's output."""
+
+    def __init__(self, sentence: str, output: str = "") -> None:
+        super().__init__(f"{sentence}\n{output}".rstrip())
+        self.sentence = sentence
 
 
 @dataclass(frozen=True)
 class Torch:
-    """Where the headers and libraries of the installed torch are, and whether it is a CUDA build."""
+    """Where the headers and libraries of the installed torch are, and its CUDA version (None: CPU)."""
 
     root: Path
-    cuda: bool
+    cuda: str | None
 
     @classmethod
     def find(cls) -> Torch:
         try:
             import torch
         except ImportError as error:
-            raise BuildError("torch is not installed in the building environment") from error
-        return cls(Path(torch.__file__).parent, torch.version.cuda is not None)
+            sentence = "torch is not installed in the building environment (pip's build isolation hides it)"
+            raise BuildError(sentence) from error
+        return cls(Path(torch.__file__).parent, torch.version.cuda)
 
     @property
     def include(self) -> list[str]:
@@ -73,7 +78,8 @@ class Torch:
 
     @property
     def link(self) -> list[str]:
-        return [f"-L{self.root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        # Every symbol must be in a library that is linked: none is found by accident, in what else is loaded.
+        return ["-Xlinker", "-zdefs", f"-L{self.root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
 def sources_digest() -> str:
@@ -102,21 +108,26 @@ def find_nvcc() -> str:
 
 
 def wants_cuda(torch: Torch) -> bool:
-    """POLYCOM_BUILD_CUDA=1 or 0 decides; otherwise a CUDA build of torch together with nvcc does."""
+    """Whether torch is a CUDA build; POLYCOM_BUILD_CUDA=1 or 0 decides otherwise."""
+    return torch.cuda is not None if (choice := cuda_demanded()) is None else choice
+
+
+def cuda_demanded() -> bool | None:
+    """What POLYCOM_BUILD_CUDA says; None if it is unset."""
     choice = os.environ.get("POLYCOM_BUILD_CUDA")
-    if choice is not None:
-        return choice not in ("", "0")
-    try:
-        return torch.cuda and bool(find_nvcc())
-    except BuildError:
-        return False
+    return None if choice is None else choice not in ("", "0")
 
 
 def run(command: Sequence[str]) -> str:
     """Run a compiler and return its output; raises BuildError with the output if it fails."""
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if result.returncode:
-        raise BuildError(f"{' '.join(command)}\n{result.stdout[-4000:]}")
+        lines = result.stdout.splitlines() or [f"exit status {result.returncode}"]
+        reason = next((line for line in lines if re.search(r"error|fatal|undefined", line)), lines[-1])
+        raise BuildError(
+            f"{Path(command[0]).name} failed: {reason.strip()}",
+            f"{' '.join(command)}\n{result.stdout[-4000:]}",
+        )
     return result.stdout
 
 
@@ -176,10 +187,50 @@ def spills(report: str) -> dict[str, int]:
     return most
 
 
+def check_nvcc(nvcc: str, torch: Torch) -> None:
+    """Raise BuildError if nvcc's major version is not that of torch's CUDA."""
+    release = re.search(r"release (\d+)\.(\d+)", run([nvcc, "--version"]))
+    if torch.cuda is None or release is None or release[1] == torch.cuda.split(".")[0]:
+        return
+    raise BuildError(
+        f"{nvcc} is of CUDA {release[1]}.{release[2]} but torch of CUDA {torch.cuda}; set CUDA_HOME to a "
+        "toolkit of torch's major version"
+    )
+
+
+def cuda_targets(nvcc: str) -> tuple[list[str], str | None]:
+    """Architectures to compile machine code for, and the one to keep PTX of; "90" stands for sm_90.
+
+    $TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX") decides as for torch's own extensions; without it those of
+    CUDA_ARCHITECTURES that this nvcc knows, and PTX of the newest. Raises BuildError if that leaves none.
+    """
+    known = set(re.findall(r"sm_(\w+)", run([nvcc, "--list-gpu-code"])))
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").replace(",", " ").split()
+    if not asked:
+        chosen = [name for name in CUDA_ARCHITECTURES if name in known]
+        if not chosen:
+            raise BuildError(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}; it is too old")
+        return chosen, chosen[-1]
+    chosen, ptx = [], None
+    for item in asked:
+        number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if number is None:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST must hold numbers such as 8.0 or 9.0+PTX, got {item!r}")
+        name = number[1] + number[2] + number[3]
+        if name.rstrip("af") not in known:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST names {item}, which {nvcc} does not know: it is too old or new"
+            )
+        chosen.append(name)
+        ptx = name if number[4] else ptx
+    return chosen, ptx
+
+
 def build_cuda(output: Path, torch: Torch) -> list[dict[str, int]]:
     """Compile the CUDA operations into the file `output`; returns the `spills` of each source."""
     nvcc = find_nvcc()
-    flags = cuda_flags(CUDA_ARCHITECTURES, ptx=CUDA_ARCHITECTURES[-1])
+    check_nvcc(nvcc, torch)
+    flags = cuda_flags(*cuda_targets(nvcc))
     with tempfile.TemporaryDirectory() as scratch:
         objects = []
         commands = []
@@ -187,10 +238,11 @@ def build_cuda(output: Path, torch: Torch) -> list[dict[str, int]]:
             objects.append(str(Path(scratch) / f"{name}.o"))
             include = torch.include if name == "cuda_ops" else []
             macros = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DUSE_CUDA"] if include else []
+            macros += [f'-DPOLYCOM_SOURCES="{sources_digest()}"'] if include else []
             source = str(SOURCES / f"{name}.cu")
             commands.append([nvcc, *flags, *macros, *include, "-c", source, "-o", objects[-1]])
         reports = [spills(report) for report in run_all(commands)]
-        _link([nvcc, "-shared", "--cudart", "static", *objects, *torch.link], output)
+        _link([nvcc, "-shared", "--cudart", "static", *objects, *torch.link, "-ldl"], output)
     spilling = [kernel for report in reports for kernel, stored in report.items() if stored]
     if spilling:
         print(
@@ -202,14 +254,29 @@ def build_cuda(output: Path, torch: Torch) -> list[dict[str, int]]:
 
 
 def _link(command: list[str], output: Path) -> None:
-    """Link beside the output and move it into place: no half-written library is ever seen."""
+    """Link beside the output and move it into place: no half-written library is ever seen.
+
+    What was noted of a failure before is then no longer so.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         run([*command, "-o", str(partial)])
         partial.replace(output)
+        failure_note(output).unlink(missing_ok=True)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def failure_note(library: Path) -> Path:
+    """Where it is noted, beside a library, why it could not be built: pip hides the output of its builds."""
+    return library.with_suffix(".failed.txt")
+
+
+def note_failure(library: Path, error: BuildError) -> None:
+    """Keep the sentence, as the first line, and the compiler's output for the warning at the first use."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    failure_note(library).write_text(f"{error}\n")
 
 
 def main() -> int:

@@ -21,12 +21,12 @@ FUSED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _said: set[str] = set()
 
 
-def _say_once(device: str) -> None:
-    """One warning a process and device type, also when the call is being compiled."""
-    if device not in _said and library.problem:
+def _say_once(device: str, problem: str) -> None:
+    """One warning a process and device, also when the call is being compiled."""
+    if device not in _said and problem:
         _said.add(device)
         warnings.warn(
-            f"PolyCom runs plain torch operations on {device}, which is slower: {library.problem}",
+            f"PolyCom runs plain torch operations on {device}, which is slower: {problem}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -46,10 +46,13 @@ def is_fused(x: Tensor, order: int, rho: Rho) -> bool:
         or device not in ("cpu", "cuda")
     ):
         return False
-    if device in library.devices:
-        return True
-    _say_once(device)
-    return False
+    if device not in library.devices:
+        _say_once(device, library.problem)
+        return False
+    if device == "cuda" and (problem := library.gpu_problem(x.device.index)):
+        _say_once(f"cuda:{x.device.index}", problem)
+        return False
+    return True
 
 
 def polynomial(

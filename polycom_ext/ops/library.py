@@ -19,6 +19,7 @@ from polycom_ext.ops import build
 from polycom_ext.ops.eager import expert_of_rows
 
 _HERE = Path(__file__).resolve().parent
+_gpu_problems: dict[int, str] = {}
 _REBUILD = "build it with `pip install . --no-build-isolation`"
 
 
@@ -30,7 +31,7 @@ def _load(directory: Path) -> tuple[frozenset[str], str]:
         raise PolycomError(f"POLYCOM_OPS must be `eager` or unset, got {mode!r}")
     library = directory / "_cpu.so"
     if not library.exists():
-        return frozenset(), f"no compiled operations are installed; {_REBUILD}"
+        return frozenset(), f"no compiled operations are installed{_noted(library)}; {_REBUILD}"
     try:
         torch.ops.load_library(str(library))
         built_from = torch.ops.polycom.build().split()[0]
@@ -39,16 +40,43 @@ def _load(directory: Path) -> tuple[frozenset[str], str]:
     if built_from != build.sources_digest():
         return frozenset(), f"{library.name} was built from other sources than those in csrc; {_REBUILD}"
     _register()
-    library = directory / "_cuda.so"
+    problem = _load_cuda(directory / "_cuda.so")
+    return frozenset({"cpu"} if problem else {"cpu", "cuda"}), problem
+
+
+def _load_cuda(library: Path) -> str:
     if torch.version.cuda is None or not library.exists():
-        return frozenset({"cpu"}), f"the CUDA operations are not compiled; with nvcc at hand {_REBUILD}"
+        return f"the CUDA operations are not compiled{_noted(library)}; with nvcc at hand {_REBUILD}"
     try:
         torch.ops.load_library(str(library))
-    except OSError as error:
-        return frozenset(
-            {"cpu"}
-        ), f"{library.name} cannot be loaded ({str(error).splitlines()[0]}); {_REBUILD}"
-    return frozenset({"cpu", "cuda"}), ""
+        built_from = torch.ops.polycom.cuda_build()
+    except (OSError, RuntimeError, AttributeError) as error:
+        return f"{library.name} cannot be loaded ({str(error).splitlines()[0]}); {_REBUILD}"
+    if built_from != build.sources_digest():
+        return f"{library.name} was built from other sources than those in csrc; {_REBUILD}"
+    return ""
+
+
+def _noted(library: Path) -> str:
+    """What the build noted of its failure, in brackets."""
+    note = build.failure_note(library)
+    if not note.exists():
+        return ""
+    return f" ({note.read_text().splitlines()[0]}; all of it in {note})"
+
+
+def gpu_problem(index: int) -> str:
+    """Why the CUDA operations do not run on a GPU (too old a driver, no code for it): a sentence, or nothing.
+
+    The library is asked once a GPU; a call there would raise.
+    """
+    if index not in _gpu_problems:
+        _gpu_problems[index] = str(torch.ops.polycom.cuda_problem(index))
+    return _gpu_problems[index]
+
+
+# what torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes a second
+gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _register() -> None:

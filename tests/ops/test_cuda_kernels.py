@@ -228,30 +228,37 @@ def test_the_usual_instances_compile_without_a_spill(tmp_path: Path) -> None:
 @pytest.mark.full
 @needs_nvcc
 def test_the_cuda_library_builds_without_a_spill_and_loads(tmp_path: Path) -> None:
-    """Every instance, for every architecture. A stand-in gives the one symbol that a CPU torch lacks."""
+    """Every instance, for every architecture. A stand-in is the libtorch_cuda that a CPU torch lacks, loaded
+    as CUDA builds of torch load theirs: its symbols are not everybody's.
+    """
     reports = build.build_cuda(tmp_path / "_cuda.so", build.Torch.find())
     orders, members, instances = 4, 2, 10  # two members: rectified or not
     assert [len(kernels) for kernels in reports] == [orders * members * instances + 1] * 3 + [0]
     assert not any(stored for kernels in reports for stored in kernels.values()), reports
-    stand_in = tmp_path / "stream.c"
-    stand_in.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
-    compiler = [
-        build.find_cxx(),
-        "-x",
-        "c",
-        "-shared",
-        "-fPIC",
-        str(stand_in),
-        "-o",
-        str(tmp_path / "stream.so"),
-    ]
-    subprocess.run(compiler, check=True)
+    stand_in = tmp_path / "libtorch_cuda.so"
+    source = tmp_path / "stream.c"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
+    compiler = [build.find_cxx(), "-x", "c", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
+    subprocess.run([*compiler, str(source), "-o", str(stand_in)], check=True)
     script = (
         "import ctypes, sys, torch, polycom_ext\n"
-        "if torch.version.cuda is None: ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)\n"
-        "torch.ops.load_library(sys.argv[2])\n"
+        "if torch.version.cuda is None and sys.argv[2]: ctypes.CDLL(sys.argv[2], ctypes.RTLD_LOCAL)\n"
+        "torch.ops.load_library(sys.argv[1])\n"
         "for name in ('forward', 'backward', 'power_sums', 'apply', 'row_dots', 'apply_backward'):\n"
         "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'polycom::{name}', 'CUDA'), name\n"
+        "print(torch.ops.polycom.cuda_problem(0))\n"
     )
-    libraries = [str(tmp_path / "stream.so"), str(tmp_path / "_cuda.so")]
-    subprocess.run([sys.executable, "-c", script, *libraries], check=True)
+
+    def problem(torch_cuda: str) -> str:
+        command = [sys.executable, "-c", script, str(tmp_path / "_cuda.so"), torch_cuda]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+    lacking = "libtorch_cuda.so has no aoti_torch_get_current_cuda_stream"
+    assert problem(str(stand_in)) != lacking
+    if torch.version.cuda is None:
+        assert problem("") == lacking
+    if not torch.cuda.is_available():
+        assert "driver" in problem(str(stand_in))  # the reason on a machine without a GPU
+    dynamic = build.run(["readelf", "--dynamic", "--wide", str(tmp_path / "_cuda.so")])
+    assert "libtorch_cpu.so" in dynamic
+    assert "libcudart" not in dynamic

@@ -60,5 +60,10 @@ cudaError_t backward(BackwardArguments arguments, float* coefficients, Allocate 
   return cudaGetLastError();
 }
 
+cudaError_t probe() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, sum_terms_kernel);
+}
+
 }  // namespace POLYCOM_INSTANCE
 }  // namespace polycom

@@ -10,12 +10,14 @@ namespace polycom {
 // Gives `floats` floats of device memory that stay valid until the work on the stream is done.
 using Allocate = float* (*)(void* context, int64_t floats);
 
-// Both start the work on the stream. coefficients: (experts, order + 1), written if problem.step is WHOLE.
+// forward and backward start the work on the stream. coefficients: (experts, order + 1), written if problem.step is
+// WHOLE. probe says whether the current device can run a kernel of this file.
 #define POLYCOM_DECLARE_INSTANCE(NAME)                                                                    \
   namespace NAME {                                                                                        \
   cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream);                            \
   cudaError_t backward(BackwardArguments arguments, float* coefficients, Allocate allocate, void* context, \
                        cudaStream_t stream);                                                              \
+  cudaError_t probe();                                                                                    \
   }
 
 POLYCOM_DECLARE_INSTANCE(float32)

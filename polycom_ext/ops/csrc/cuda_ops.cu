@@ -1,7 +1,9 @@
 // The CUDA implementations of the library `polycom`, whose schemas cpu_ops.cpp defines.
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <string>
 #include <vector>
 
 #include "cuda_instances.h"
@@ -22,11 +24,64 @@ struct Scratch {
   }
 };
 
+// Of libtorch_cuda, looked up where it is loaded: linked, a library built beside a CPU build of torch would lack it.
+const char* const STREAM_SYMBOL = "aoti_torch_get_current_cuda_stream";
+
+auto stream_function() {
+  static const auto function = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<AOTITorchError (*)(int32_t, void**)>(
+        torch_cuda ? dlsym(torch_cuda, STREAM_SYMBOL) : nullptr);
+  }();
+  return function;
+}
+
 cudaStream_t current_stream(const Tensor& x) {
+  STD_TORCH_CHECK(stream_function(), "polycom: libtorch_cuda.so has no ", STREAM_SYMBOL);
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(stream_function()(x.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
+
+std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
+std::string describe(cudaError_t error, int device) {
+  int driver = 0, major = 0, minor = 0;
+  switch (error) {
+    case cudaSuccess: return "";
+    case cudaErrorInsufficientDriver:
+      cudaDriverGetVersion(&driver);
+      if (driver == 0) return "there is no CUDA driver";
+      return "its driver serves CUDA " + version(driver) + " and _cuda.so was built with CUDA " +
+             version(CUDART_VERSION) + "; install a newer driver, or build with that CUDA";
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorUnsupportedPtxVersion: {
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+      const std::string capability = std::to_string(major) + "." + std::to_string(minor);
+      return "_cuda.so holds no code for compute capability " + capability + "; build it with TORCH_CUDA_ARCH_LIST=" +
+             capability;
+    }
+    default: return cudaGetErrorString(error);
+  }
+}
+
+// Why no kernel can run on the device, or nothing.
+std::string cuda_problem(int64_t device) {
+  if (!stream_function()) return std::string("libtorch_cuda.so has no ") + STREAM_SYMBOL;
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(int(device));
+  if (error == cudaSuccess) {
+    error = float32::probe();
+    cudaSetDevice(before);
+  }
+  cudaGetLastError();  // told here, not to whoever asks next
+  return describe(error, int(device));
+}
+
+std::string cuda_build() { return POLYCOM_SOURCES; }
 
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "polycom: ", cudaGetErrorString(error)); }
 
@@ -56,5 +111,15 @@ struct Cuda {
 
 }  // namespace
 }  // namespace polycom
+
+STABLE_TORCH_LIBRARY_FRAGMENT(polycom, library) {
+  library.def("cuda_build() -> str");
+  library.def("cuda_problem(int device) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(polycom, CompositeExplicitAutograd, library) {
+  library.impl("cuda_build", TORCH_BOX(&polycom::cuda_build));
+  library.impl("cuda_problem", TORCH_BOX(&polycom::cuda_problem));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(polycom, CUDA, library) { polycom::register_operators<polycom::Cuda>(library); }

@@ -1,0 +1,126 @@
+"""Building where the toolkit is old or another, and what a user is told of a build that failed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from polycom_ext.ops import build, dispatch, library
+
+ROOT = Path(__file__).parents[2]
+OLD_NVCC = """#!/bin/sh
+case $1 in
+  --version) echo "Cuda compilation tools, release 12.4, V12.4.131" ;;
+  --list-gpu-code) printf 'sm_75\\nsm_80\\nsm_86\\nsm_90\\n' ;;
+  *) echo "nvcc fatal   : Unsupported gpu architecture 'compute_100'"; exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def old_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A stand-in for a toolkit from before sm_100, in $CUDA_HOME."""
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(OLD_NVCC)
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(nvcc.parents[1]))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert build.find_nvcc() == str(nvcc)
+    return str(nvcc)
+
+
+def test_architectures_are_those_that_nvcc_knows(old_nvcc: str) -> None:
+    assert build.cuda_targets(old_nvcc) == (["80", "90"], "90")
+
+
+@pytest.mark.parametrize(
+    ("asked", "targets"),
+    [
+        ("8.0;9.0+PTX", (["80", "90"], "90")),
+        ("7.5 8.6", (["75", "86"], None)),
+        ("8.0, 9.0a", (["80", "90a"], None)),
+    ],
+)
+def test_torch_cuda_arch_list_decides(
+    old_nvcc: str, monkeypatch: pytest.MonkeyPatch, asked: str, targets: tuple[list[str], str | None]
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert build.cuda_targets(old_nvcc) == targets
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [("8.0 10.0", "names 10.0, which .* does not know"), ("Hopper", "'Hopper'")]
+)
+def test_architectures_that_cannot_be_are_named(
+    old_nvcc: str, monkeypatch: pytest.MonkeyPatch, asked: str, said: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(build.BuildError, match=said):
+        build.cuda_targets(old_nvcc)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which is not on PATH")
+def test_the_nvcc_at_hand_compiles_for_every_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert build.cuda_targets(build.find_nvcc()) == (["80", "90", "100"], "100")
+
+
+def test_a_toolkit_of_another_major_version_than_torchs_is_named(old_nvcc: str) -> None:
+    with pytest.raises(build.BuildError, match=r"is of CUDA 12\.4 but torch of CUDA 13\.0; set CUDA_HOME"):
+        build.check_nvcc(old_nvcc, build.Torch(Path(), "13.0"))
+    build.check_nvcc(old_nvcc, build.Torch(Path(), "12.8"))
+    build.check_nvcc(old_nvcc, build.Torch(Path(), None))
+
+
+def _install(directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What pip makes setup.py do, here without a compiler that works."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(directory)]
+    command += ["--build-temp", str(directory / "temp")]
+    environment = os.environ | {"CXX": "false"} | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_first_use_says_why_the_build_failed(tmp_path: Path) -> None:
+    """pip hides the output of a build that ends well, and this one does: the package works without."""
+    assert _install(tmp_path).returncode == 0
+    devices, problem = library._load(tmp_path / "polycom_ext" / "ops")
+    assert not devices
+    note = tmp_path / "polycom_ext" / "ops" / "_cpu.failed.txt"
+    assert f"are installed (false failed: exit status 1; all of it in {note}); build it with" in problem
+
+
+def test_a_build_of_the_cuda_operations_that_was_demanded_must_succeed(tmp_path: Path, old_nvcc: str) -> None:
+    result = _install(tmp_path, POLYCOM_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="10.0")
+    assert result.returncode == 1
+    assert "POLYCOM_BUILD_CUDA is set, but TORCH_CUDA_ARCH_LIST names 10.0" in result.stderr
+
+
+def test_a_gpu_that_the_operations_cannot_serve_takes_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs of which the second is too old; fake tensors, as there may be none here."""
+    asked: list[int] = []
+
+    def gpu_problem(index: int) -> str:
+        asked.append(index)
+        return "_cuda.so holds no code for compute capability 7.5" if index else ""
+
+    monkeypatch.setattr(library, "devices", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(library, "gpu_problem", gpu_problem)
+    monkeypatch.setattr(dispatch, "_said", set())
+    with FakeTensorMode():
+        served, too_old = (torch.empty(2, 8, device=f"cuda:{index}") for index in range(2))
+        assert dispatch.is_fused(served, 3, dispatch.Rho.IDENTITY)
+        with pytest.warns(RuntimeWarning, match=r"on cuda:1, which is slower: .* compute capability 7\.5"):
+            assert not dispatch.is_fused(too_old, 3, dispatch.Rho.IDENTITY)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not dispatch.is_fused(too_old, 3, dispatch.Rho.IDENTITY)
+    assert asked == [0, 1, 1]
