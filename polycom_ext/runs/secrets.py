@@ -1,0 +1,33 @@
+"""What looks like a secret, and so is written into no record, script or page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_ENDINGS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
+_LAST_WORDS = ("AUTH", "PASS", "PWD")
+_LOGIN = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
+"""`scheme://user:password@host`, as in the address of a proxy."""
+
+
+def is_secret(name: str, value: str = "") -> bool:
+    """Whether an environment variable looks like one that holds a secret: by its name, or by a login in it.
+
+    >>> [is_secret(name) for name in ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "TOKENIZERS_PARALLELISM", "PWD")]
+    [True, True, False, False]
+    """
+    words = [word for word in re.split(r"[^A-Za-z0-9]+", name.upper()) if word]
+    if any(word.endswith(_ENDINGS) for word in words) or (len(words) > 1 and words[-1] in _LAST_WORDS):
+        return True
+    return _LOGIN.search(value) is not None
+
+
+def reference(name: str) -> str:
+    """What stands for the value of a secret: `${NAME}`, to be taken from the environment of who runs it."""
+    return f"${{{name}}}"
+
+
+def masked(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables with each secret's value replaced by its `reference`."""
+    return {name: reference(name) if is_secret(name, value) else value for name, value in environment.items()}
