@@ -7,8 +7,8 @@ import json
 import tarfile
 from pathlib import Path, PurePosixPath
 
-from polycom_ext.data.files import atomic
 from polycom_ext.errors import PolycomError
+from polycom_ext.files import atomic
 
 NAMES = ("shakespeare",)
 

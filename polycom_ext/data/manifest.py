@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from polycom_ext.data.files import atomic, sha256
 from polycom_ext.data.progress import progress
 from polycom_ext.errors import PolycomError
+from polycom_ext.files import atomic, sha256
 
 Manifest = dict[str, Any]
 """`settings`: name -> value; `inputs`: {path, size, modified_ns, sha256} of each; what its writer adds."""

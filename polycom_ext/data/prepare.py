@@ -22,11 +22,11 @@ import tokenizers
 
 from polycom_ext._version import __version__
 from polycom_ext.data import formats, manifest, shards, tokenizer
-from polycom_ext.data.files import atomic, exclusive
 from polycom_ext.data.progress import progress
 from polycom_ext.data.settings import Settings, check
 from polycom_ext.data.sources import BadDocument, document_text, read_records
 from polycom_ext.errors import PolycomError
+from polycom_ext.files import atomic, exclusive
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 

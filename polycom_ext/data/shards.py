@@ -25,10 +25,10 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from polycom_ext.data.files import atomic
 from polycom_ext.data.sources import BadDocument, Record, document_text, read_records
 from polycom_ext.data.tokenizer import Encoder
 from polycom_ext.errors import PolycomError
+from polycom_ext.files import atomic
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 1 << 20, 16 << 20
 SHARDS_WANTED = 256

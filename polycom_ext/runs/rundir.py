@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ import polycom_ext
 from polycom_ext import upstream
 from polycom_ext._version import __version__
 from polycom_ext.errors import PolycomError
+from polycom_ext.files import lock, write_text
 from polycom_ext.runs import document
 from polycom_ext.runs import spec as specs
 from polycom_ext.runs.rendering import Command
@@ -60,12 +59,10 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock(log):
                 raise PolycomError(
                     f"{self.path} is in use by another run; wait for its end or give another --output"
-                ) from None
+                )
             yield log
 
     def write(self, spec: Spec, trainer: Trainer, command: Command) -> None:
@@ -73,11 +70,11 @@ class RunDirectory:
 
         Without checkpoints, forget old metrics.
         """
-        _replace(self._spec, document.dump(spec.as_mapping()))
+        write_text(self._spec, document.dump(spec.as_mapping()))
         for name, text in trainer.files(spec, self.path).items():
-            _replace(self.path / name, text)
-        _replace(self.path / "command.sh", command.script(), mode=0o755)
-        _replace(
+            write_text(self.path / name, text)
+        write_text(self.path / "command.sh", command.script(), executable=True)
+        write_text(
             self._versions, json.dumps({**_versions(trainer), "attempts": self._attempts()}, indent=2) + "\n"
         )
         if trainer.latest_step(spec, self.path) is None:
@@ -87,7 +84,7 @@ class RunDirectory:
     def write_coefficients(self, learned: dict[str, Any] | None) -> None:
         """Write what the activations have learned, unless the trainer has done it."""
         if learned is not None:
-            _replace(self.path / "coefficients.json", json.dumps(learned, indent=2) + "\n")
+            write_text(self.path / "coefficients.json", json.dumps(learned, indent=2) + "\n")
 
     def begin_attempt(self, log: BinaryIO, from_step: int | None) -> None:
         """Note in versions.json and the log that the trainer is started, and from which checkpoint."""
@@ -114,7 +111,7 @@ class RunDirectory:
 
     def _write_attempts(self, attempts: list[dict[str, Any]]) -> None:
         versions = json.loads(self._versions.read_text(encoding="utf-8"))
-        _replace(self._versions, json.dumps({**versions, "attempts": attempts}, indent=2) + "\n")
+        write_text(self._versions, json.dumps({**versions, "attempts": attempts}, indent=2) + "\n")
 
 
 def _versions(trainer: Trainer) -> dict[str, Any]:
@@ -148,10 +145,3 @@ def _checkout_commit() -> str | None:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def _replace(path: Path, text: str, mode: int = 0o644) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.chmod(mode)
-    partial.replace(path)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from polycom_ext import files
 from polycom_ext.errors import PolycomError
 
 
@@ -38,7 +38,7 @@ def from_pypi(project: str, version: str, filename: str, sha256: str, cache: Pat
     folder = (cache or cache_dir()) / "pypi"
     kept = folder / filename
     if kept.exists():
-        found = _sha256(kept)
+        found = files.sha256(kept)
         if found != sha256:
             raise PolycomError(
                 f"{kept} has sha256 {found}, but {sha256} is pinned: delete it to download it again"
@@ -58,7 +58,7 @@ def from_pypi(project: str, version: str, filename: str, sha256: str, cache: Pat
         arrived = Path(scratch) / filename
         if not arrived.exists():
             raise PolycomError(f"cannot download {filename} of {project} {version}: {_why(finished.stderr)}")
-        found = _sha256(arrived)
+        found = files.sha256(arrived)
         if found != sha256:
             raise PolycomError(
                 f"PyPI's {filename} has sha256 {found}, but {sha256} is pinned: it was not kept"
@@ -97,11 +97,3 @@ def _why(complaints: str) -> str:
         return f"{errors[-1].rstrip('.')} (is PyPI reachable from here?)"
     said = complaints.strip().splitlines()
     return said[-1] if said else "pip brought another file"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from polycom_ext.errors import PolycomError
+from polycom_ext.files import lock
 from polycom_ext.upstream import download, git
 from polycom_ext.upstream.archive import unpack
 from polycom_ext.upstream.download import say
@@ -26,15 +26,13 @@ def locked(pin: Pin) -> Iterator[int]:
     path = trees_dir() / f".{pin.name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        file = path.open("wb")
     except OSError as error:
         raise PolycomError(f"cannot write {path}: {error.strerror}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file):
             say(f"{pin.name}: waiting for another process that changes its tree")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
         yield file.fileno()
 
 

@@ -22,10 +22,10 @@ import zstandard
 from tokenizers import Tokenizer
 
 from polycom_ext.data import shards, token_files
-from polycom_ext.data.files import exclusive
 from polycom_ext.data.prepare import prepare as prepare_directly
 from polycom_ext.data.settings import Settings
 from polycom_ext.errors import PolycomError
+from polycom_ext.files import exclusive
 
 from .conftest import read_documents, write_jsonl
 
