@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from polycom_ext import display
 from polycom_ext._version import __version__
 from polycom_ext.errors import PolycomError
 
@@ -20,8 +24,33 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; a PolycomError becomes one sentence on stderr and exit status 2."""
+    """Run one verb and return its exit status, whatever becomes of what it prints.
+
+    A PolycomError becomes one sentence on stderr and exit status 2; so does an OSError, such as a full disk
+    or a folder that cannot be written. Where the output is all that was asked for, its loss is status 1, but
+    for the reader's own end of a pipe: `polycom upstream status | head -1` is 0.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with display.tolerant() as shown:
+        args, module = _parse(arguments)
+        try:
+            status: int = module.main(args)
+        except PolycomError as error:
+            print(f"polycom {args.verb}: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"polycom {args.verb}: {_sentence(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"polycom {args.verb}: interrupted", file=sys.stderr)
+            return 130
+        sys.stdout.flush()
+        lost = shown is not None and shown.lost is not None
+        return status or int(lost and _only_prints(args))
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Any]:
+    """The arguments of a verb and its module; of the others nothing is imported."""
     parser = argparse.ArgumentParser(prog="polycom", description="PolyCom activations for pre-training.")
     parser.add_argument("--version", action="version", version=f"polycom-ext {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -33,15 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(subparser)
     args = parser.parse_args(arguments)
     assert module is not None
-    try:
-        status: int = module.main(args)
-        return status
-    except PolycomError as error:
-        print(f"polycom {args.verb}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"polycom {args.verb}: interrupted", file=sys.stderr)
-        return 130
+    return args, module
+
+
+def _only_prints(args: argparse.Namespace) -> bool:
+    return getattr(args, "dry_run", False) or getattr(args, "only_prints", False)
+
+
+def _sentence(error: OSError) -> str:
+    """`PATH: No space left on device`, and the way out where there is only one."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason += "; make room, then give the same command again"
+    return ": ".join([" -> ".join(names), reason] if names else [reason])
 
 
 if __name__ == "__main__":

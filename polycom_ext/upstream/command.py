@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if names is not None:
             about = "upstreams of patches/pins.toml" + ("" if names == "+" else "; all unless given")
             command.add_argument("names", metavar="NAME", nargs=names, help=about)
+        command.set_defaults(only_prints=name in ("list", "status", "verify"))
         if name == "status":
             command.add_argument(
                 "--json",

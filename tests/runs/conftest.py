@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,21 @@ import yaml
 
 from polycom_ext.cli import main
 from polycom_ext.runs import trainer
+
+POLYCOM_WITH_TOY = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from polycom_ext.cli import main
+from polycom_ext.runs import trainer
+trainer.TRAINERS["toy"] = ("toy", "ToyTrainer")
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def polycom() -> list[str]:
+    """The beginning of a `polycom` command line, for a process of its own that knows the toy trainer."""
+    return [sys.executable, "-c", POLYCOM_WITH_TOY]
 
 
 @pytest.fixture

@@ -18,10 +18,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="a step")
     parser.add_argument("--fail-at", type=int)
     parser.add_argument("--refuse", help="the sentence")
+    parser.add_argument("--talk", help="what it says of itself")
     args = parser.parse_args()
     if args.refuse:
         print(f"polycom: error: {args.refuse}", file=sys.stderr, flush=True)
         sys.exit(2)
+    if args.talk:
+        print(f"says {args.talk}", flush=True)
     assert os.environ["TOY"] == "1", "the adapter's environment"
     assert os.environ["TOY_SPEC"] == "a b", "the spec's environment"
     rank = int(os.environ["RANK"])
