@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ NAMES = {
     "lm loss validation": "{split}/loss",
 }
 """Megatron's tag -> the name in metrics.jsonl; the tag does not tell the split, `valid` or `test`."""
+EVALUATIONS = ("valid/loss", "test/loss")
 
 
 class MetricsWriter:
     """Takes the place of a TensorBoard SummaryWriter: appends `{"step": …, "metrics": {…}}` lines to a file.
 
-    Megatron evaluates once more after the last step, on other batches; a step keeps its first evaluation,
-    which all runs make on the same ones. Everything goes on to `tensorboard`, if there is one.
+    A step keeps its first evaluation, which all runs make on the same batches: Megatron evaluates once more
+    after the last step, on others, and again where a finished run is started again. What the file already
+    holds counts, but for the steps that this process trains anew (`begin_after`). Of other values, and of the
+    lines of a step that was trained twice, readers take the last. Everything goes on to `tensorboard`, if
+    there is one.
     """
 
     split = "valid"
@@ -30,23 +35,27 @@ class MetricsWriter:
 
     def __init__(self, path: Path, tensorboard: Any = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._evaluated = _evaluations(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._tensorboard = tensorboard
         self._step = -1
-        self._evaluated: set[str] = set()
         self._metrics: dict[str, float] = {}
+
+    def begin_after(self, step: int) -> None:
+        """Take evaluations of later steps anew: training goes on from this one's checkpoint, or from 0."""
+        self._evaluated = {(at, name) for at, name in self._evaluated if at <= step}
 
     def add_scalar(self, tag: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
         """Collect one value; a new step writes the line of the one before."""
         if tag in NAMES:
             if step != self._step:
                 self._write()
-                self._step, self._evaluated = step, set()
+                self._step = step
             name = NAMES[tag].format(split=self.split)
-            if name not in self._evaluated:
+            if (step, name) not in self._evaluated:
                 self._metrics[name] = float(value)
-            if self.split in name:
-                self._evaluated.add(name)
+            if name in EVALUATIONS:
+                self._evaluated.add((step, name))
         if self._tensorboard is not None:
             self._tensorboard.add_scalar(tag, value, step, *args, **kwargs)
 
@@ -73,3 +82,14 @@ class MetricsWriter:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._tensorboard, name, lambda *args, **kwargs: None)
+
+
+def _evaluations(path: Path) -> set[tuple[int, str]]:
+    """(step, name) of every evaluation that a file of metrics holds; half-written lines are passed over."""
+    found: set[tuple[int, str]] = set()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            record = json.loads(line)
+            found.update((int(record["step"]), name) for name in record["metrics"] if name in EVALUATIONS)
+    return found

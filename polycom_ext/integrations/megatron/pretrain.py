@@ -93,9 +93,20 @@ def _keep_metrics() -> None:
 
     def evaluate_split(prefix: str, *args: Any, **kwargs: Any) -> Any:
         writer = global_vars.get_tensorboard_writer()
+        if not isinstance(writer, MetricsWriter):
+            return evaluate(prefix, *args, **kwargs)
+        writer.split = "test" if prefix.endswith("test set") else "valid"
+        result = evaluate(prefix, *args, **kwargs)
+        writer.flush()  # before a checkpoint of this step, from which nobody would evaluate it again
+        return result
+
+    train = training.train
+
+    def train_and_note_where(*args: Any, **kwargs: Any) -> Any:
+        writer = global_vars.get_tensorboard_writer()
         if isinstance(writer, MetricsWriter):
-            writer.split = "test" if prefix.endswith("test set") else "valid"
-        return evaluate(prefix, *args, **kwargs)
+            writer.begin_after(global_vars.get_args().iteration)
+        return train(*args, **kwargs)
 
     log = training.training_log
 
@@ -109,6 +120,7 @@ def _keep_metrics() -> None:
     global_vars._set_tensorboard_writer = set_writer
     training.training_log = log_and_flush
     training.evaluate_and_print_results = evaluate_split
+    training.train = train_and_note_where
 
 
 def main() -> None:
