@@ -27,6 +27,9 @@ RESERVED = {
 }
 """Options that a run sets itself -> why a spec cannot."""
 
+TRACKER = "latest_checkpointed_iteration.txt"
+"""The file by which Megatron knows what to resume from; it is not written atomically."""
+
 
 class MegatronTrainer:
     """Runs `polycom_ext.integrations.megatron.pretrain` on Megatron-LM's own training loop."""
@@ -104,10 +107,7 @@ class MegatronTrainer:
         return megatron_checks.integer(spec, "train-iters", None)
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
-        try:
-            return int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-        except (FileNotFoundError, ValueError):
-            return None
+        return _latest_iteration(run_dir / "checkpoints")
 
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
         latest, total = self.latest_step(spec, run_dir), self.total_steps(spec)
@@ -115,6 +115,34 @@ class MegatronTrainer:
 
     def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
         return from_megatron(run_dir / "checkpoints", spec.activation)
+
+
+def _latest_iteration(checkpoints: Path) -> int | None:
+    """The iteration that Megatron's tracker names; None without a tracker.
+
+    Raises PolycomError where it names none that is there: Megatron would give up, and a start from scratch
+    would write over what was trained.
+    """
+    tracker = checkpoints / TRACKER
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or 'it is no text'})"
+    else:
+        if text.isascii() and text.isdigit():
+            if (checkpoints / f"iter_{int(text):07d}").is_dir():
+                return int(text)
+            problem = f"names iteration {int(text)}, whose folder is not there"
+        else:
+            problem = f"names {text[:40]!r}, which is no iteration" if text else "is empty"
+    saved = sorted(path.name for path in checkpoints.glob("iter_*") if path.is_dir())
+    if saved:
+        way_out = f"{', '.join(saved)} are there: write the number of the last whole one into that file"
+    else:
+        way_out = "none is there: remove that file to start anew"
+    raise PolycomError(f"{tracker} {problem}; of checkpoints, {way_out}")
 
 
 def _resolved(spec: Spec) -> dict[str, Any]:

@@ -137,7 +137,9 @@ class OLMoTrainer:
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
         folders = (run_dir / "checkpoints").glob("step*")
-        names = (re.fullmatch(r"step(\d+)(-unsharded)?", folder.name) for folder in folders)
+        names = (
+            re.fullmatch(r"step(\d+)(-unsharded)?", folder.name) for folder in folders if folder.is_dir()
+        )
         return max((int(name[1]) for name in names if name), default=None)
 
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
@@ -172,7 +174,7 @@ def _steps(spec: Spec, duration: str) -> int | None:
 def _written_step(path: Path) -> int | None:
     try:
         step: int = json.loads(path.read_text(encoding="utf-8"))["step"]
-    except (FileNotFoundError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return step
 

@@ -29,7 +29,7 @@ class Trainer(Protocol):
         """Raise PolycomError for an input file that is not there; asked before a start, not for a dry run."""
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
-        """What follows `python -m torch.distributed.run --standalone --nproc-per-node N`."""
+        """What follows `python -m torch.distributed.run … --nproc-per-node N`."""
 
     def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
         """Variables that every run of this trainer needs; the spec's own `environment` wins."""
@@ -47,7 +47,10 @@ class Trainer(Protocol):
         """The step at which the run is over; None if that is not counted in steps."""
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
-        """The step of the checkpoint from which the run would go on; None if there is none."""
+        """The step of the checkpoint from which the run would go on; None if there is none.
+
+        Raises PolycomError where this cannot be told: what cannot be read is not absent.
+        """
 
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
         """Whether the checkpoint of the last step has been written."""

@@ -382,8 +382,8 @@ def test_the_run_is_complete_at_its_last_iteration(tmp_path: Path) -> None:
     trainer, spec = MegatronTrainer(), make()
     assert trainer.latest_step(spec, tmp_path) is None
     assert not trainer.is_complete(spec, tmp_path)
-    (tmp_path / "checkpoints").mkdir()
     for step, complete in (("4", False), ("8", True), ("9", True)):
+        (tmp_path / "checkpoints" / f"iter_{int(step):07d}").mkdir(parents=True)
         (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(step)
         assert trainer.latest_step(spec, tmp_path) == int(step)
         assert trainer.is_complete(spec, tmp_path) is complete
@@ -411,3 +411,41 @@ def test_tiny_specs_of_a_kind_differ_in_their_activation_only(kind: str) -> None
         assert (3 if gated else 2) * width == 2 * spec.ffn_width, (
             "FFN parameters: 3 or 2 matrices of this width"
         )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"", "is empty"),
+        (b"\xff\x00", "cannot be read (it is no text)"),
+        (b"four\n", "names 'four', which is no iteration"),
+        (b"8", "names iteration 8, whose folder is not there"),
+    ],
+)
+def test_a_tracker_that_cannot_be_read_is_not_an_absent_one(
+    text: bytes, problem: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    for iteration in (2, 4):
+        (run_dir / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True)
+    tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    tracker.write_bytes(text)
+    (run_dir / "metrics.jsonl").write_text("{}\n")
+    (run_dir / "coefficients.json").write_text("{}\n")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    options = ["--set", "megatron.train-data-path=null", "--set", "megatron.valid-data-path=null"]
+    options += ["--set", "megatron.mock-data=true", "--output", str(run_dir)]
+    assert main(["run", str(TINY / "dense-polynorm.yaml"), *options]) == 2
+    error = capfd.readouterr().err
+    assert f"{tracker} {problem}; of checkpoints, iter_0000002, iter_0000004 are there" in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_no_folder_of_iterations_cannot_be_read_either(tmp_path: Path) -> None:
+    assert MegatronTrainer().latest_step(make(), tmp_path) is None
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(
+        PolycomError, match=r"cannot be read \(Not a directory\); of checkpoints, none is there"
+    ):
+        MegatronTrainer().latest_step(make(), tmp_path)
