@@ -84,14 +84,16 @@ def lock(file: IO[bytes], wait: bool = False) -> bool:
 
 
 def holders(path: Path) -> list[int]:
-    """Process ids, ascending, of those that have a file open; of other users' processes only root knows."""
+    """Ids, ascending, of the processes that hold a file's lock; of other users' processes only root knows."""
     wanted = path.stat()
     found = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             status = link.stat()
             if (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino):
-                found.add(int(link.parts[2]))
+                about = link.parents[1] / "fdinfo" / link.name
+                if b"FLOCK" in about.read_bytes():
+                    found.add(int(link.parts[2]))
     return sorted(found)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shutil
 import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from polycom_ext import upstream
+from polycom_ext import files, upstream
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import local, progress, trainer
 from polycom_ext.runs.rendering import render
@@ -19,6 +21,10 @@ from polycom_ext.runs.trainer import Trainer
 
 TAIL_LINES = 20
 """How much of the log is shown when a trainer fails."""
+PATIENCE_SECONDS = 60.0
+"""A run without a step after so long says what its trainer said last, and again after twice as long."""
+FULL_BYTES = 1 << 20
+"""A disk with less room than this counts as full."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=files.output,
         metavar="DIR",
         help="run directory (default: outputs/NAME); with several CONFIGs the folder of their directories",
     )
@@ -60,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
         run.directory.check_resumable(run.spec, run.trainer)
         if not args.dry_run:
             run.trainer.check_inputs(run.spec)
+            render(run.spec, run.trainer, run.directory.path).process_environment()
     for run in runs:
         status = _show(run) if args.dry_run else _start(run)
         if status:
@@ -117,16 +124,17 @@ def _start(run: Run) -> int:
         return 0
     with directory.locked() as log:
         command = render(spec, run.trainer, directory.path)
-        directory.write(spec, run.trainer, command)
         step = run.trainer.latest_step(spec, directory.path)
+        directory.write(spec, run.trainer, command)
         directory.begin_attempt(log, step)
         how = "starting" if step is None else f"resuming from step {step}"
         print(f"{name}: {how}; everything it says goes to {directory.log}", flush=True)
-        began = time.monotonic()
-        outcome = local.launch(command, log, _follow(run))
-        directory.end_attempt(outcome.status)
-    seconds = progress.duration(time.monotonic() - began)
-    if outcome.interrupted is not None and not run.trainer.is_complete(spec, directory.path):
+        follower = _Follower(run)
+        outcome = local.launch(command, log, follower)
+        _note_end(run, outcome)
+    seconds = progress.duration(time.monotonic() - follower.began)
+    complete = run.trainer.is_complete(spec, directory.path)
+    if outcome.interrupted is not None and not complete:
         print(
             f"{name}: stopped after {seconds}; the same command goes on from the last checkpoint",
             file=sys.stderr,
@@ -137,29 +145,64 @@ def _start(run: Run) -> int:
     if outcome.status != 0:
         _explain_failure(run, outcome)
         return 1
-    if run.trainer.is_complete(spec, directory.path) and spec.entry.coefficients:
-        directory.write_coefficients(run.trainer.coefficients(spec, directory.path))
-    how = (
-        "finished in"
-        if run.trainer.is_complete(spec, directory.path)
-        else "ended before its last step, after"
-    )
+    if not complete and _did_nothing(run, follower, step):
+        _show_end_of_log(run, outcome, "the trainer ended without a step and without an error")
+        return 1
+    if complete and spec.entry.coefficients:
+        _write_coefficients(run)
+    how = "finished in" if complete else "ended before its last step, after"
     print(f"{name}: {how} {seconds} ({directory.path})", flush=True)
     return 0
 
 
-def _follow(run: Run) -> local.Tick:
-    """A function that prints what the trainer has logged since it was last called."""
-    tail = progress.MetricsTail(run.directory.metrics)
-    total = run.trainer.total_steps(run.spec)
+class _Follower:
+    """Prints what the trainer has logged since the last call; before the first record, what is waited for."""
 
-    def show_new_records() -> None:
-        for record in tail.records():
-            line = progress.format_record(record, total)
-            if line is not None:
-                print(f"  {line}", flush=True)
+    def __init__(self, run: Run) -> None:
+        self.began = time.monotonic()
+        self.records = 0
+        self._log, self._log_start = run.directory.log, run.directory.log.stat().st_size
+        self._tail = progress.MetricsTail(run.directory.metrics)
+        self._total = run.trainer.total_steps(run.spec)
+        self._patience = PATIENCE_SECONDS
 
-    return show_new_records
+    def __call__(self) -> None:
+        with contextlib.suppress(OSError):  # what is only shown ends no run
+            for record in self._tail.records():
+                self.records += 1
+                line = progress.format_record(record, self._total)
+                if line is not None:
+                    print(f"  {line}", flush=True)
+            waited = time.monotonic() - self.began
+            if not self.records and waited > self._patience:
+                self._patience *= 2
+                said = progress.last_line(self._log, self._log_start) or "nothing"
+                print(f"  no step after {progress.duration(waited)}; the log ends with: {said}", flush=True)
+
+
+def _note_end(run: Run, outcome: local.Outcome) -> None:
+    """Note how the attempt ended; a full disk must not hide how that was."""
+    try:
+        run.directory.end_attempt(outcome.status)
+    except (OSError, PolycomError) as error:
+        print(f"{run.spec.name}: the end of this attempt could not be noted: {error}", file=sys.stderr)
+
+
+def _did_nothing(run: Run, follower: _Follower, from_step: int | None) -> bool:
+    """Whether a run of known length neither logged nor saved a step: upstream may give up with status 0."""
+    known = run.trainer.total_steps(run.spec) is not None
+    return (
+        known and not follower.records and run.trainer.latest_step(run.spec, run.directory.path) == from_step
+    )
+
+
+def _write_coefficients(run: Run) -> None:
+    """Write what a complete run has learned; it is complete whether they can be read or not."""
+    try:
+        run.directory.write_coefficients(run.trainer.coefficients(run.spec, run.directory.path))
+    except Exception as error:  # whatever reading a checkpoint raises: the training is done and saved
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"{run.spec.name}: complete, but without coefficients.json: {reason}", file=sys.stderr)
 
 
 def _explain_failure(run: Run, outcome: local.Outcome) -> None:
@@ -167,6 +210,13 @@ def _explain_failure(run: Run, outcome: local.Outcome) -> None:
         how = f"was killed by {signal.Signals(-outcome.status).name}"
     else:
         how = f"failed with exit status {outcome.status}"
-    print(f"{run.spec.name}: the trainer {how}; the last lines of {run.directory.log}:", file=sys.stderr)
+    _show_end_of_log(run, outcome, f"the trainer {how}")
+    free = shutil.disk_usage(run.directory.path).free
+    if free < FULL_BYTES:
+        print(f"{run.spec.name}: the disk of {run.directory.path} is full", file=sys.stderr)
+
+
+def _show_end_of_log(run: Run, outcome: local.Outcome, what: str) -> None:
+    print(f"{run.spec.name}: {what}; the last lines of {run.directory.log}:", file=sys.stderr)
     for line in outcome.last_lines(TAIL_LINES):
         print(f"    {line}", file=sys.stderr)

@@ -82,7 +82,7 @@ def launch(command: Command, log: BinaryIO, tick: Tick) -> Outcome:
             process = subprocess.Popen(
                 command.arguments,
                 cwd=command.directory,
-                env={**os.environ, **command.environment, MARKER: marker},
+                env={**command.process_environment(), MARKER: marker},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -141,10 +141,65 @@ def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
         os.killpg(process.pid, signum)
 
 
+def end_leftovers(pids: list[int]) -> bool:
+    """End these processes, and all of their launches, if nobody works in those any more; whether they were.
+
+    A launch works for as long as torchrun or one of its workers lives: each leads a session, which what it
+    starts shares. Writers of checkpoints whose worker was killed wait for it for ever. Where a process is of
+    no launch, or of one that works, nothing is done.
+    """
+    marks = {pid: _mark(environment) for pid, environment in _environments()}
+    launches = {mark for pid in pids if (mark := marks.get(pid)) is not None}
+    of_no_launch = any(marks.get(pid) is None for pid in pids)
+    if of_no_launch or any(mark in launches and _leads_session(pid) for pid, mark in marks.items()):
+        return False
+    for mark in launches:
+        _kill_all(mark)
+    return bool(launches)
+
+
+def users(pids: list[int]) -> str:
+    """Who has a directory in use, and what can be done about it, as the end of a sentence."""
+    if not pids:
+        return "another run, perhaps on another machine; wait for its end or give another --output"
+    environments = dict(_environments())
+    first = [pid for pid in pids if _parent(pid) not in pids]
+    alone = all(_mark(environments.get(pid, b"")) is not None for pid in pids)
+    who = "a trainer that outlived its `polycom run`" if alone else "another run"
+    named = " ".join(map(str, first))
+    return (
+        f"{who} (process {named.replace(' ', ', ')}); wait for its end, end it with `kill {named}`, "
+        "or give another --output"
+    )
+
+
+def _mark(environment: bytes) -> bytes | None:
+    """`POLYCOM_LAUNCH=…` among a process's variables."""
+    words = (word for word in environment.split(b"\0") if word.startswith(f"{MARKER}=".encode()))
+    return next(words, None)
+
+
+def _leads_session(pid: int) -> bool:
+    state, session = _stat(pid, 0), _stat(pid, 3)
+    return state != "Z" and session == str(pid)
+
+
+def _parent(pid: int) -> int:
+    return int(_stat(pid, 1) or 0)
+
+
+def _stat(pid: int, field: int) -> str | None:
+    """A field of /proc/PID/stat behind the name: 0 the state, 1 the parent, 3 the session."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[field]
+    except OSError:
+        return None
+
+
 def _kill_all(mark: bytes) -> None:
     """Kill what still carries the mark: workers lead sessions of their own and outlive a killed launcher."""
     while True:
-        marked = [pid for pid, environment in _environments() if mark in environment.split(b"\0")]
+        marked = [pid for pid, environment in _environments() if _mark(environment) == mark]
         if not marked:
             return
         for pid in marked:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+LAST_LINE_WIDTH = 160
+
 
 class MetricsTail:
     """Reads the records that are appended to a metrics file after this object was made."""
@@ -28,9 +30,19 @@ class MetricsTail:
         for line in whole.splitlines():
             try:
                 record = json.loads(line)
-                yield {"step": int(record["step"]), "metrics": dict(record["metrics"])}
-            except (ValueError, KeyError, TypeError):
+                step, metrics = int(record["step"]), record["metrics"]
+                values = {str(name): float(value) for name, value in metrics.items()}
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
                 continue
+            yield {"step": step, "metrics": values}
+
+
+def last_line(log: Path, start: int) -> str:
+    """The last line with a text behind the first `start` bytes of a log, cut to a terminal's width."""
+    with log.open("rb") as file:
+        file.seek(max(start, file.seek(0, 2) - 4096))
+        lines = file.read().decode("utf-8", errors="replace").split("\n")
+    return next((line.strip()[:LAST_LINE_WIDTH] for line in reversed(lines) if line.strip()), "")
 
 
 def format_record(record: dict[str, Any], total_steps: int | None) -> str | None:
@@ -56,7 +68,7 @@ def format_record(record: dict[str, Any], total_steps: int | None) -> str | None
             fields.append(f"{'/'.join(label)} {value:.4f}")
     if not fields:
         return None
-    if seconds is not None and total_steps is not None and total_steps > step:
+    if seconds is not None and math.isfinite(seconds) and total_steps is not None and total_steps > step:
         fields.append(f"{duration(seconds * (total_steps - step))} left")
     of = "" if total_steps is None else f"/{total_steps}"
     return f"step {step:{len(of) or 1}}{of}  " + "  ".join(fields)

@@ -9,11 +9,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polycom_ext import upstream
+from polycom_ext.errors import PolycomError
+from polycom_ext.runs import secrets
 from polycom_ext.runs.spec import Spec
 from polycom_ext.runs.trainer import Trainer
 
 BREAK = " \\\n    "
 """A shell line that goes on, indented, in the next."""
+
+LAUNCHER = {
+    "nnodes": "1",
+    "rdzv-backend": "c10d",
+    "rdzv-endpoint": "127.0.0.1:0",
+    "local-addr": "127.0.0.1",
+    "max-restarts": "0",
+    "log-dir": os.devnull,  # or it leaves an empty folder for every start among the temporary files
+}
+"""What a run on one machine says to torch.distributed.run. `--standalone` would have the processes meet under
+the machine's name, and a name that does not resolve is waited for without a word."""
+LAUNCH_ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",  # otherwise gloo asks for the address of the machine's name
+    "PYTHONIOENCODING": "utf-8:backslashreplace",  # the log takes whatever the terminal cannot show
+}
+FOREIGN_PREFIXES = ("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_")
+FOREIGN = (
+    *("MASTER_ADDR", "MASTER_PORT", "PYTHON_EXEC"),
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "FS_LOCAL_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+)
+"""Variables of another launch, as in a cluster's job: torch.distributed.run takes the defaults of its options
+from PET_…, workers their place from the others. A run inherits none of them, but its spec may set them."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +47,43 @@ class Command:
 
     arguments: list[str]
     environment: dict[str, str]
+    """A value `${NAME}` under NAME stands for the caller's own."""
     directory: Path
     """Where it is run: relative paths in a spec are relative to it."""
 
+    def process_environment(self) -> dict[str, str]:
+        """All variables of the process.
+
+        Raises PolycomError where one should be the caller's own that the caller has not.
+        """
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(FOREIGN_PREFIXES) and name not in FOREIGN
+        }
+        own = {name for name, value in self.environment.items() if value == secrets.reference(name)}
+        for name in own:
+            if name not in os.environ:
+                raise PolycomError(
+                    f"environment.{name} is to be taken from your environment, where it is not set: "
+                    f"`export {name}=…` first (the record of a run keeps no secrets)"
+                )
+        given = {name: value for name, value in self.environment.items() if name not in own}
+        return {**inherited, **{name: os.environ[name] for name in own}, **given}
+
     def script(self) -> str:
-        """The command as a shell script, one option a line."""
-        lines = ["#!/bin/sh", f"cd {shlex.quote(str(self.directory))} || exit"]
-        lines += [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        """The command as a shell script, one option a line; it asks its caller for the secrets."""
+        prefixes = "; ".join(rf"s/^\({prefix}[A-Za-z0-9_]*\)=.*/\1/p" for prefix in FOREIGN_PREFIXES)
+        lines = [
+            "#!/bin/sh",
+            f"cd {shlex.quote(str(self.directory))} || exit",
+            f"unset {' '.join(FOREIGN)}{BREAK}$(env | sed -n '{prefixes}')",
+        ]
+        for name, value in secrets.masked(self.environment).items():
+            if value == secrets.reference(name):
+                lines.append(f': "${{{name}?is kept in no record: set it first}}"; export {name}')
+            else:
+                lines.append(f"export {name}={shlex.quote(value)}")
         text = "exec"
         for argument in self.arguments:
             starts_line = argument == "-m" or argument.startswith("--")
@@ -38,18 +93,16 @@ class Command:
 
 def render(spec: Spec, trainer: Trainer, run_dir: Path) -> Command:
     """The command for this machine. Writes nothing."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(spec.processes)]
-    quiet = [
-        "--log-dir",
-        os.devnull,
-    ]  # or it leaves an empty folder for every start among the temporary files
-    environment = {**trainer.environment(spec, run_dir), **spec.environment}
+    stated = {**LAUNCHER, "nproc-per-node": str(spec.processes)}
+    launcher = ["-m", "torch.distributed.run"]
+    launcher += [part for name, value in stated.items() for part in (f"--{name}", value)]
+    environment = {**LAUNCH_ENVIRONMENT, **trainer.environment(spec, run_dir), **spec.environment}
     # The trees first, so that neither the spec nor the caller can hide them.
     paths = [str(upstream.tree(name)) for name in trainer.upstreams]
     for given in (environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")):
         paths += [path for path in given.split(os.pathsep) if path and path not in paths]
     return Command(
-        arguments=[sys.executable, *launcher, *quiet, *trainer.arguments(spec, run_dir)],
+        arguments=[sys.executable, *launcher, *trainer.arguments(spec, run_dir)],
         environment={"PYTHONPATH": os.pathsep.join(paths), **environment},
         directory=Path.cwd(),
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
-import subprocess
+import re
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from importlib import metadata
@@ -16,12 +18,13 @@ import polycom_ext
 from polycom_ext import upstream
 from polycom_ext._version import __version__
 from polycom_ext.errors import PolycomError
-from polycom_ext.files import lock, write_text
-from polycom_ext.runs import document
+from polycom_ext.files import holders, lock, write_text
+from polycom_ext.runs import document, local, secrets
 from polycom_ext.runs import spec as specs
 from polycom_ext.runs.rendering import Command
 from polycom_ext.runs.spec import Spec
 from polycom_ext.runs.trainer import Trainer
+from polycom_ext.upstream import git
 
 
 class RunDirectory:
@@ -36,8 +39,14 @@ class RunDirectory:
         self._versions = path / "versions.json"
 
     def check_resumable(self, spec: Spec, trainer: Trainer) -> None:
-        """Raise PolycomError if checkpoints are there that belong to another model than the spec's."""
-        if not self._spec.exists() or trainer.latest_step(spec, self.path) is None:
+        """Raise PolycomError if the run could not go on from what is there.
+
+        That is so where checkpoints belong to another model than the spec's, and where a file cannot be read
+        that says what is there.
+        """
+        latest = trainer.latest_step(spec, self.path)
+        self._attempts()
+        if latest is None or not self._spec.exists():
             return
         before = specs.load(self._spec)
         if before.trainer != spec.trainer:
@@ -55,31 +64,52 @@ class RunDirectory:
     def locked(self) -> Iterator[BinaryIO]:
         """The log, open for appending and locked: one run at a time in one directory.
 
-        A trainer that inherits it holds the lock for as long as any of its processes lives.
+        A trainer that inherits it holds the lock for as long as any of its processes lives. What a dead
+        launch has left is ended; raises PolycomError where somebody works there.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            if not lock(log):
-                raise PolycomError(
-                    f"{self.path} is in use by another run; wait for its end or give another --output"
-                )
+            if not lock(log) and not (local.end_leftovers(holders(self.log)) and _locks_soon(log)):
+                raise PolycomError(f"{self.path} is in use by {local.users(holders(self.log))}")
             yield log
 
     def write(self, spec: Spec, trainer: Trainer, command: Command) -> None:
-        """Write the resolved spec, the command, its files and the versions.
+        """Write the resolved spec, the command, its files and the versions, for a start or a resumption.
 
-        Without checkpoints, forget old metrics.
+        Where there is no checkpoint, old metrics are forgotten: this start writes all of them. Where there is
+        one from which the trainer cannot go on, half-written perhaps, they are set aside.
         """
-        write_text(self._spec, document.dump(spec.as_mapping()))
+        record = spec.as_mapping()
+        if "environment" in record:
+            record["environment"] = secrets.masked(spec.environment)
+        write_text(self._spec, document.dump(record))
         for name, text in trainer.files(spec, self.path).items():
             write_text(self.path / name, text)
         write_text(self.path / "command.sh", command.script(), executable=True)
-        write_text(
-            self._versions, json.dumps({**_versions(trainer), "attempts": self._attempts()}, indent=2) + "\n"
+        attempts = self._attempts()
+        write_text(self._versions, json.dumps({**_versions(trainer), "attempts": attempts}, indent=2) + "\n")
+        if trainer.latest_step(spec, self.path) is not None:
+            self._end_last_line()
+            return
+        for path in (self.metrics, self.path / "coefficients.json"):
+            if path.exists() and self._has_checkpoints():
+                path.replace(path.with_name(f"{path.stem}.before-attempt-{len(attempts) + 1}{path.suffix}"))
+            path.unlink(missing_ok=True)
+
+    def _has_checkpoints(self) -> bool:
+        """Whether there is a folder of a checkpoint, whole or not."""
+        return any(
+            path.is_dir() and re.match(r"(iter_|step)\d", path.name)
+            for path in (self.path / "checkpoints").glob("*")
         )
-        if trainer.latest_step(spec, self.path) is None:
-            self.metrics.unlink(missing_ok=True)
-            (self.path / "coefficients.json").unlink(missing_ok=True)
+
+    def _end_last_line(self) -> None:
+        """A killed trainer may have left a line of metrics half-written: the next one begins on its own."""
+        with contextlib.suppress(FileNotFoundError), self.metrics.open("rb+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
 
     def write_coefficients(self, learned: dict[str, Any] | None) -> None:
         """Write what the activations have learned, unless the trainer has done it."""
@@ -106,8 +136,13 @@ class RunDirectory:
     def _attempts(self) -> list[dict[str, Any]]:
         try:
             return list(json.loads(self._versions.read_text(encoding="utf-8"))["attempts"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except FileNotFoundError:
             return []
+        except (ValueError, KeyError, TypeError):
+            raise PolycomError(
+                f"{self._versions} cannot be read as the versions and attempts of a run; "
+                "move it away to go on without the attempts before"
+            ) from None
 
     def _write_attempts(self, attempts: list[dict[str, Any]]) -> None:
         versions = json.loads(self._versions.read_text(encoding="utf-8"))
@@ -128,19 +163,28 @@ def _versions(trainer: Trainer) -> dict[str, Any]:
 def _checkout_commit() -> str | None:
     """Commit of the checkout that this package lies in, `+changes` if it differs; None if it is in none."""
     package = Path(polycom_ext.__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            return subprocess.run(
-                ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
+    checkout = package.parent
+    try:
+        if git.run(
+            checkout, "ls-files", "--error-unmatch", f"{package.name}/__init__.py", check=False
+        ).returncode:
             return None
-
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        commit = git.output(checkout, "rev-parse", "HEAD")
+        return (
+            f"{commit}+changes"
+            if git.output(checkout, "status", "--porcelain", "--", package.name)
+            else commit
+        )
+    except PolycomError:
         return None
-    commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain", "--", ".") else commit
+
+
+def _locks_soon(log: BinaryIO) -> bool:
+    """Lock the log of processes that were ended: they are seen as gone a moment before their locks are."""
+    deadline = time.monotonic() + 5
+    while not (got := lock(log)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return got
 
 
 def _now() -> str:

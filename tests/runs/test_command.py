@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -198,3 +198,100 @@ def test_a_mistake_in_any_of_several_specs_stops_all_before_one_starts(
     assert sentence in error
     assert error.count("\n") == 1
     assert not Path("outputs").exists()
+
+
+def test_metrics_are_set_aside_where_a_checkpoint_is_left_from_which_nobody_can_go_on(finished: str) -> None:
+    logged = (RUN / "metrics.jsonl").read_text()
+    (RUN / "checkpoints" / "step").unlink()
+    (RUN / "checkpoints" / "iter_0000002").mkdir()
+    assert main(["run", finished, "--set", "toy.steps=1"]) == 0
+    assert (RUN / "metrics.before-attempt-2.jsonl").read_text() == logged
+    assert (RUN / "coefficients.before-attempt-2.json").exists()
+    assert len((RUN / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_half_written_line_of_metrics_spoils_no_other(finished: str) -> None:
+    with (RUN / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "metr')
+    assert main(["run", finished, "--set", "toy.steps=3"]) == 0
+    assert json.loads((RUN / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
+def test_an_unreadable_record_of_attempts_is_not_taken_for_none(
+    finished: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (RUN / "versions.json").write_text("")
+    assert main(["run", finished]) == 2
+    assert "outputs/small/versions.json cannot be read" in capfd.readouterr().err
+    assert (RUN / "versions.json").read_text() == ""
+
+
+def test_a_complete_run_whose_coefficients_cannot_be_read_says_so_and_is_complete(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = toy_spec(steps=1, size=13)
+    assert main(["run", spec]) == 0
+    error = capfd.readouterr().err
+    assert (
+        error == "small: complete, but without coefficients.json: no coefficients can be read from size 13\n"
+    )
+    assert main(["run", spec]) == 0
+    assert "already complete" in capfd.readouterr().out
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of two megabytes."""
+    path = Path("disk")
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", path]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def test_a_full_disk_is_the_trainers_failure_and_no_traceback_of_ours(
+    toy_spec: Callable[..., str], small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = small_disk / "small"
+    assert main(["run", toy_spec(steps=2, fill=3), "--output", str(run_dir)]) == 1
+    error = capfd.readouterr().err
+    assert "the trainer failed with exit status 1" in error
+    assert f"the disk of {run_dir.absolute()} is full" in error
+    assert "polycom_ext" not in error
+    assert main(["run", toy_spec(steps=2), "--output", str(run_dir)]) == 2
+    assert "No space left on device; make room, then give the same command again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("/proc/x", "/proc/x: No such file or directory"),
+        ("small.yaml", "small.yaml/log.txt: Not a directory"),
+        ("n" * 300, "File name too long"),
+    ],
+)
+def test_a_run_directory_that_cannot_be_made_is_one_sentence(
+    toy_spec: Callable[..., str], output: str, sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", toy_spec(steps=1), "--output", output]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("polycom run: ")
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("output", "sentence"), [("", "it is empty"), ("/", "/ is the root folder")])
+def test_an_empty_output_and_the_root_folder_are_refused(
+    toy_spec: Callable[..., str], output: str, sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", toy_spec(steps=1), "--output", output])
+    assert exit_.value.code == 2
+    assert f"argument --output: {sentence}" in capfd.readouterr().err
+
+
+def test_the_folder_itself_can_be_the_run_directory(toy_spec: Callable[..., str]) -> None:
+    assert main(["run", toy_spec(steps=1), "--output", "."]) == 0
+    assert Path("run.yaml").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from polycom_ext.cli import main
-from polycom_ext.runs import local
+from polycom_ext.runs import command, local
 
 RUN = Path("outputs/small")
 
@@ -139,8 +140,114 @@ def test_two_runs_cannot_share_a_directory(
         assert process.stdout.readline() == "held\n"
         assert main(["run", spec]) == 2
         process.communicate("")
-    assert "is in use by another run" in capfd.readouterr().err
+    assert f"is in use by another run (process {process.pid})" in capfd.readouterr().err
     assert not (RUN / "run.yaml").exists()
+
+
+def start_and_kill(polycom: list[str], spec: str, whom: Callable[[int, list[int]], list[int]]) -> list[int]:
+    """Start a run in a process of its own and SIGKILL some of (polycom, [torchrun, *workers]); the latter."""
+    process = subprocess.Popen([*polycom, "run", spec], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    workers = worker_pids(1)
+    torchrun = int(Path(f"/proc/{workers[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    for pid in whom(process.pid, [torchrun, *workers]):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    return [torchrun, *workers]
+
+
+def test_helpers_that_a_killed_launch_has_left_are_ended_by_the_next_run(
+    toy_spec: Callable[..., str], polycom: list[str]
+) -> None:
+    spec = toy_spec(steps=500, seconds=0.05, helper=300)
+    start_and_kill(polycom, spec, lambda launcher, rest: [launcher, *rest])
+    helper = int((RUN / "helper-0").read_text())
+    try:
+        assert alive(helper)
+        assert main(["run", spec, "--set", "toy.steps=1", "--set", "toy.helper=null"]) == 0
+        assert not alive(helper)
+    finally:
+        if alive(helper):
+            os.kill(helper, signal.SIGKILL)
+
+
+def test_a_training_that_outlived_its_launcher_is_named_and_left_alone(
+    toy_spec: Callable[..., str], polycom: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = toy_spec(steps=500, seconds=0.05, helper=300)
+    torchrun, worker = start_and_kill(polycom, spec, lambda launcher, rest: [launcher])
+    helper = int((RUN / "helper-0").read_text())
+    try:
+        assert main(["run", spec]) == 2
+        error = capfd.readouterr().err
+        assert f"a trainer that outlived its `polycom run` (process {torchrun})" in error
+        assert f"end it with `kill {torchrun}`" in error
+        assert alive(worker)
+        assert alive(helper)
+    finally:
+        os.kill(torchrun, signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while alive(torchrun) or alive(worker):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not alive(helper), "of the group that was ended"
+
+
+FOREIGN = {
+    "PET_NNODES": "2",
+    "PET_NO_PYTHON": "1",
+    "PET_RDZV_ENDPOINT": "nowhere.example:29500",
+    "PET_MAX_RESTARTS": "3",
+    "MASTER_ADDR": "nowhere.example",
+    "WORLD_SIZE": "16",
+    "RANK": "7",
+    "FS_LOCAL_RANK": "7",
+    "PYTHON_EXEC": "/bin/false",
+    "TORCHELASTIC_ERROR_FILE": "/proc/nowhere",
+}
+
+
+def test_a_run_inherits_nothing_of_another_launch(
+    toy_spec: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in FOREIGN.items():
+        monkeypatch.setenv(name, value)
+    assert main(["run", toy_spec(steps=1)]) == 0
+    (RUN / "checkpoints" / "step").unlink()
+    subprocess.run([RUN / "command.sh"], check=True, timeout=120, capture_output=True)
+    assert (RUN / "checkpoints" / "step").read_text() == "1"
+
+
+def test_a_host_name_that_does_not_resolve_stops_no_run(
+    toy_spec: Callable[..., str], polycom: list[str]
+) -> None:
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname bogus.example && exec "$@"', "sh"]
+    if subprocess.run([*renamed, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to change the host name of a namespace")
+    spec = toy_spec(steps=1, processes=2)
+    finished = subprocess.run(
+        [*renamed, *polycom, "run", spec], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_a_run_that_has_not_begun_says_what_its_trainer_said_last(
+    toy_spec: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "PATIENCE_SECONDS", 0.0)
+    assert main(["run", toy_spec(steps=1, seconds=1, talk="waiting for rank 7")]) == 0
+    shown = capfd.readouterr().out
+    assert re.search(r"no step after 0:0\d; the log ends with: nothing\n", shown)
+    assert re.search(r"no step after 0:0\d; the log ends with: says waiting for rank 7\n", shown)
+    assert shown.index("waiting for rank 7") < shown.index("loss 5.0000")
+
+
+def test_a_trainer_that_gives_up_with_status_0_has_failed(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", toy_spec(steps=2, give_up="ERROR: Invalid metadata file. Exiting")]) == 1
+    error = capfd.readouterr().err
+    assert "the trainer ended without a step and without an error" in error
+    assert error.endswith("ERROR: Invalid metadata file. Exiting\n")
 
 
 def test_a_signal_that_is_ignored_stays_ignored(toy_spec: Callable[..., str]) -> None:

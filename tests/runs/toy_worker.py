@@ -19,15 +19,27 @@ def main() -> None:
     parser.add_argument("--fail-at", type=int)
     parser.add_argument("--refuse", help="the sentence")
     parser.add_argument("--talk", help="what it says of itself")
+    parser.add_argument("--give-up", help="says so and ends with status 0, as Megatron does at times")
+    parser.add_argument("--helper", type=float, help="seconds that a forked process waits, as writers do")
+    parser.add_argument("--fill", type=int, default=0, help="megabytes of each checkpoint")
     args = parser.parse_args()
     if args.refuse:
         print(f"polycom: error: {args.refuse}", file=sys.stderr, flush=True)
         sys.exit(2)
+    if args.give_up:
+        print(args.give_up, flush=True)
+        return
     if args.talk:
         print(f"says {args.talk}", flush=True)
+        print(f"the key is {len(os.environ.get('TOY_API_KEY', ''))} long", flush=True)
     assert os.environ["TOY"] == "1", "the adapter's environment"
     assert os.environ["TOY_SPEC"] == "a b", "the spec's environment"
     rank = int(os.environ["RANK"])
+    if args.helper and (helper := os.fork()) == 0:
+        time.sleep(args.helper)
+        os._exit(0)
+    elif args.helper:
+        (args.run_dir / f"helper-{rank}").write_text(str(helper))
     (args.run_dir / f"pid-{rank}").write_text(str(os.getpid()))
     checkpoint = args.run_dir / "checkpoints" / "step"
     checkpoint.parent.mkdir(exist_ok=True)
@@ -41,6 +53,8 @@ def main() -> None:
             record = {"step": step, "metrics": {"train/loss": 5.0 / step, "train/step_seconds": 0.5}}
             with (args.run_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
+            if args.fill:
+                checkpoint.with_name("weights").write_bytes(bytes(args.fill << 20))
             checkpoint.write_text(str(step))
 
 
