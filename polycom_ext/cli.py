@@ -7,7 +7,9 @@ import errno
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from polycom_ext import display
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for the reader's own end of a pipe: `polycom upstream status | head -1` is 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _have_a_home()
     with display.tolerant() as shown:
         args, module = _parse(arguments)
         try:
@@ -63,6 +66,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Any]:
     args = parser.parse_args(arguments)
     assert module is not None
     return args, module
+
+
+def _have_a_home() -> None:
+    """Give a container's user, who has neither $HOME nor an entry in passwd, the temporary folder as home.
+
+    Libraries that keep caches and settings in it cannot be imported without one.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.gettempdir()
 
 
 def _only_prints(args: argparse.Namespace) -> bool:

@@ -77,6 +77,7 @@ class Command:
         lines = [
             "#!/bin/sh",
             f"cd {shlex.quote(str(self.directory))} || exit",
+            '[ -n "$HOME" ] || id -un > /dev/null 2>&1 || export HOME="${TMPDIR:-/tmp}"',
             f"unset {' '.join(FOREIGN)}{BREAK}$(env | sed -n '{prefixes}')",
         ]
         for name, value in secrets.masked(self.environment).items():

@@ -41,9 +41,11 @@ class RunDirectory:
     def check_resumable(self, spec: Spec, trainer: Trainer) -> None:
         """Raise PolycomError if the run could not go on from what is there.
 
-        That is so where checkpoints belong to another model than the spec's, and where a file cannot be read
-        that says what is there.
+        That is so where checkpoints belong to another model than the spec's, where a file cannot be read that
+        says what is there, and where the directory is none.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise PolycomError(f"{self.path} is a file, not a folder: give another --output")
         latest = trainer.latest_step(spec, self.path)
         self._attempts()
         if latest is None or not self._spec.exists():

@@ -268,7 +268,7 @@ def test_a_full_disk_is_the_trainers_failure_and_no_traceback_of_ours(
     ("output", "sentence"),
     [
         ("/proc/x", "/proc/x: No such file or directory"),
-        ("small.yaml", "small.yaml/log.txt: Not a directory"),
+        ("small.yaml", "small.yaml is a file, not a folder: give another --output"),
         ("n" * 300, "File name too long"),
     ],
 )
@@ -295,3 +295,20 @@ def test_an_empty_output_and_the_root_folder_are_refused(
 def test_the_folder_itself_can_be_the_run_directory(toy_spec: Callable[..., str]) -> None:
     assert main(["run", toy_spec(steps=1), "--output", "."]) == 0
     assert Path("run.yaml").exists()
+
+
+NOBODY = "setpriv --reuid 12345 --regid 12345 --clear-groups --inh-caps +dac_read_search "
+NOBODY += "--ambient-caps +dac_read_search env -u HOME -u USER -u LOGNAME"
+"""A user as containers have them, without name and home; it may read all, since Python may be in root's home."""
+
+
+def test_a_user_without_name_and_home_can_train(toy_spec: Callable[..., str], polycom: list[str]) -> None:
+    if subprocess.run([*NOBODY.split(), "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to become another user")
+    spec = toy_spec(steps=1)
+    Path.cwd().chmod(0o777)
+    command = [*NOBODY.split(), *polycom, "run", spec]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    (RUN / "checkpoints" / "step").unlink()
+    subprocess.run([*NOBODY.split(), RUN / "command.sh"], capture_output=True, timeout=120, check=True)

@@ -32,6 +32,7 @@ def main() -> None:
     if args.talk:
         print(f"says {args.talk}", flush=True)
         print(f"the key is {len(os.environ.get('TOY_API_KEY', ''))} long", flush=True)
+    assert Path.home().is_dir(), "somewhere for caches"
     assert os.environ["TOY"] == "1", "the adapter's environment"
     assert os.environ["TOY_SPEC"] == "a b", "the spec's environment"
     rank = int(os.environ["RANK"])
