@@ -112,9 +112,9 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def output(text: str) -> Path:
-    """The path that a user gave as --output; for argparse, which puts the complaint into its sentence."""
+    """The path that a user gave as --output, with a name; for argparse, whose sentence the complaint ends."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty; name a folder or file")
     if not Path(text).resolve().name:
         raise argparse.ArgumentTypeError(f"{text} is the root folder; name one of your own")
-    return Path(text)
+    return Path(text) if Path(text).name else Path(text).resolve()

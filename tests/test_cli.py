@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +31,27 @@ def test_an_error_is_one_sentence_on_stderr() -> None:
     assert finished.stdout == ""
     assert len(finished.stderr.strip().splitlines()) == 1
     assert "no-such-file.yaml" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "verb", [["run", "x.yaml"], ["report", "x"], ["data", "prepare", "x", "--train-tokenizer", "300"]]
+)
+def test_no_verb_writes_into_the_root_folder_or_nowhere(
+    verb: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for output, sentence in (("", "it is empty"), ("/", "/ is the root folder")):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([*verb, "--output", output])
+        assert exit_.value.code == 2
+        assert f"argument --output: {sentence}" in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n')
+    prepare = ["data", "prepare", str(tmp_path / "x.jsonl"), "--train-tokenizer", "300", "--output"]
+    for command, sentence in (
+        ([*prepare, "/proc/x"], "polycom data: /proc/x.work: No such file or directory\n"),
+        (["data", "corpus", "shakespeare", "--output", "/proc/x"], "polycom data: /proc/x: No such file"),
+    ):
+        assert cli.main(command) == 2
+        assert sentence in capsys.readouterr().err

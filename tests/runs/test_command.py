@@ -299,7 +299,7 @@ def test_the_folder_itself_can_be_the_run_directory(toy_spec: Callable[..., str]
 
 NOBODY = "setpriv --reuid 12345 --regid 12345 --clear-groups --inh-caps +dac_read_search "
 NOBODY += "--ambient-caps +dac_read_search env -u HOME -u USER -u LOGNAME"
-"""A user as containers have them, without name and home; it may read all, since Python may be in root's home."""
+"""A user as containers have them, without name and home; it may read all, as Python may be in root's home."""
 
 
 def test_a_user_without_name_and_home_can_train(toy_spec: Callable[..., str], polycom: list[str]) -> None:
