@@ -154,31 +154,12 @@ class RunDirectory:
 def _versions(trainer: Trainer) -> dict[str, Any]:
     return {
         "polycom-ext": __version__,
-        "commit": _checkout_commit(),
+        "commit": git.commit_of(Path(polycom_ext.__file__).parent),
         "python": platform.python_version(),
         "torch": metadata.version("torch"),
         "platform": platform.platform(),
         "upstreams": {name: upstream.state(name) for name in trainer.upstreams},
     }
-
-
-def _checkout_commit() -> str | None:
-    """Commit of the checkout that this package lies in, `+changes` if it differs; None if it is in none."""
-    package = Path(polycom_ext.__file__).parent
-    checkout = package.parent
-    try:
-        if git.run(
-            checkout, "ls-files", "--error-unmatch", f"{package.name}/__init__.py", check=False
-        ).returncode:
-            return None
-        commit = git.output(checkout, "rev-parse", "HEAD")
-        return (
-            f"{commit}+changes"
-            if git.output(checkout, "status", "--porcelain", "--", package.name)
-            else commit
-        )
-    except PolycomError:
-        return None
 
 
 def _locks_soon(log: BinaryIO) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+import polycom_ext
 from polycom_ext.cli import main
 from polycom_ext.runs import command, local
+from polycom_ext.upstream import git
 
 RUN = Path("outputs/small")
 
@@ -193,6 +196,7 @@ def test_a_training_that_outlived_its_launcher_is_named_and_left_alone(
 
 
 FOREIGN = {
+    "GIT_DIR": "/nowhere",
     "PET_NNODES": "2",
     "PET_NO_PYTHON": "1",
     "PET_RDZV_ENDPOINT": "nowhere.example:29500",
@@ -209,9 +213,11 @@ FOREIGN = {
 def test_a_run_inherits_nothing_of_another_launch(
     toy_spec: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    commit = git.commit_of(Path(polycom_ext.__file__).parent)
     for name, value in FOREIGN.items():
         monkeypatch.setenv(name, value)
     assert main(["run", toy_spec(steps=1)]) == 0
+    assert json.loads((RUN / "versions.json").read_text())["commit"] == commit
     (RUN / "checkpoints" / "step").unlink()
     subprocess.run([RUN / "command.sh"], check=True, timeout=120, capture_output=True)
     assert (RUN / "checkpoints" / "step").read_text() == "1"

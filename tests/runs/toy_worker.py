@@ -30,8 +30,8 @@ def main() -> None:
         print(args.give_up, flush=True)
         return
     if args.talk:
-        print(f"says {args.talk}", flush=True)
         print(f"the key is {len(os.environ.get('TOY_API_KEY', ''))} long", flush=True)
+        print(f"says {args.talk}", flush=True)
     assert Path.home().is_dir(), "somewhere for caches"
     assert os.environ["TOY"] == "1", "the adapter's environment"
     assert os.environ["TOY_SPEC"] == "a b", "the spec's environment"
