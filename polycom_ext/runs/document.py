@@ -83,6 +83,11 @@ def holds(number: float, text: str) -> bool:
     return not (too_large or too_small)
 
 
+def is_beyond(text: str) -> bool:
+    """Whether a text is a number that no float holds."""
+    return _CORE["float"][0].match(text) is not None and not holds(Float(text), text)
+
+
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Keys are texts as written; one that is given twice is an error."""

@@ -13,7 +13,7 @@ import yaml
 
 from polycom_ext import activations, upstream
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import olmo_options
+from polycom_ext.runs import document, olmo_options
 from polycom_ext.runs.spec import Spec
 from polycom_ext.runs.suggest import did_you_mean
 
@@ -62,6 +62,7 @@ class OLMoTrainer:
         tree = upstream.tree(self.upstreams[0])
         if tree.exists():
             self._check_options(spec, olmo_options.known(tree))
+            self._check_numbers(spec.options, olmo_options.texts(tree), f"{spec.name}: {self.name}")
         batch = spec.options.get("global_train_batch_size")
         if isinstance(batch, int) and batch % spec.processes:
             raise PolycomError(
@@ -79,6 +80,18 @@ class OLMoTrainer:
                     + (patches if name.startswith("model.moe_") else "")
                 )
 
+    def _check_numbers(self, value: Any, texts: set[str], where: str) -> None:
+        """OLMo itself would read 12e4567 as infinity."""
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if key not in texts:
+                    self._check_numbers(inner, texts, f"{where}.{key}")
+        elif isinstance(value, list):
+            for inner in value:
+                self._check_numbers(inner, texts, where)
+        elif isinstance(value, str) and document.is_beyond(value):
+            raise PolycomError(f"{where}: no number of the computer's can be {value}")
+
     def check_inputs(self, spec: Spec) -> None:
         sources = [("data", _section(spec, "data"))]
         for evaluator in spec.options.get("evaluators", []):
@@ -91,7 +104,7 @@ class OLMoTrainer:
                     f"{spec.name}: {self.name}.{where} names no token files (paths or datasets)"
                 )
             for path in paths:
-                if "://" not in str(path) and not Path(path).is_file():
+                if "://" not in str(path) and not Path(str(path)).is_file():
                     raise PolycomError(
                         f"{spec.name}: {self.name}.{where}: {path} not found (looked in {Path.cwd()}); "
                         "`polycom data prepare --format olmo` makes token files"
@@ -109,10 +122,12 @@ class OLMoTrainer:
         width = spec.matched_ffn_width
         if width is not None:  # OLMo's is that of the first linear layer
             model["mlp_hidden_size"] = 2 * width if spec.entry.gated else width
+        tree = upstream.tree(self.upstreams[0])
+        texts = olmo_options.texts(tree) if tree.exists() else set()
         config = {
             "run_name": spec.name,
-            **spec.options,
-            "model": model,
+            **_as_written(spec.options, texts),
+            "model": _as_written(model, texts),
             "save_folder": _literal(str(run_dir / "checkpoints")),
             "save_overwrite": True,
             "try_load_latest_save": True,
@@ -202,6 +217,15 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
 def _listed(datasets: dict[str, list[str]]) -> Iterator[str]:
     for paths in datasets.values():
         yield from paths
+
+
+def _as_written(value: Any, texts: set[str], is_text: bool = False) -> Any:
+    """The value with what reads as a number given as its text to those fields that hold texts."""
+    if isinstance(value, dict):
+        return {key: _as_written(inner, texts, is_text or key in texts) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_as_written(inner, texts, is_text) for inner in value]
+    return str(value) if is_text and isinstance(value, document.Int | document.Float) else value
 
 
 def _literal(text: str) -> str:

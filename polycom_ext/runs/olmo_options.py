@@ -11,14 +11,31 @@ from pathlib import Path
 @lru_cache
 def known(tree: Path) -> set[str]:
     """The names of TrainConfig's fields, and `section.field` for those that are dataclasses themselves."""
-    source = (tree / "olmo" / "config.py").read_text(encoding="utf-8")
-    classes = {node.name: _fields(node) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    classes = _classes(tree)
     names = set()
     for name, annotation in classes["TrainConfig"].items():
         names.add(name)
         section = re.sub(r"Optional\[(\w+)\]", r"\1", annotation)
         names.update(f"{name}.{field}" for field in classes.get(section, ()))
     return names
+
+
+@lru_cache
+def texts(tree: Path) -> set[str]:
+    """The names of fields that hold texts, lists or mappings of them, in whatever section they are."""
+    annotations: dict[str, set[str]] = {}
+    for fields in _classes(tree).values():
+        for name, annotation in fields.items():
+            annotations.setdefault(name, set()).update(re.findall(r"\w+", annotation))
+    return {name for name, types in annotations.items() if "str" in types and types <= _OF_TEXTS}
+
+
+_OF_TEXTS = {"str", "Optional", "List", "Dict", "Tuple"}
+
+
+def _classes(tree: Path) -> dict[str, dict[str, str]]:
+    source = (tree / "olmo" / "config.py").read_text(encoding="utf-8")
+    return {node.name: _fields(node) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
 
 def _fields(node: ast.ClassDef) -> dict[str, str]:

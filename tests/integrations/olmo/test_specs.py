@@ -103,6 +103,30 @@ def test_a_text_is_a_text_whatever_it_looks_like(text: str, olmo: None, tmp_path
     assert cfg.data.datasets == {text: [text]}
 
 
+def test_a_number_is_what_was_written_and_a_text_that_looks_like_one_too(olmo: None, tmp_path: Path) -> None:
+    numbers = "seed: 0123, max_duration: 1_000, optimizer: {learning_rate: 2e-3, eps: .5e-8}"
+    limits = "scheduler: {t_warmup: 010, t_max: 5e9}, max_grad_norm: .inf, stop_at: 0777"
+    texts = "data: {paths: [010, 1.10, no, 2026-01-01], datasets: {010: [1e3]}}, wandb: {group: 1.10}"
+    label = "evaluators: [{label: 007, data: {paths: [010]}}]"
+    path = tmp_path / "run.yaml"
+    path.write_text(f"trainer: olmo\nactivation: polynorm\nolmo: {{{numbers}, {limits}, {texts}, {label}}}\n")
+    cfg = given(load(path), tmp_path)
+    assert (cfg.seed, cfg.max_duration, cfg.stop_at, cfg.max_grad_norm) == (123, 1000, 777, float("inf"))
+    assert (cfg.optimizer.learning_rate, cfg.optimizer.eps) == (2e-3, 0.5e-8)
+    assert (cfg.scheduler.t_warmup, cfg.scheduler.t_max) == (10, 5e9)
+    assert cfg.data.paths == ["010", "1.10", "no", "2026-01-01"]
+    assert cfg.data.datasets == {"010": ["1e3"]}
+    assert cfg.wandb.group == "1.10"
+    assert (cfg.evaluators[0].label, cfg.evaluators[0].data.paths) == ("007", ["010"])
+
+
+def test_a_number_that_cannot_be_held_is_no_other_number(tree: Path) -> None:
+    OLMoTrainer().validate(make(data={"paths": ["12e4567"]}, wandb={"group": "12e4567"}))
+    for options in ({"optimizer": {"learning_rate": "12e4567"}}, {"optimizer": {"betas": [0.9, "1e-400"]}}):
+        with pytest.raises(PolycomError, match="no number of the computer's can be 1"):
+            OLMoTrainer().validate(make(**options))
+
+
 def test_a_specs_values_may_refer_as_olmos_do_and_the_runs_own_do_not(olmo: None, tmp_path: Path) -> None:
     (tmp_path / "here.npy").touch()
     run_dir = tmp_path / "a\\${run_name}"
