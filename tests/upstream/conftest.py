@@ -73,9 +73,12 @@ class Small:
         git(work, "format-patch", *FORM, "-o", str(self.series), "HEAD~1")
         (self.series / "series").write_text("0001-Change-all.patch\n")
 
-    def take_from_git(self) -> Path:
-        """Pin the newest commit of the repository `work` instead of the wheel, and return that repository."""
-        origin = self.folder / "work"
+    def take_from_git(self, origin: Path | None = None) -> Path:
+        """Pin the newest commit of the repository `work`, moved to `origin` if given, instead of the wheel.
+
+        Returns that repository.
+        """
+        origin = (self.folder / "work").rename(origin or self.folder / "work")
         git(origin, "config", "uploadpack.allowFilter", "true")
         git(origin, "config", "uploadpack.allowAnySHA1InWant", "true")
         commit = git(origin, "rev-parse", "HEAD").strip()
