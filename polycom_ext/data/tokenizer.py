@@ -46,7 +46,9 @@ class Encoder:
         content = path.read_bytes()
         try:
             self._tokenizer = Tokenizer.from_buffer(content)
-        except Exception as error:  # `tokenizers` raises nothing more special
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
             raise PolycomError(
                 f"{path} is not a tokenizer.json of Hugging Face tokenizers ({error})"
             ) from None
@@ -56,6 +58,7 @@ class Encoder:
                 f"{path} has an empty vocabulary; give a trained one, or train one: --train-tokenizer SIZE"
             )
         _only_the_text(self._tokenizer)
+        self._definition = content
         self._other_pieces: Tokenizer | None = None
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = max(vocabulary.values()) + 1
@@ -69,7 +72,9 @@ class Encoder:
         """
         try:
             ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        except Exception as error:
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
             raise BadDocument(f"the tokenizer cannot encode it ({error})") from None
         if self.eos_id in ids:
             ids = self._around_eos(text)
@@ -78,7 +83,7 @@ class Encoder:
     def _around_eos(self, text: str) -> list[int]:
         """The ids of a text that spells the end token, in the tokenizer's other pieces."""
         if self._other_pieces is None:
-            self._other_pieces = _without(self._tokenizer, self.eos)
+            self._other_pieces = _without(self._definition, self.eos)
         try:
             spelt = self._tokenizer.encode(text, add_special_tokens=False)
             written = self._other_pieces.encode(text, add_special_tokens=False)
@@ -146,6 +151,11 @@ def check_vocabulary(vocab_size: int) -> None:
         )
 
 
+def _is_the_librarys(error: BaseException) -> bool:
+    """`tokenizers` raises plain exceptions, and Rust's panics, which are no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _only_the_text(tokenizer: Tokenizer) -> None:
     """Let it neither add to a text, nor cut it, nor take it for a special token."""
     tokenizer.no_padding()
@@ -153,14 +163,14 @@ def _only_the_text(tokenizer: Tokenizer) -> None:
     tokenizer.encode_special_tokens = True
 
 
-def _without(tokenizer: Tokenizer, token: str) -> Tokenizer:
-    """The same tokenizer, with the same ids, in which no text gives `token`.
+def _without(content: bytes, token: str) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, with the same ids, in which no text gives `token`.
 
     The piece gets a name that does not occur in texts, and the merges go that lead to it.
     """
     hidden = f"\uffff{hashlib.sha256(token.encode()).hexdigest()}"
-    definition = json.loads(tokenizer.to_str())
-    for added in definition["added_tokens"]:
+    definition = json.loads(content)
+    for added in definition.get("added_tokens") or ():
         if added["content"] == token:
             added["content"] = hidden
     model = definition["model"]
@@ -172,9 +182,10 @@ def _without(tokenizer: Tokenizer, token: str) -> Tokenizer:
         model["unk_token"] = hidden
     if "merges" in model:
         prefix = model.get("continuing_subword_prefix") or ""
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         model["merges"] = [
             [left, right]
-            for left, right in model["merges"]
+            for left, right in pairs
             if token not in (left, right, left + right.removeprefix(prefix))
         ]
     other = Tokenizer.from_str(json.dumps(definition))

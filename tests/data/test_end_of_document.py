@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,6 +169,13 @@ def test_spelt_end_token_is_written_with_the_other_pieces(
     encoder, tokenizer = Encoder(folder / name, END), plain(folder / name)
     assert encoder.eos_id in tokenizer.encode(text, add_special_tokens=False).ids
     assert [tokenizer.id_to_token(id_) for id_ in encoder(text)] == [*pieces, END]
+
+
+def test_tokenizer_files_of_the_old_kind_are_rewritten_too(folder: Path, tmp_path: Path) -> None:
+    definition = json.loads((folder / "llama").read_text())
+    definition["model"]["merges"] = [" ".join(merge) for merge in definition["model"]["merges"]]
+    (tmp_path / "old").write_text(json.dumps(definition))
+    assert Encoder(tmp_path / "old", END)("a</s>b") == Encoder(folder / "llama", END)("a</s>b")
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,13 @@ def test_tokenizer_that_cannot_be_used_gets_one_sentence(prepare: Prepare, tmp_p
         ({}, "megatron", "has an empty vocabulary"),
         ({"a": 0, "b": 1, "</s>": 2**31}, "megatron", "does not fit into the 32-bit tokens"),
         ({"a": 0, "b": 1, "</s>": 2**16}, "olmo", "does not fit into the 16-bit tokens"),
+        (None, "megatron", "is not a tokenizer.json"),  # the library panics
         ({"a": 0, "b": 1}, "megatron", "name its token that ends a document with --eos"),
     ):
-        path.write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}}))
+        model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+        if vocabulary is None:
+            model.update(vocab={"a": 0, "b": 1, "ab": 2}, merges=[["a", "b"]], continuing_subword_prefix="##")
+        path.write_text(json.dumps({"model": model}))
         arguments = (source, "--output", tmp_path / "out", "--tokenizer", path, "--format", format_)
         status, printed = prepare(*arguments)
         assert (status, said in printed) == (2, True), printed
