@@ -181,8 +181,9 @@ def _steps(spec: Spec, duration: str) -> int | None:
         spec.options.get("global_train_batch_size"),
         _section(spec, "model").get("max_sequence_length"),
     )
-    if duration.endswith("T") and isinstance(batch, int) and isinstance(length, int):
-        return math.ceil(int(float(duration[:-1])) / (batch * length))
+    tokens = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*T", duration)
+    if tokens and isinstance(batch, int) and isinstance(length, int) and batch * length > 0:
+        return math.ceil(int(float(tokens[1])) / (batch * length))
     return None
 
 

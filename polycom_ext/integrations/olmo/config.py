@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
+
+import numpy as np
+from torch.compiler import list_backends
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.olmo.activation import is_native
 from polycom_ext.integrations.olmo.checkpoint import check_format
 from polycom_ext.integrations.olmo.megablocks import BLOCK_SIZE
+from polycom_ext.integrations.olmo.ranges import check_numbers
+
+PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
+INITIALISATIONS = ("normal", "mitchell", "full_megatron")
+"""Of those that OLMo's configuration names, the ones that its models, dense or not, know."""
 
 
 def check(cfg: Any, world_size: int, on_branch: bool) -> None:
@@ -16,12 +25,18 @@ def check(cfg: Any, world_size: int, on_branch: bool) -> None:
 
     `on_branch`: OLMo is the MoE branch, whose experts are megablocks', not 0.6.0 with ours.
     """
+    check_numbers(cfg)
     entry, _ = activations.parse(cfg.model.activation_type)
     hidden = _hidden_size(cfg.model)
     if entry.gated and hidden % 2:
         raise PolycomError(f"model.mlp_hidden_size {hidden} is odd, but {entry.name} is gated and halves it")
+    _check_model(cfg.model)
     _check_batch(cfg, world_size)
+    _check_precision(cfg)
     _check_strategy(cfg)
+    _check_flash_attention(cfg)
+    if cfg.compile is not None and cfg.compile.backend not in list_backends(exclude_tags=()):
+        raise PolycomError(f"compile.backend: torch has no {cfg.compile.backend!r}")
     check_format(cfg)
     if cfg.model.block_type == "moe":
         _check_moe(cfg)
@@ -36,6 +51,48 @@ def check(cfg: Any, world_size: int, on_branch: bool) -> None:
 
 def _hidden_size(model: Any) -> int:
     return model.mlp_hidden_size if model.mlp_hidden_size is not None else model.mlp_ratio * model.d_model
+
+
+def _check_model(model: Any) -> None:
+    if model.d_model % model.n_heads:
+        raise PolycomError(f"model.n_heads {model.n_heads} does not divide model.d_model {model.d_model}")
+    if model.n_heads % model.effective_n_kv_heads:
+        raise PolycomError(
+            f"model.n_kv_heads {model.effective_n_kv_heads} does not divide model.n_heads {model.n_heads}"
+        )
+    if model.rope and model.d_model // model.n_heads % 2:
+        raise PolycomError(
+            f"model.rope turns pairs of numbers, but a head has {model.d_model // model.n_heads} of them "
+            "(model.d_model / model.n_heads)"
+        )
+    if model.init_fn not in INITIALISATIONS:
+        raise PolycomError(
+            f"model.init_fn: {model.init_fn} is not there in OLMo; take {', '.join(INITIALISATIONS)}"
+        )
+    for name, size in (("eos_token_id", model.vocab_size), ("pad_token_id", model.embedding_size)):
+        token = getattr(model, name)
+        if size is not None and token >= size:
+            raise PolycomError(f"model.{name} {token} is beyond the {size} tokens of the vocabulary")
+
+
+def _check_precision(cfg: Any) -> None:
+    if cfg.precision not in PRECISIONS:
+        raise PolycomError(f"precision must be one of {', '.join(PRECISIONS)}, not {cfg.precision}")
+    for data in (cfg.data, *(evaluator.data for evaluator in cfg.evaluators)):
+        kind = getattr(np, data.memmap_dtype, None)
+        if not (isinstance(kind, type) and issubclass(kind, np.integer)):
+            raise PolycomError(f"data.memmap_dtype must be a type of integers, not {data.memmap_dtype}")
+
+
+def _check_flash_attention(cfg: Any) -> None:
+    """What OLMo has from flash-attn only; plain attention it also takes from torch."""
+    if find_spec("flash_attn") is not None:
+        return
+    needs = "needs the package flash-attn, which is not installed"
+    if cfg.fused_loss:
+        raise PolycomError(f"fused_loss {needs}; without it OLMo computes the same loss in torch")
+    if getattr(cfg.data, "generate_doc_lengths", False):
+        raise PolycomError(f"data.generate_doc_lengths masks documents, which {needs}")
 
 
 def _check_batch(cfg: Any, world_size: int) -> None:
@@ -74,6 +131,9 @@ def _check_moe(cfg: Any) -> None:
     entry, _ = activations.parse(model.activation_type)
     if entry.gated and not is_native(model.activation_type):
         raise PolycomError(f"an MoE block gates with swiglu only, not with {entry.name}")
+    for name in ("moe_num_experts", "moe_top_k"):
+        if getattr(model, name) is None:
+            raise PolycomError(f"model.{name} must be a number in a model of experts, not null")
     if not 1 <= model.moe_top_k <= model.moe_num_experts:
         raise PolycomError(f"model.moe_top_k {model.moe_top_k} is not in 1..{model.moe_num_experts} experts")
     if model.moe_mlp_impl not in ("sparse", "grouped"):

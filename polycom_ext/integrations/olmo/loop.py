@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from polycom_ext.errors import PolycomError
-from polycom_ext.integrations.olmo import checkpoint
+from polycom_ext.integrations.olmo import checkpoint, inputs
 from polycom_ext.integrations.olmo.recording import RecordingTrainer
 
 log = logging.getLogger("polycom.olmo")
@@ -35,14 +35,17 @@ def build(cfg: Any, device: torch.device, output: Path | None) -> RecordingTrain
     """
     resumes = _find_checkpoint(cfg)
     checkpoint.check_source(cfg, get_world_size())
+    inputs.check_tokenizer(cfg)
+    inputs.check_amount(cfg, get_world_size())
     _save_config(cfg, resumes)
     _start_wandb(cfg)
     seed_all(cfg.seed)
     try:
-        train_loader = build_train_dataloader(cfg)
-        evaluators = build_evaluators(cfg, device)
+        with inputs.reaching("data"):
+            train_loader = build_train_dataloader(cfg)
+            evaluators = build_evaluators(cfg, device)
     except FileNotFoundError as error:
-        raise PolycomError(f"data or tokenizer: {error.filename or error} does not exist") from None
+        raise PolycomError(f"data: {error.filename or error} does not exist") from None
     except KeyError as error:
         raise PolycomError(f"evaluators: OLMo has no downstream task {error}") from None
     model = OLMo(cfg.model)
@@ -121,7 +124,8 @@ def _hybrid_mesh(cfg: Any, device: torch.device) -> Any:
 def _find_checkpoint(cfg: Any) -> bool:
     """Whether the run goes on from its own latest checkpoint; that is then what will be loaded, as it is."""
     for folder in (cfg.save_folder, cfg.remote_save_folder) if cfg.try_load_latest_save else ():
-        latest = find_latest_checkpoint(folder) if folder is not None else None
+        with inputs.reaching(str(folder)):
+            latest = find_latest_checkpoint(folder) if folder is not None else None
         if latest is not None:
             cfg.load_path, cfg.load_path_sharded_checkpointer = str(latest), None
             cfg.restore_dataloader = True
@@ -147,7 +151,10 @@ def _start_wandb(cfg: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = ("project", "entity", "group", "name", "tags")
     settings = {name: getattr(cfg.wandb, name) for name in names}
-    wandb.init(dir=folder, config=cfg.asdict(exclude=["wandb"]), **settings)
+    try:
+        wandb.init(dir=folder, config=cfg.asdict(exclude=["wandb"]), **settings)
+    except wandb.Error as error:
+        raise PolycomError(f"wandb: {error}; without the section `wandb` nothing is sent") from None
 
 
 def _open_indices_file(cfg: Any, resumes: bool) -> TextIO | None:
@@ -162,7 +169,7 @@ def _open_indices_file(cfg: Any, resumes: bool) -> TextIO | None:
 def _load(trainer: RecordingTrainer) -> None:
     cfg = trainer.cfg
     log.info("Loading %s", cfg.load_path)
-    with checkpoint.reading(cfg.load_path):
+    with checkpoint.reading(cfg.load_path), inputs.reaching(f"load_path: {cfg.load_path}"):
         trainer.restore_checkpoint(
             cfg.load_path,
             load_optimizer_state=not cfg.reset_optimizer_state,

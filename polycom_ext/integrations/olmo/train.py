@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,16 @@ from polycom_ext.errors import PolycomError
 ERROR_MARK = "polycom: error: "
 """Begins the one line that says why a run was refused; the launcher looks for it in the log."""
 OUTPUT = "--polycom-output="
+UPSTREAMS = (
+    ArithmeticError,
+    AssertionError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+"""What upstream raises, before the first step, for a configuration that nothing here foresaw."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +52,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg, output = parse(sys.argv[1:] if argv is None else argv)
         device = _join_ranks()
-        loop.train(loop.build(cfg, device, output))
+        trainer = loop.build(cfg, device, output)
+    except (OLMoConfigurationError, PolycomError) as error:
+        return _refuse(str(error))
+    except dist.DistError:
+        raise
+    except UPSTREAMS as error:
+        traceback.print_exc()
+        failed = traceback.extract_tb(error.__traceback__)[-1].line
+        return _refuse(f"OLMo cannot build this: {type(error).__name__}: {str(error) or failed}")
+    try:
+        loop.train(trainer)
     except (OLMoConfigurationError, PolycomError) as error:
         return _refuse(str(error))
     dist.destroy_process_group()
