@@ -1,6 +1,6 @@
 """`torch.nn.functional.grouped_mm` for rows of any length, and under torch.compile in any type.
 
-torch asks for rows of a multiple of 16 bytes: others are padded with zeros, which changes no sum. And it traces
+torch asks for rows of a multiple of 16 bytes: others are padded with zeros, which changes no sum. It traces
 bfloat16 only, although it computes every type: the others go through an operation of ours.
 """
 
