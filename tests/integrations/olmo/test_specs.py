@@ -45,7 +45,7 @@ def test_options_reach_olmo_as_they_are(olmo: None, tmp_path: Path) -> None:
     spec = make(
         "polynorm-4",
         model={"d_model": 64, "rope": True, "n_kv_heads": None, "moe_zloss_weight": 1e-3},
-        optimizer={"learning_rate": 4e-4, "betas": [0.9, 0.95]},
+        optimizer={"name": "adamw", "learning_rate": 4e-4, "betas": [0.9, 0.95]},
         data={"paths": ["/data/train.npy"], "drop_last": True},
         evaluators=[{"label": "all-small-ppl-validation", "data": {"datasets": datasets}}],
         distributed_strategy="fsdp",
@@ -58,7 +58,8 @@ def test_options_reach_olmo_as_they_are(olmo: None, tmp_path: Path) -> None:
     assert (cfg.run_name, cfg.save_folder) == ("run", str(tmp_path / "checkpoints"))
     assert (cfg.model.activation_type, cfg.model.mlp_hidden_size) == ("polynorm-4", 768)
     assert (cfg.model.rope, cfg.model.n_kv_heads, cfg.model.moe_zloss_weight) == (True, None, 1e-3)
-    assert (cfg.optimizer.learning_rate, list(cfg.optimizer.betas)) == (4e-4, [0.9, 0.95])
+    assert (str(cfg.optimizer.name), cfg.optimizer.learning_rate) == ("adamw", 4e-4)
+    assert list(cfg.optimizer.betas) == [0.9, 0.95]
     assert dict(cfg.evaluators[0].data.datasets) == datasets
     assert cfg.fsdp.sharding_strategy.name == "SHARD_GRAD_OP"
     assert (cfg.max_duration, cfg.scheduler.t_max) == ("1e9T", 5e12)
