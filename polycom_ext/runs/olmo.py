@@ -90,7 +90,7 @@ class OLMoTrainer:
             for inner in value:
                 self._check_numbers(inner, texts, where)
         elif isinstance(value, str) and document.is_beyond(value):
-            raise PolycomError(f"{where}: no number of the computer's can be {value}")
+            raise PolycomError(f"{where}: {value} is a number that no float holds")
 
     def check_inputs(self, spec: Spec) -> None:
         sources = [("data", _section(spec, "data"))]

@@ -124,7 +124,7 @@ def test_a_number_is_what_was_written_and_a_text_that_looks_like_one_too(olmo: N
 def test_a_number_that_cannot_be_held_is_no_other_number(tree: Path) -> None:
     OLMoTrainer().validate(make(data={"paths": ["12e4567"]}, wandb={"group": "12e4567"}))
     for options in ({"optimizer": {"learning_rate": "12e4567"}}, {"optimizer": {"betas": [0.9, "1e-400"]}}):
-        with pytest.raises(PolycomError, match="no number of the computer's can be 1"):
+        with pytest.raises(PolycomError, match="is a number that no float holds"):
             OLMoTrainer().validate(make(**options))
 
 
