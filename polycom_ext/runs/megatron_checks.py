@@ -34,7 +34,7 @@ def check(spec: Spec, resolved: dict[str, Any]) -> None:
 
 
 def check_packages(spec: Spec) -> None:
-    """Raise PolycomError for an optimizer whose package is not installed here."""
+    """Raise PolycomError for layers or an optimizer whose package is not installed here."""
     options = spec.options
     optimizer = str(options.get("optimizer", "adam"))
     needs = {"muon": (0, 1), "dist_muon": (0, 1), "lion": (0, 2)}.get(optimizer)
@@ -47,11 +47,17 @@ def check_packages(spec: Spec) -> None:
             f"{'.'.join(map(str, needs))} or later, which is not installed"
         )
     precise = options.get("use-precision-aware-optimizer") and not options.get("optimizer-cpu-offload")
-    if precise and importlib.util.find_spec("transformer_engine") is None:
-        raise PolycomError(
-            f"{spec.name}: megatron.use-precision-aware-optimizer needs Transformer Engine's Adam, "
-            "which is not installed"
-        )
+    if importlib.util.find_spec("transformer_engine") is None:
+        if precise:
+            raise PolycomError(
+                f"{spec.name}: megatron.use-precision-aware-optimizer needs Transformer Engine's Adam, "
+                "which is not installed"
+            )
+        if options.get("transformer-impl", "transformer_engine") != "local":
+            raise PolycomError(
+                f"{spec.name}: Megatron's layers are Transformer Engine's, which is not installed, unless "
+                "megatron.transformer-impl is local"
+            )
 
 
 def integer(spec: Spec, name: str, default: int | None, least: int = 1) -> int | None:

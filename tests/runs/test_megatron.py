@@ -38,7 +38,8 @@ def tree() -> Path:
 
 
 def make(activation: str = "polynorm", processes: int = 1, width: int | None = 768, **options: Any) -> Spec:
-    section = {"num-layers": 4, "num-attention-heads": 4, "train-iters": 8, "save-interval": 4}
+    section: dict[str, Any] = {"num-layers": 4, "num-attention-heads": 4, "train-iters": 8}
+    section |= {"save-interval": 4, "transformer-impl": "local"}
     section.update({key.replace("_", "-"): value for key, value in options.items()})
     section = {key: value for key, value in section.items() if value is not None}
     return Spec("run", "megatron", activation, width, processes, {}, section)
@@ -240,11 +241,12 @@ def test_a_layout_that_divides_is_accepted(options: dict[str, Any]) -> None:
             {"optimizer": "muon", "muon_scalar_optimizer": "lion"},
             "muon-scalar-optimizer lion needs the package emerging-optimizers, 0.2",
         ),
+        ({"transformer_impl": None}, "layers are Transformer Engine's, which is not installed, unless"),
+        ({"transformer_impl": "transformer_engine"}, "unless megatron.transformer-impl is local"),
         ({"use_precision_aware_optimizer": True}, "needs Transformer Engine's Adam, which is not installed"),
     ],
-    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else None,
 )
-def test_an_optimizer_whose_package_is_missing_is_refused_before_a_start_but_not_in_a_dry_run(
+def test_what_needs_a_package_that_is_missing_is_refused_before_a_start_but_not_in_a_dry_run(
     options: dict[str, Any], sentence: str
 ) -> None:
     spec = make(mock_data=True, **options)
@@ -253,7 +255,7 @@ def test_an_optimizer_whose_package_is_missing_is_refused_before_a_start_but_not
         MegatronTrainer().check_inputs(spec)
 
 
-def test_an_optimizer_whose_package_is_there_is_accepted(
+def test_what_needs_a_package_that_is_there_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, version in (("emerging_optimizers", "0.2.1rc0"), ("transformer_engine", "2.9")):
@@ -266,6 +268,7 @@ def test_an_optimizer_whose_package_is_there_is_accepted(
     monkeypatch.syspath_prepend(tmp_path)
     for optimizer in ("muon", "lion", "adam"):
         options = {"optimizer": optimizer, "use_precision_aware_optimizer": optimizer == "adam"}
+        options["transformer_impl"] = None
         MegatronTrainer().check_inputs(make(mock_data=True, **options))
 
 
