@@ -21,12 +21,13 @@ from typing import BinaryIO
 import numpy as np
 
 from polycom_ext.data.shards import read_array
+from polycom_ext.data.token_files import MEGATRON_MAGIC, MEGATRON_TYPES
 from polycom_ext.errors import PolycomError
 
 SUFFIXES = {"megatron": (".bin", ".idx"), "olmo": (".npy",)}
 """format -> suffixes of its files"""
 
-_MEGATRON_CODES = {"<i4": 4, "<u2": 8}
+_MEGATRON_CODES = {np.dtype(name).newbyteorder("<").str: code for code, name in MEGATRON_TYPES.items()}
 
 
 def token_dtype(format_: str, vocab_size: int) -> str:
@@ -61,7 +62,7 @@ def write_tokens(file: BinaryIO, shards: Sequence[Path]) -> None:
 
 def write_megatron_index(file: BinaryIO, shards: Sequence[Path], dtype: str, documents: int) -> None:
     """The `.idx` beside a `.bin` of these shards."""
-    file.write(b"MMIDIDX\x00\x00")
+    file.write(MEGATRON_MAGIC)
     file.write(struct.pack("<QBQQ", 1, _MEGATRON_CODES[dtype], documents, documents + 1))
     for shard in shards:
         file.write(read_array(shard, "lengths").astype("<i4").tobytes())

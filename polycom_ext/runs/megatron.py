@@ -9,7 +9,13 @@ from typing import Any
 from polycom_ext import activations, upstream
 from polycom_ext.analysis.coefficients import from_megatron
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import megatron_checks, megatron_data, megatron_model, megatron_options
+from polycom_ext.runs import (
+    megatron_checks,
+    megatron_data,
+    megatron_model,
+    megatron_options,
+    megatron_tokens,
+)
 from polycom_ext.runs.spec import Spec
 from polycom_ext.runs.suggest import did_you_mean
 
@@ -47,27 +53,7 @@ class MegatronTrainer:
 
     def check_inputs(self, spec: Spec) -> None:
         megatron_checks.check_packages(spec)
-        if not any(
-            spec.options.get(name)
-            for name in (*megatron_data.OPTIONS, *megatron_data.FILE_OPTIONS, "mock-data")
-        ):
-            raise PolycomError(
-                f"{spec.name}: megatron.train-data-path must name token files (or set mock-data)"
-            )
-        for name in megatron_data.FILE_OPTIONS:
-            path = spec.options.get(name)
-            if path is not None and not Path(str(path)).exists():
-                raise PolycomError(f"{spec.name}: megatron.{name}: {path} not found (looked in {Path.cwd()})")
-        for name in megatron_data.OPTIONS:
-            value = spec.options.get(name, [])
-            for item in value if isinstance(value, list) else [value]:
-                files = [] if _is_weight(item) else [f"{item}.bin", f"{item}.idx"]
-                missing = [file for file in files if not Path(file).exists()]
-                if missing:
-                    raise PolycomError(
-                        f"{spec.name}: megatron.{name}: {' and '.join(missing)} not found "
-                        f"(looked in {Path.cwd()}); `polycom data` makes token files"
-                    )
+        megatron_tokens.check(spec)
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
         checkpoints = str(run_dir / "checkpoints")
@@ -182,12 +168,3 @@ def _check_options(spec: Spec, known: dict[str, megatron_options.Option]) -> Non
         problem = option.problem(value)
         if problem:
             raise PolycomError(f"{spec.name}: megatron.{name} {problem}")
-
-
-def _is_weight(item: Any) -> bool:
-    """Blends alternate weights and prefixes."""
-    try:
-        float(item)
-    except ValueError:
-        return False
-    return True

@@ -13,7 +13,7 @@ import yaml
 
 from polycom_ext import activations, upstream
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import document, olmo_options
+from polycom_ext.runs import document, olmo_options, olmo_tokens
 from polycom_ext.runs.spec import Spec
 from polycom_ext.runs.suggest import did_you_mean
 
@@ -109,6 +109,10 @@ class OLMoTrainer:
                         f"{spec.name}: {self.name}.{where}: {path} not found (looked in {Path.cwd()}); "
                         "`polycom data prepare --format olmo` makes token files"
                     )
+        model, tokenizer = _section(spec, "model"), _section(spec, "tokenizer").get("identifier")
+        problem = olmo_tokens.problem(self.name, [data for _, data in sources], model, tokenizer)
+        if problem:
+            raise PolycomError(f"{spec.name}: {problem}")
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
         entry = ("-m", "polycom_ext.integrations.olmo.train")

@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import shlex
+import struct
 from pathlib import Path
 from typing import Any, Optional
 
@@ -280,7 +281,10 @@ def test_token_files_must_be_there_weights_need_not(tmp_path: Path, monkeypatch:
         Path(name).touch()
     with pytest.raises(PolycomError, match=r"megatron\.train-data-path: b\.idx not found"):
         trainer.check_inputs(spec)
-    Path("b.idx").touch()
+    for name in ("a", "b"):
+        Path(f"{name}.bin").write_bytes(struct.pack("<3H", 5, 6, 7))
+        header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 1, 2)
+        Path(f"{name}.idx").write_bytes(header + struct.pack("<iqqq", 3, 0, 0, 1))
     trainer.check_inputs(spec)
     with pytest.raises(PolycomError, match=r"megatron\.data-path: c\.bin and c\.idx not found"):
         trainer.check_inputs(make(data_path="c"))

@@ -1,0 +1,87 @@
+"""The token files of a Megatron spec, and what the trainer will take them for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from polycom_ext.data import token_files
+from polycom_ext.errors import PolycomError
+from polycom_ext.runs.megatron_data import FILE_OPTIONS, OPTIONS
+from polycom_ext.runs.spec import Spec
+
+EOD_OPTIONS = ("reset-position-ids", "reset-attention-mask", "eod-mask-loss")
+"""Options that look for the end-of-document token."""
+
+
+def check(spec: Spec) -> None:
+    """Raise PolycomError for token files that are not there, or that the model would read wrongly."""
+    if not any(spec.options.get(name) for name in (*OPTIONS, *FILE_OPTIONS, "mock-data")):
+        raise PolycomError(f"{spec.name}: megatron.train-data-path must name token files (or set mock-data)")
+    for name in FILE_OPTIONS:
+        path = spec.options.get(name)
+        if path is not None and not Path(str(path)).exists():
+            raise PolycomError(f"{spec.name}: megatron.{name}: {path} not found (looked in {Path.cwd()})")
+    prefixes = list(_prefixes(spec))
+    for name, prefix in prefixes:
+        missing = [file for file in (f"{prefix}.bin", f"{prefix}.idx") if not Path(file).exists()]
+        if missing:
+            raise PolycomError(
+                f"{spec.name}: megatron.{name}: {' and '.join(missing)} not found "
+                f"(looked in {Path.cwd()}); `polycom data` makes token files"
+            )
+    problem = token_files.indexed_problem([prefix for _, prefix in prefixes], _tokens(spec))
+    if problem:
+        raise PolycomError(f"{spec.name}: {problem}")
+
+
+def _prefixes(spec: Spec) -> Iterator[tuple[str, str]]:
+    """Option and prefix of every local data set, of those too that a file named in the spec lists."""
+    for name in (*OPTIONS, *FILE_OPTIONS):
+        value = spec.options.get(name) or []
+        if value and name in FILE_OPTIONS:
+            value = _listed(spec, name)
+        for item in value if isinstance(value, list) else [value]:
+            if not _is_weight(item) and "://" not in str(item):
+                yield name, str(item)
+
+
+def _listed(spec: Spec, name: str) -> list[Any]:
+    """What upstream reads in such a file: words, or in JSON words or a list for each split."""
+    path = Path(str(spec.options[name]))
+    try:
+        text = path.read_text(encoding="utf-8")
+        splits = json.loads(text).values() if name.startswith("per-split") else [text]
+        return [
+            item for split in splits for item in (split.split() if isinstance(split, str) else split or [])
+        ]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise PolycomError(f"{spec.name}: megatron.{name}: {path} cannot be read ({error})") from None
+
+
+def _tokens(spec: Spec) -> token_files.Model:
+    """What the trainer is told of tokens; a tokenizer that it loads says the rest."""
+    options = spec.options
+    size, tokenizer = options.get("vocab-size"), options.get("tokenizer-model")
+    if options.get("tokenizer-type") not in ("NullTokenizer", "NullMultimodalTokenizer"):
+        path = Path(tokenizer) if isinstance(tokenizer, str) else None
+        padded = options.get("padded-vocab-size")
+        return token_files.Model(
+            padded if isinstance(padded, int) else None, "megatron.padded-vocab-size", tokenizer=path
+        )
+    if not isinstance(size, int):
+        return token_files.Model(None, "")
+    asks_for_eod = any(options.get(name) for name in EOD_OPTIONS)
+    name = "NullTokenizer's megatron.vocab-size"
+    return token_files.Model(size + 1, f"{name} + 1 =", size if asks_for_eod else None, name)
+
+
+def _is_weight(item: Any) -> bool:
+    """Blends alternate weights and prefixes."""
+    try:
+        float(item)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,50 @@
+"""What OLMo will take the token files of a spec for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from polycom_ext.data import token_files
+
+DEFAULTS = {"vocab_size": 50257, "eos_token_id": 50256, "pad_token_id": 50256}
+"""Of `olmo.config.ModelConfig`, in both pins."""
+
+
+def problem(
+    section: str, sources: Iterable[Mapping[str, Any]], model: Mapping[str, Any], tokenizer: Any
+) -> str:
+    """Why local token files are not what the model will take them for, as a sentence; empty if they are.
+
+    Args:
+        section: of the spec, as it is named there.
+        sources: its `data` sections.
+        model: its `model` section.
+        tokenizer: the identifier of the tokenizer that OLMo loads.
+    """
+    known = {name: model.get(name, default) for name, default in DEFAULTS.items()}
+    ids = {name: value if isinstance(value, int) else None for name, value in known.items()}
+    vocab_size = ids["vocab_size"]
+    for name in ("eos_token_id", "pad_token_id"):
+        id_ = ids[name]
+        if id_ is not None and vocab_size is not None and id_ >= vocab_size:
+            return f"{section}.model.{name} {id_} is not below vocab_size {vocab_size}"
+    files = {
+        str(path): str(data.get("memmap_dtype", "uint16"))
+        for data in sources
+        for paths in (data.get("paths") or [], *(data.get("datasets") or {}).values())
+        for path in paths
+        if "://" not in str(path)
+    }
+    return token_files.flat_problem(
+        files,
+        "memmap_dtype",
+        token_files.Model(
+            vocab_size,
+            f"{section}.model.vocab_size",
+            ids["eos_token_id"],
+            f"{section}.model.eos_token_id",
+            Path(tokenizer) if isinstance(tokenizer, str) else None,
+        ),
+    )
