@@ -11,9 +11,10 @@ from polycom_ext.errors import MissingDependencyError
 
 DESCRIPTION = """\
 Turn documents into token files. Inputs: .txt, .jsonl or .json (one object a line), each plain, .gz or .zst,
-and .parquet. Each document ends with the end-of-document token. A run that was killed goes on when the same
-command is given again; one that is finished does nothing. Beside the tokens lies PREFIX.json: counts,
-tokenizer, inputs.
+and .parquet. Each document ends with the end-of-document token, which stands nowhere else. A run that was
+killed goes on when the same command is given again; one that is finished does nothing. Beside the tokens lies
+PREFIX.json: counts, tokenizer, inputs; `polycom run` compares it with the model. Documents of more than
+16 MiB are bad; of a Parquet file the page that is read is held in memory, which may have 1024 rows.
 """
 
 

@@ -28,6 +28,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 """magic, version, type, sequences S, document indices D; then S int32, S int64, D int64"""
 
 SAMPLE_BYTES, PIECE_BYTES = 256 << 20, 64 << 10
+MANIFEST_BYTES = 256 << 20
 _SAME = "; prepare one anew, or remove its PREFIX.json if the tokenizers differ in how they are written only"
 
 
@@ -163,8 +164,11 @@ def _number(file: BinaryIO, offset: int, format_: str) -> int:
 
 def _manifest(file: _File) -> dict[str, Any] | None:
     """What `polycom data prepare` wrote beside the tokens, None for those that it did not make."""
+    path = file.beside(".json")
     try:
-        manifest = json.loads(file.beside(".json").read_bytes())
+        if path.stat().st_size > MANIFEST_BYTES:  # it may as well be the text of the corpus
+            return None
+        manifest = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
     names = ("files", "dtype", "vocab_size", "eos_id", "tokenizer_sha256")

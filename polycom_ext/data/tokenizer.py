@@ -31,7 +31,8 @@ class Encoder:
         eos: the token that ends a document; None takes the one of `KNOWN_EOS` that the tokenizer has.
 
     Raises:
-        PolycomError: no such file, not a tokenizer, an empty one, no such token, or several to choose from.
+        PolycomError: no such file, not a tokenizer, an empty or a random one, no such token, or several to
+            choose from.
     """
 
     def __init__(self, path: Path, eos: str | None = None) -> None:
@@ -57,6 +58,10 @@ class Encoder:
             raise PolycomError(
                 f"{path} has an empty vocabulary; give a trained one, or train one: --train-tokenizer SIZE"
             )
+        if getattr(self._tokenizer.model, "dropout", None):
+            raise PolycomError(
+                f"{path} leaves merges out by chance, so that no two runs agree; set dropout in it to null"
+            )
         _only_the_text(self._tokenizer)
         self._definition = content
         self._other_pieces: Tokenizer | None = None
@@ -75,7 +80,8 @@ class Encoder:
         except BaseException as error:
             if not _is_the_librarys(error):
                 raise
-            raise BadDocument(f"the tokenizer cannot encode it ({error})") from None
+            reason = str(error).partition("\n")[0]
+            raise BadDocument(f"the tokenizer cannot encode it ({reason})") from None
         if self.eos_id in ids:
             ids = self._around_eos(text)
         return [*ids, self.eos_id] if ids else []

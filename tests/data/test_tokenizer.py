@@ -127,9 +127,12 @@ def test_tokenizer_that_cannot_be_used_gets_one_sentence(prepare: Prepare, tmp_p
         ({"a": 0, "b": 1, "</s>": 2**31}, "megatron", "does not fit into the 32-bit tokens"),
         ({"a": 0, "b": 1, "</s>": 2**16}, "olmo", "does not fit into the 16-bit tokens"),
         (None, "megatron", "is not a tokenizer.json"),  # the library panics
+        ({"a": 0, "</s>": 1}, "megatron", "leaves merges out by chance"),
         ({"a": 0, "b": 1}, "megatron", "name its token that ends a document with --eos"),
     ):
-        model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+        model = {"type": "BPE", "vocab": vocabulary, "merges": [], "dropout": None}
+        if "chance" in said:
+            model["dropout"] = 0.1
         if vocabulary is None:
             model.update(vocab={"a": 0, "b": 1, "ab": 2}, merges=[["a", "b"]], continuing_subword_prefix="##")
         path.write_text(json.dumps({"model": model}))
