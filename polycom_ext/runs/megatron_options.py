@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from polycom_ext import files
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import document
 from polycom_ext.upstream import git
@@ -89,13 +90,12 @@ def known(tree: Path) -> dict[str, Option]:
 
     Raises PolycomError if upstream's parser cannot be imported.
     """
-    commit, edits = _git(tree, "rev-parse", "HEAD"), _git(tree, "status", "--porcelain")
-    return _known(tree, commit if edits == "" else None, edits)
+    return _known(tree, git.commit_of(tree))
 
 
 @lru_cache
-def _known(tree: Path, commit: str | None, edits: str | None) -> dict[str, Option]:
-    if commit is None:
+def _known(tree: Path, commit: str | None) -> dict[str, Option]:
+    if commit is None or not commit.isalnum():  # COMMIT+changes
         return _options(_ask(tree))
     asker = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     cache = tree.parent / f".options-{tree.name}-{commit[:12]}-{asker[:8]}.json"
@@ -105,21 +105,9 @@ def _known(tree: Path, commit: str | None, edits: str | None) -> dict[str, Optio
         if options := _options(cache.read_text(encoding="utf-8")):
             return options
     table = _ask(tree)
-    partial = cache.with_name(f"{cache.name}.{os.getpid()}")
-    try:
-        partial.write_text(table, encoding="utf-8")
-        partial.replace(cache)
-    except OSError:  # a tree in an image, or on a full disk
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    with contextlib.suppress(OSError):  # a tree in an image, or on a full disk
+        files.write_text(cache, table)
     return _options(table)
-
-
-def _git(tree: Path, *arguments: str) -> str | None:
-    try:
-        return git.output(tree, *arguments)
-    except PolycomError:  # no git, or no repository
-        return None
 
 
 def _options(table: str) -> dict[str, Option]:

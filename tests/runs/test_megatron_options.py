@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import polycom_ext
-from polycom_ext import upstream
+from polycom_ext import files, upstream
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import document, megatron_model, megatron_options
 from polycom_ext.runs.megatron import MegatronTrainer
@@ -104,16 +104,17 @@ def test_a_tree_is_asked_once_a_commit(small: Path) -> None:
     assert len(list(small.parent.glob(".options-*"))) == 2
 
 
-@pytest.mark.parametrize("content", ["", '{"lr": {"kind": "int"}}'], ids=["empty", "another version's"])
-def test_a_cache_that_cannot_be_read_is_made_again(small: Path, content: str) -> None:
+def test_a_torn_cache_is_made_again(small: Path) -> None:
     cache = only_cache(small)
     whole = cache.read_text()
-    cache.write_text(content)
+    cache.write_text(whole[:100])
     assert "lr" in megatron_options.known(small)
     assert cache.read_text() == whole
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"lr": 1}', "\x00", "\udcff"])
+@pytest.mark.parametrize(
+    "content", ["", '{"lr": {"kind": "int"}}', "[]", "{}", '{"lr": 1}', "\x00", "\udcff"]
+)
 def test_no_content_of_a_cache_is_taken_for_an_answer(
     small: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
@@ -131,7 +132,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(
     def refuse(path: Path, *args: Any, **kwargs: Any) -> None:  # root may write anywhere
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(files, "write_text", refuse)
     assert "lr" in megatron_options.known(small)
     assert list(small.parent.glob(".options-*")) == []
 
