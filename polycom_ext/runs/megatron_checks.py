@@ -67,7 +67,7 @@ def integer(spec: Spec, name: str, default: int | None, least: int = 1) -> int |
         raise PolycomError(
             f"{spec.name}: megatron.{name} must be an integer of at least {least}, not {value!r}"
         )
-    return value
+    return None if value is None else int(value)
 
 
 def _size(spec: Spec, name: str) -> int:

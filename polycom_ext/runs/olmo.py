@@ -151,7 +151,7 @@ class OLMoTrainer:
     def total_steps(self, spec: Spec) -> int | None:
         """max_duration in steps or tokens; one in epochs needs the data to be counted."""
         limits = [spec.options.get("max_duration", 10_000), spec.options.get("stop_at")]
-        steps = [_steps(spec, str(limit)) for limit in limits if limit is not None]
+        steps = [_steps(spec, limit) for limit in limits if limit is not None]
         return min((count for count in steps if count is not None), default=None)
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
@@ -178,14 +178,14 @@ class OLMoMoETrainer(OLMoTrainer):
     upstreams = ("olmo-moe", "megablocks", "olmo")
 
 
-def _steps(spec: Spec, duration: str) -> int | None:
-    if re.fullmatch(r"\d+", duration):
+def _steps(spec: Spec, duration: Any) -> int | None:
+    if isinstance(duration, int) or re.fullmatch(r"\d+", str(duration)):
         return int(duration)
     batch, length = (
         spec.options.get("global_train_batch_size"),
         _section(spec, "model").get("max_sequence_length"),
     )
-    tokens = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*T", duration)
+    tokens = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*T", str(duration))
     if tokens and isinstance(batch, int) and isinstance(length, int) and batch * length > 0:
         return math.ceil(int(float(tokens[1])) / (batch * length))
     return None

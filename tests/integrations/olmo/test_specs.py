@@ -113,6 +113,8 @@ def test_a_number_is_what_was_written_and_a_text_that_looks_like_one_too(olmo: N
     path.write_text(f"trainer: olmo\nactivation: polynorm\nolmo: {{{numbers}, {limits}, {texts}, {label}}}\n")
     cfg = given(load(path), tmp_path)
     assert (cfg.seed, cfg.max_duration, cfg.stop_at, cfg.max_grad_norm) == (123, 1000, 777, float("inf"))
+    assert OLMoTrainer().total_steps(load(path)) == 777
+    assert OLMoTrainer().total_steps(load(path, ["olmo.stop_at=null"])) == 1000
     assert (cfg.optimizer.learning_rate, cfg.optimizer.eps) == (2e-3, 0.5e-8)
     assert (cfg.scheduler.t_warmup, cfg.scheduler.t_max) == (10, 5e9)
     assert cfg.data.paths == ["010", "1.10", "no", "2026-01-01"]
