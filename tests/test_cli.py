@@ -33,9 +33,7 @@ def test_an_error_is_one_sentence_on_stderr() -> None:
     assert "no-such-file.yaml" in finished.stderr
 
 
-@pytest.mark.parametrize(
-    "verb", [["run", "x.yaml"], ["report", "x"], ["data", "prepare", "x", "--train-tokenizer", "300"]]
-)
+@pytest.mark.parametrize("verb", [["run", "x.yaml"], ["report", "x"], ["data", "corpus", "shakespeare"]])
 def test_no_verb_writes_into_the_root_folder_or_nowhere(
     verb: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare = commands.add_parser("prepare", help="documents to token files", description=DESCRIPTION)
     prepare.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
     prepare.add_argument(
-        "--output", required=True, type=files.output, metavar="PREFIX", help="writes PREFIX.json and so on"
+        "--output", required=True, type=Path, metavar="PREFIX", help="writes PREFIX.json and so on"
     )
     prepare.add_argument(
         "--format",
