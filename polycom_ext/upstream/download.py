@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -13,8 +15,51 @@ from polycom_ext.errors import PolycomError
 
 
 def cache_dir() -> Path:
-    """$POLYCOM_CACHE, or ~/.cache/polycom."""
-    return Path(os.environ.get("POLYCOM_CACHE") or Path.home() / ".cache" / "polycom")
+    """$POLYCOM_CACHE, or ~/.cache/polycom; for a user without a home that can be written, a temporary folder.
+
+    Raises PolycomError when that temporary folder belongs to somebody else.
+    """
+    named = os.environ.get("POLYCOM_CACHE")
+    if named:
+        return Path(named).absolute()
+    with contextlib.suppress(RuntimeError):  # of a user id without an entry in passwd, and no $HOME
+        folder = Path.home().absolute() / ".cache" / "polycom"
+        if _may_write(folder):
+            return folder
+    return _temporary_cache()
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder of the cache, and return it. Raises PolycomError, with the way out, where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _unusable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    return folder
+
+
+def _unusable(folder: Path, error: OSError) -> PolycomError:
+    return PolycomError(
+        f"cannot write {folder}: {error.strerror}; set POLYCOM_CACHE to a folder that can be written, "
+        "where downloads are kept"
+    )
+
+
+def _may_write(folder: Path) -> bool:
+    """Whether a folder can be written, or else made."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    return there.is_dir() and os.access(there, os.R_OK | os.W_OK | os.X_OK)
+
+
+def _temporary_cache() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"polycom-cache-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
+        raise _unusable(folder, OSError(errno.EEXIST, "it is somebody else's"))
+    return folder
 
 
 def say(message: str) -> None:
@@ -44,7 +89,7 @@ def from_pypi(project: str, version: str, filename: str, sha256: str, cache: Pat
                 f"{kept} has sha256 {found}, but {sha256} is pinned: delete it to download it again"
             )
         return kept
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     say(f"downloading {filename}")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         requirement = Path(scratch) / "requirement.txt"

@@ -143,7 +143,7 @@ def _clone(name: str, source: Git) -> Path:
     clone = download.cache_dir() / "git" / f"{name}-{source.commit[:10]}-{key}"
     if clone.exists():
         return clone
-    clone.parent.mkdir(parents=True, exist_ok=True)
+    download.make_folder(clone.parent)
     say(f"{name}: fetching {', '.join(source.paths)} of {source.url} at {source.commit[:10]}")
     with tempfile.TemporaryDirectory(dir=clone.parent) as scratch:
         made = Path(scratch) / "clone"

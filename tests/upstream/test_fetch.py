@@ -1,14 +1,17 @@
 """Sources: hashes before anything is opened, archives that would leave their folder, caches, pins."""
 
 import hashlib
+import os
 import platform
 import shutil
 import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from polycom_ext.errors import PolycomError
 from polycom_ext.upstream import download, fetch, maintain, pins, trees
 from polycom_ext.upstream.archive import unpack
 
-from .conftest import FILES, WHEEL, Small, git, write_wheel
+from .conftest import FILES, WHEEL, Small, git, make_small, write_wheel
 
 
 def test_a_wheel_with_another_hash_is_refused(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,6 +215,80 @@ def test_a_download_that_fails_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(PolycomError, match="cannot download six-1"):
         download.from_pypi("six", "1.17.0", "six-1.17.0-py2.py3-none-any.whl", "0" * 64, cache=tmp_path)
     assert list((tmp_path / "pypi").iterdir()) == []
+
+
+NOBODY = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
+as_another = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root can run something as nobody"
+)
+
+
+@pytest.fixture
+def open_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Small]:
+    """`small` where everybody may read it: pytest's own folders are for their owner only."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield make_small(Path(folder), monkeypatch)
+
+
+def fetch_as_nobody(small: Small, home: Path | None, cache: Path | None) -> subprocess.CompletedProcess[str]:
+    """Fetch from git as a user without an entry in passwd, who may write trees and temporary files."""
+    origin = small.take_from_git()
+    places = (small.folder / "trees", small.folder / "temporary")
+    for place in places:
+        place.mkdir()
+    for path in (*places, *[path for top in (small.patches, origin) for path in (top, *top.rglob("*"))]):
+        os.chown(path, 12345, 12345)
+    environment = {**os.environ, "TMPDIR": str(places[1]), "PYTHONDONTWRITEBYTECODE": "1"}
+    for name, value in (("HOME", home), ("POLYCOM_CACHE", cache)):
+        environment.pop(name, None)
+        if value is not None:
+            environment[name] = str(value)
+    command = [*NOBODY, sys.executable, "-m", "polycom_ext.cli", "upstream", "apply", "small"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@as_another
+@pytest.mark.parametrize("home", ["none", "unwritable", "a file", "cache is a file"])
+def test_a_user_without_a_home_can_fetch(open_small: Small, home: str) -> None:
+    folder = open_small.folder / "home"
+    if home == "a file":
+        folder.touch()
+    else:
+        folder.mkdir()
+    if home == "cache is a file":
+        os.chown(folder, 12345, 12345)
+        (folder / ".cache").touch()
+    finished = fetch_as_nobody(open_small, None if home == "none" else folder, None)
+    assert finished.returncode == 0, finished.stderr
+    assert "small" in finished.stdout
+    kept = open_small.folder / "temporary" / "polycom-cache-12345"
+    assert len(list((kept / "git").iterdir())) == 1
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
+@as_another
+@pytest.mark.parametrize("cache", ["unwritable", "a file", "below a file"])
+def test_a_cache_that_cannot_be_written_is_one_sentence(open_small: Small, cache: str) -> None:
+    folder = open_small.folder / "mine"
+    if cache == "unwritable":
+        folder.mkdir()
+    else:
+        folder.touch()
+    finished = fetch_as_nobody(open_small, None, folder / "deeper" if cache == "below a file" else folder)
+    assert finished.returncode == 2
+    assert len(finished.stderr.splitlines()) == 1
+    assert "set POLYCOM_CACHE to a folder that can be written" in finished.stderr
+    assert not open_small.tree.exists()
+
+
+def test_somebody_elses_temporary_folder_is_no_cache(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("POLYCOM_CACHE")
+    monkeypatch.setenv("HOME", "/proc/1/nowhere")
+    monkeypatch.setattr("tempfile.tempdir", str(small.folder))
+    (small.folder / f"polycom-cache-{os.getuid()}").symlink_to("/etc")
+    with pytest.raises(PolycomError, match="somebody else's; set POLYCOM_CACHE"):
+        download.cache_dir()
 
 
 @pytest.mark.parametrize(
