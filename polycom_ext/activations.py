@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ DEFAULT_ORDER = 3
 class _Polynomial(nn.Module):
     """Holds `weight` (order,), descending powers, and `bias` (1,); initialised to 1/order and 0 as in the
     paper.
+
+    A copy, shallow or deep, shares the process group. A pickled module (torch.save of it, not of its state)
+    has none: who loads it sets `group` again where rows are sharded.
     """
 
     def __init__(
@@ -45,6 +49,20 @@ class _Polynomial(nn.Module):
 
     def extra_repr(self) -> str:
         return f"order={self.order}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "group": None}
+
+    def __copy__(self) -> _Polynomial:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Polynomial:
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        state = {key: value for key, value in self.__dict__.items() if key != "group"}
+        twin.__dict__.update(copy.deepcopy(state, memo), group=self.group)
+        return twin
 
 
 class PolyReLU(_Polynomial):

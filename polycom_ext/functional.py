@@ -24,6 +24,9 @@ Three variants save passes over memory where the operations are fused, and mean 
 Where the last dimension is sharded over a process group (tensor parallelism), pass `group`: row sums are
 reduced over it, so the function is the one of the whole row, and coefficient gradients come out complete on
 every rank. The gradient of `row_scale` is the rank's own share, as that of any factor of a sharded tensor.
+
+torch.func (grad, vmap, jvp, jacrev, …) and gradients of gradients work by the plain formula, which is slower
+and keeps more memory; not with `group`.
 """
 
 from __future__ import annotations

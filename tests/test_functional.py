@@ -394,14 +394,6 @@ def test_cuda_graphs(path: str) -> None:
 
 
 @fused_only
-def test_second_derivatives_are_refused(path: str) -> None:
-    x, weight, bias = leaves(torch.randn(5, 24), *coefficients(3))
-    (grad,) = torch.autograd.grad(functional.poly_norm(x, weight, bias).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="once only"):
-        grad.sum().backward()
-
-
-@fused_only
 def test_what_is_fused(path: str) -> None:
     x = torch.randn(2, 8)
     assert dispatch.is_fused(x, 4, dispatch.Rho.RELU)

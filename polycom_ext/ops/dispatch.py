@@ -1,7 +1,8 @@
 """The one place that chooses between the fused operations and the eager ones.
 
-Fused: CPU and CUDA where compiled, float16, bfloat16 and float32, order 1 to 4, every rho but PReLU. The
-rest is eager. `POLYCOM_OPS=eager` in the environment, read at import, makes everything eager.
+Fused: CPU and CUDA where compiled, float16, bfloat16 and float32, order 1 to 4, every rho but PReLU, outside
+of torch.func. The rest is eager. `POLYCOM_OPS=eager` in the environment, read at import, makes everything
+eager.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def is_fused(x: Tensor, order: int, rho: Rho) -> bool:
         or order > MAX_FUSED_ORDER
         or rho is Rho.PRELU
         or device not in ("cpu", "cuda")
+        or eager.transformed()
     ):
         return False
     if device not in library.devices:

@@ -9,17 +9,20 @@ As in csrc/polynomial.h, a row of the normalised ones has a power of two sigma <
 t_i = s_i v^i with v = sigma u and s_i = 1 / rms(v^i): no power of a large u is ever formed, and nothing
 overflows whose result is finite. Kept for backward: x, and r numbers a row, 1 / rms(u) and s_2, ..., s_r.
 Everything else is recomputed. Arithmetic is float32 (float64 for float64 input), whatever the storage type.
+
+Where more than a first gradient is asked for, the formula itself runs, slower, and torch differentiates it:
+under the transforms of torch.func, and for gradients of gradients. Neither works on rows that are sharded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Rho(IntEnum):
@@ -135,13 +138,19 @@ class _Polynomial(torch.autograd.Function):
         c = [a * scale for a, scale in zip(_ascending(weight, u.dtype), s, strict=True)]
         y = _horner([bias.to(u.dtype), *c], v)
         ctx.save_for_backward(x, weight, bias, slope, scales)
-        ctx.rho, ctx.group = rho, group
+        ctx.rho, ctx.eps, ctx.group = rho, eps, group
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, slope, scales = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
+
+            def formula(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor | None) -> Tensor:
+                return _formula(x, weight, bias, slope, ctx.rho, scales is not None, ctx.eps, ctx.group)
+
+            inputs = (x, weight, bias, slope)
+            return *differentiable_gradients(ctx, formula, inputs, grad_output), None, None, None, None
         u = _rectify(x, ctx.rho, slope)
         g = grad_output.to(u.dtype)
         order, group = weight.shape[-1], ctx.group
@@ -184,6 +193,55 @@ class _Polynomial(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, grad_bias, grad_slope, None, None, None, None
 
 
+def _formula(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    slope: Tensor | None,
+    rho: Rho,
+    normalize: bool,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """What `_Polynomial` computes, in operations that torch differentiates, batches and transforms itself."""
+    if group_size(group) > 1:
+        raise NotImplementedError(
+            "rows that are sharded over a process group have first gradients only, by backward(): neither "
+            "torch.func nor gradients of gradients work on them"
+        )
+    # Not clamp, whose gradient at 0 is 1.
+    u = _rectify(x, rho, slope) if rho is not Rho.RELU else x.to(compute_dtype(x.dtype)).relu()
+    a = _ascending(weight, u.dtype)
+    if not normalize:
+        return _horner([bias.to(u.dtype), *a], u).to(x.dtype)
+    # Any sigma gives the same t_i = v^i / sqrt(mean(v^2i) + eps sigma^2i); floor makes it a constant.
+    sigma = torch.exp2(-u.abs().amax(dim=-1, keepdim=True).clamp_min(1).log2().floor().clamp_max(126))
+    v = u * sigma
+    y, power, scale = bias.to(u.dtype), torch.ones_like(v), torch.ones_like(sigma)
+    for coefficient in a:
+        power, scale = power * v, scale * sigma.square()
+        rms = (power.square().mean(dim=-1, keepdim=True) + eps * scale).sqrt()
+        y = y + coefficient * (power / rms)
+    return y.to(x.dtype)
+
+
+def differentiable_gradients(
+    ctx: Any, function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of function(*inputs), themselves differentiable, where `ctx` needs them."""
+    needed = ctx.needs_input_grad[: len(inputs)]
+    wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs and tensor is not None]
+    with torch.enable_grad():
+        y = function(*inputs)
+        found = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=True, allow_unused=True))
+    return tuple(next(found) if needs else None for needs in needed)
+
+
+def transformed() -> bool:
+    """Whether torch.func is at work: grad, vmap, jvp and what is made of them."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
     """Index of each row's set of coefficients: the first whose end, offsets[e], lies beyond the row; the
     number of sets for rows past all ends, which are nobody's.
@@ -205,10 +263,12 @@ def polynomial(
     pre_bias: Tensor | None = None,
     row_scale: Tensor | None = None,
     offsets: Tensor | None = None,
+    by_formula: bool = False,
 ) -> Tensor:
     """Apply one member of the family; see the module's docstring, and functional.py for the variants."""
+    apply = _formula if by_formula or transformed() else _Polynomial.apply
     if pre_bias is None and row_scale is None and offsets is None:
-        return _Polynomial.apply(x, weight, bias, slope, rho, normalize, eps, group)
+        return apply(x, weight, bias, slope, rho, normalize, eps, group)
     u = x.to(compute_dtype(x.dtype))
     if offsets is not None:
         expert = expert_of_rows(offsets, x.shape[0])
@@ -223,7 +283,7 @@ def polynomial(
         u = u + pre_bias
     if offsets is not None:
         u = torch.where(owned, u, 0)
-    y = _Polynomial.apply(u, weight, bias, slope, rho, normalize, eps, group)
+    y = apply(u, weight, bias, slope, rho, normalize, eps, group)
     if row_scale is not None:
         y = y * row_scale.unsqueeze(-1)
     if offsets is not None:

@@ -39,13 +39,14 @@ class _ThenLinear(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *inputs_of_y, linear_weight, linear_bias = inputs
         y, scales = _ops.forward(*inputs_of_y)
-        library.keep(ctx, inputs_of_y, scales, linear_weight)
+        library.keep(ctx, inputs_of_y, scales, linear_weight, linear_bias)
         return torch.nn.functional.linear(y, linear_weight, linear_bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        linear_weight = ctx.saved_tensors[-1]
+        linear_weight, linear_bias = ctx.saved_tensors[-2:]
+        if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
+            return library.by_formula(ctx, grad, (linear_weight, linear_bias))
         *_, needs_weight, needs_bias = ctx.needs_input_grad
         gradients, y = library.gradients(ctx, grad @ linear_weight, needs_weight)
         return *gradients, grad.T @ y if needs_weight else None, grad.sum(dim=0) if needs_bias else None

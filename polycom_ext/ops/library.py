@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from polycom_ext.errors import PolycomError
-from polycom_ext.ops import build
-from polycom_ext.ops.eager import expert_of_rows
+from polycom_ext.ops import build, eager
+from polycom_ext.ops.eager import Rho, expert_of_rows
 
 _HERE = Path(__file__).resolve().parent
 _gpu_problems: dict[int, str] = {}
@@ -138,7 +138,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def keep(ctx: Any, inputs: Sequence[Any], scales: Tensor, *more: Tensor) -> None:
     """Save what `gradients` needs: x, the parameters, and order floats a row; after these, `more`."""
-    x, weight, bias, pre_bias, row_scale, offsets, ctx.rho, ctx.normalize, _ = inputs
+    x, weight, bias, pre_bias, row_scale, offsets, ctx.rho, ctx.normalize, ctx.eps = inputs
     ctx.save_for_backward(x, weight, bias, scales, pre_bias, row_scale, offsets, *more)
 
 
@@ -167,7 +167,28 @@ def gradients(ctx: Any, grad_y: Tensor, recompute: bool) -> tuple[tuple[Tensor |
 
 def backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     """As autograd calls it."""
+    if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
+        return by_formula(ctx, grad_y)
     return gradients(ctx, grad_y, False)[0]
+
+
+def by_formula(
+    ctx: Any, grad_output: Tensor, linear: tuple[Tensor, Tensor | None] | None = None
+) -> tuple[Tensor | None, ...]:
+    """The gradient of every input, and of a linear layer behind, in a form that can be differentiated."""
+    x, weight, bias, _, pre_bias, row_scale, offsets = ctx.saved_tensors[:7]
+    behind = linear or ()
+
+    def formula(*inputs: Any) -> Tensor:
+        x, weight, bias, pre_bias, row_scale, _, _, _, _, *linear = inputs
+        y = eager.polynomial(
+            x, weight, bias, rho=Rho(ctx.rho), normalize=ctx.normalize, eps=ctx.eps, pre_bias=pre_bias,
+            row_scale=row_scale, offsets=offsets, by_formula=True,
+        )  # fmt: skip
+        return torch.nn.functional.linear(y, *linear) if linear else y
+
+    inputs = (x, weight, bias, pre_bias, row_scale, None, None, None, None, *behind)
+    return eager.differentiable_gradients(ctx, formula, inputs, grad_output)
 
 
 def _not_differentiable(ctx: Any, *grads: Tensor) -> None:
