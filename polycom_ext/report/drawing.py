@@ -20,21 +20,24 @@ from polycom_ext import activations
 from polycom_ext.report.results import Result
 from polycom_ext.report.rundir import Series
 
-_PALETTE = (
-    ("#000000", "s"),
-    ("#CC79A7", "^"),
-    ("#E69F00", "v"),
-    ("#8A8A8A", "<"),
-    ("#B7A800", ">"),
-    ("#009E73", "D"),
-    ("#56B4E9", "P"),
-    ("#0072B2", "o"),
-    ("#D55E00", "X"),
-)
+_COLORS = {
+    "swiglu": ("#000000", "s"),
+    "gelu": ("#CC79A7", "^"),
+    "relu": ("#E69F00", "v"),
+    "relu2": ("#8A8A8A", "<"),
+    "silu": ("#B7A800", ">"),
+    "polyrelu": ("#009E73", "D"),
+    "polyprelu": ("#56B4E9", "P"),
+    "polynorm": ("#0072B2", "o"),
+    "polyrelunorm": ("#D55E00", "X"),
+}
 """Okabe and Ito's colours (yellow darkened for white paper, one grey), each with a marker of its own."""
+_SPARE = (("#882255", "*"), ("#332288", "h"), ("#8C6D46", "p"), ("#66A61E", "d"), ("#B39DDB", "H"))
+"""For activations that have none above, in the registry's order."""
 Dashes = Literal["-", "--", "-.", ":"]
 _DASHES: tuple[Dashes, ...] = ("-", "--", "-.", ":")
 _STYLE: Any = {
+    "text.parse_math": False,  # labels are names, and may hold dollars
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -88,12 +91,13 @@ def style() -> Iterator[None]:
 
 def looks(results: Sequence[Result]) -> list[Look]:
     """Colour and marker by activation, the same in every report; dashes tell runs of one activation apart."""
-    names = list(activations.REGISTRY)
+    others = [name for name in activations.REGISTRY if name not in _COLORS]
+    palette = {**_COLORS, **dict(zip(others, _SPARE, strict=False))}
     drawn: dict[str, int] = {}
     made = []
     for result in results:
         name = result.spec.entry.name
-        color, marker = _PALETTE[names.index(name) % len(_PALETTE)]
+        color, marker = palette[name]
         made.append(Look(color, marker, _DASHES[drawn.get(name, 0) % len(_DASHES)]))
         drawn[name] = drawn.get(name, 0) + 1
     return made
@@ -104,6 +108,8 @@ def smooth(series: Series) -> tuple[Series, int]:
 
     Returns the smoothed series and the number of values in a mean.
     """
+    if not series:
+        return {}, 1
     window = max(1, len(series) // 20) | 1
     values = np.array(list(series.values()), dtype=float)
     finite = np.isfinite(values)
@@ -200,7 +206,9 @@ def legend(
     ]
     handles += extra
     column = 0.6 + 0.07 * max(map(len, labels))  # inches, roughly
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), int(WIDTH / column)))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=max(1, min(len(handles), int(WIDTH / column)))
+    )
 
 
 def save(figure: Figure, path: Path, title: str, caption: str) -> Plot:

@@ -43,7 +43,7 @@ class Facts:
 
 def of(spec: Spec) -> Facts:
     """Read them from a resolved spec."""
-    return _olmo(spec) if spec.trainer == "olmo" else _megatron(spec)
+    return _megatron(spec) if spec.trainer == "megatron" else _olmo(spec)
 
 
 def ffn_parameters(spec: Spec, facts: Facts) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -19,11 +18,12 @@ from torch import Tensor
 
 from polycom_ext import activations
 from polycom_ext.report.drawing import WIDTH, Look, Plot, legend, name_axes, save
-from polycom_ext.report.results import Result
+from polycom_ext.report.results import Result, mean
 
 Learned = Sequence[tuple[Result, Look]]
 RANGE = 3.0
 """The shapes are drawn for x from -RANGE to RANGE."""
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 DEFAULT_ROW = 4096
 """Length of the standard-normal row where the spec gives no FFN width."""
 
@@ -54,13 +54,15 @@ def coefficient_plot(learned: Learned, path: Path) -> Plot:
             if not points:
                 continue
             layers = sorted({layer for layer, _ in points})
-            means = [fmean(value for at, value in points if at == layer) for layer in layers]
+            means = [mean([value for at, value in points if at == layer]) for layer in layers]
             ax.axhline(_initial(result)[name], color="#555555", linestyle=":", linewidth=0.9)
             ax.plot(layers, means, color=look.color, marker=look.marker, linestyle=look.dashes)
             if len(points) > len(layers):
                 several = True
                 ax.plot(*zip(*points, strict=True), ".", color=look.color, alpha=0.35, markersize=2)
-        ax.set_title("negative slope" if name == "slope" else f"${name}$", loc="left")
+        ax.set_title(
+            "negative slope" if name == "slope" else name.replace("_", "").translate(_SUBSCRIPTS), loc="left"
+        )
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     name_axes(panels, columns, len(names), "layer")
     figure.supylabel("coefficient", fontsize=8)

@@ -75,7 +75,8 @@ def write_report(run_dirs: Sequence[Path], output: Path, title: str) -> tuple[Pa
     ]
     tables.write_csv(found, output / "results.csv")
     page = output / "index.html"
-    page.write_text(_render(title, sentence, sections), encoding="utf-8")
+    # Names of files need not be UTF-8.
+    page.write_text(_render(title, sentence, sections), encoding="utf-8", errors="backslashreplace")
     return page, sentence
 
 

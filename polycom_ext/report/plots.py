@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from polycom_ext.report import published
 from polycom_ext.report.drawing import (
     WIDTH,
     Look,
@@ -163,7 +164,7 @@ def _small_multiples(
         limits = cut(curves) if "loss" in ylabel else None
         if limits:
             ax.set_ylim(*limits)
-        ax.set_title(name, loc="left", fontsize=7.5)
+        ax.set_title(published.titles().get(name, name), loc="left", fontsize=7.5)
         count_steps(ax, 4)
     name_axes(grid, columns, len(names), STEP)
     figure.supylabel(ylabel, fontsize=8)

@@ -12,6 +12,7 @@ import yaml
 from polycom_ext.report.facts import Facts
 
 _FILE = Path(__file__).with_name("published.yaml")
+KINDS = ("dense", "moe")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ class Published:
         return all(getattr(facts, key) == value for key, value in model.items()) and (
             tokens is not None and tokens >= self.conditions["tokens"]
         )
+
+
+@cache
+def titles() -> dict[str, str]:
+    """Label of a task or text, of whatever kind of model -> the paper's name for it."""
+    return {
+        label: title
+        for kind in KINDS
+        for table in load(kind).tables
+        for label, title in table.columns.items()
+    }
 
 
 @cache

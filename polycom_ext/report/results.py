@@ -18,7 +18,7 @@ from polycom_ext.runs import trainer
 
 FINAL_SHARE = 0.1
 """Losses of single batches scatter: the final training loss is the mean of this last share of the values."""
-_TRAINERS = {"megatron": "Megatron-LM", "olmo": "OLMo"}
+_TRAINERS = {"megatron": "Megatron-LM", "olmo": "OLMo", "olmo-moe": "OLMo, MoE branch"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Result:
     def train_loss(self) -> float | None:
         """Mean of the last tenth of the logged training losses."""
         values = list(self.train.values())
-        return fmean(values[-max(1, round(len(values) * FINAL_SHARE)) :]) if values else None
+        return mean(values[-max(1, round(len(values) * FINAL_SHARE)) :]) if values else None
 
     @cached_property
     def losses(self) -> dict[str, Series]:
@@ -105,7 +105,7 @@ class Result:
         if not self.losses:
             return {}
         common = set.intersection(*(set(series) for series in self.losses.values()))
-        return {step: fmean(series[step] for series in self.losses.values()) for step in sorted(common)}
+        return {step: mean([series[step] for series in self.losses.values()]) for step in sorted(common)}
 
     @property
     def validation_loss(self) -> float | None:
@@ -170,6 +170,14 @@ class Family:
     def rehearsal(self) -> bool:
         """Whether any run has a smaller model or fewer tokens than the paper's."""
         return not all(self.published.same_conditions(one.facts, one.run.step) for one in self.results)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean; not a number where infinities of both signs meet."""
+    try:
+        return fmean(values)
+    except ValueError:
+        return math.nan
 
 
 def last(series: Series) -> float | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,12 +14,17 @@ import yaml
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import document
+from polycom_ext.runs.secrets import is_secret, reference
 
 Series = dict[int, float]
 """step -> value, ascending"""
 
 TRAIN_LOSS = "train/loss"
 STEP_SECONDS = "train/step_seconds"
+EVALUATIONS = ("valid/", "test/", "eval/")
+"""Beginnings of the names of what is evaluated, not trained."""
+LARGEST = 1e100
+"""Sums and differences of values up to this are finite; no loss and no time is larger."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,9 @@ def read(path: Path) -> Run:
         raise PolycomError(
             f"run {path} never logged a metric, so there is nothing to report: see its log.txt"
         )
-    command = path / "command.sh"
+    script = path / "command.sh"
+    command = script.read_text(encoding="utf-8", errors="replace").strip() if script.is_file() else ""
+    spec, command = _without_secrets(spec, command)
     versions = _optional_json(path / "versions.json") or {}
     return Run(
         path=path,
@@ -74,7 +83,7 @@ def read(path: Path) -> Run:
         coefficients=_optional_json(path / "coefficients.json"),
         versions={key: value for key, value in versions.items() if key != "attempts"},
         attempts=versions.get("attempts", []),
-        command=command.read_text(encoding="utf-8").strip() if command.is_file() else "",
+        command=command,
         last_logged=datetime.fromtimestamp((path / "metrics.jsonl").stat().st_mtime),
         unreadable_lines=unreadable,
     )
@@ -95,18 +104,56 @@ def _optional_json(path: Path) -> dict[str, Any] | None:
 
 
 def _read_metrics(path: Path) -> tuple[dict[str, Series], int]:
-    """Merge the lines of all attempts: a later line for the same step and name wins."""
+    """Merge the lines of all attempts.
+
+    Of several values of one name at one step, the last counts; but of evaluations the first, because a
+    trainer evaluates once more after its last step, on other batches. Where steps go back, or a step is
+    trained again, a run was resumed from before it: evaluations from there on count anew.
+    """
     series: dict[str, Series] = {}
-    unreadable = 0
+    unreadable, at = 0, -1
+    settled: set[tuple[str, int]] = set()
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for line in filter(str.strip, lines):
         try:
             record = json.loads(line)
             step = int(record["step"])
-            values = {str(name): float(value) for name, value in record["metrics"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            values = {str(name): _number(value) for name, value in record["metrics"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             unreadable += 1
             continue
+        if step < at or (TRAIN_LOSS in values and step in series.get(TRAIN_LOSS, {})):
+            settled = {(name, evaluated) for name, evaluated in settled if evaluated < step}
+        at = step
         for name, value in values.items():
-            series.setdefault(name, {})[step] = value
+            if (name, step) not in settled:
+                series.setdefault(name, {})[step] = value
+            if name.startswith(EVALUATIONS):
+                settled.add((name, step))
     return {name: dict(sorted(values.items())) for name, values in series.items()}, unreadable
+
+
+def _number(value: Any) -> float:
+    """A logged value; what is too large to reckon with is infinite."""
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf if value > 0 else -math.inf
+    return math.copysign(math.inf, number) if abs(number) > LARGEST else number
+
+
+def _without_secrets(spec: dict[str, Any], command: str) -> tuple[dict[str, Any], str]:
+    """The spec and the command with a reference in place of each value that looks like a secret."""
+    environment = spec.get("environment")
+    if not isinstance(environment, dict):
+        return spec, command
+    texts = {str(name): str(value) for name, value in environment.items()}
+    for name, value in texts.items():
+        if is_secret(name, value) and value:
+            for written in dict.fromkeys((shlex.quote(value), value)):
+                command = command.replace(f"{name}={written}", f"{name}={reference(name)}")
+    shown = {
+        name: reference(str(name)) if is_secret(str(name), str(value)) else value
+        for name, value in environment.items()
+    }
+    return {**spec, "environment": shown}, command

@@ -14,7 +14,7 @@ _KINDS = {"dense": "the dense model", "moe": "the mixture of experts"}
 def summarize(families: Sequence[Family]) -> str:
     """The best run of the first family of each kind against that family's baseline.
 
-    For example: "PolyNorm ended at validation loss 4.30 against SwiGLU's 4.58 after 400 iterations; a
+    For example: "PolyNorm ended at validation loss 4.30 against SwiGLU's 4.58 after 400 steps; a
     rehearsal that does not reproduce the paper."
     """
     first: dict[str, Family] = {}
@@ -53,7 +53,7 @@ def _clause(family: Family) -> str:
     verb = "ended" if step == winner.target else "stood"
     return (
         f"{winner.label} {verb} at validation loss {low:.{digits}f} "
-        f"against {loser.label}'s {high:.{digits}f} after {_iterations(step, winner)}"
+        f"against {loser.label}'s {high:.{digits}f} after {_steps(step, winner)}"
     )
 
 
@@ -69,12 +69,10 @@ def _alone(result: Result) -> str:
     """Where there is nothing to compare with."""
     for name, loss in (("validation", result.validation_loss), ("training", result.train_loss)):
         if loss is not None and math.isfinite(loss):
-            return (
-                f"{result.label} reached {name} loss {loss:.2f} after {_iterations(result.run.step, result)}"
-            )
-    return f"{result.label} logged no finite loss in {_iterations(result.run.step, result)}"
+            return f"{result.label} reached {name} loss {loss:.2f} after {_steps(result.run.step, result)}"
+    return f"{result.label} logged no finite loss in {_steps(result.run.step, result)}"
 
 
-def _iterations(step: int, result: Result) -> str:
+def _steps(step: int, result: Result) -> str:
     count = f"{step} of {result.target}" if result.target is not None and step < result.target else str(step)
-    return f"{count} iterations"
+    return f"{count} steps"

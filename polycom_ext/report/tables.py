@@ -7,11 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from polycom_ext.report import published
-from polycom_ext.report.results import Family, Result, common_steps, last
+from polycom_ext.report.results import Family, Result, common_steps, last, mean
 from polycom_ext.report.rundir import Series
 
 DIFFERENCE_STEPS = 8
@@ -37,7 +36,9 @@ class SideBySide:
     """Activations of the paper's table that are also here."""
     rows: list[tuple[str, Values, Values]]
     means: tuple[Values, Values]
-    """Of the measured rows, where a run has them all; of all rows of the paper's table, as published."""
+    """Of the measured rows, where a run has them all, and of the paper's: the same rows if it has any."""
+    mean_note: str
+    """Which rows the means are of, where that is not plain."""
 
 
 def differences(family: Family) -> Differences | None:
@@ -68,6 +69,7 @@ def side_by_side(family: Family, metric: str) -> SideBySide | None:
     labels = sorted({label for end in ends for label in end})
     table = family.published.table(metric)
     columns = table.columns if table else {}
+    titles = published.titles()
     if not labels or (metric == "loss" and len(labels) == 1 and labels[0] not in columns):
         return None
     labels.sort(key=lambda label: list(columns).index(label) if label in columns else len(columns))
@@ -75,15 +77,26 @@ def side_by_side(family: Family, metric: str) -> SideBySide | None:
     names = list(dict.fromkeys(one.in_paper for one in family.results if one.in_paper in rows))
     body = [
         (
-            columns.get(label, label),
+            titles.get(label, label),
             [end.get(label) for end in ends],
             [rows[name].get(label) for name in names],
         )
         for label in labels
     ]
-    measured = [_mean([values[index] for _, values, _ in body]) for index in range(len(ends))]
-    averages = [table.average.get(name) for name in names] if table else []
-    return SideBySide(table, names, body, (measured, averages))
+    shared = [label for label in labels if label in columns] if names else []
+    measured = [_mean([end.get(label) for label in shared or labels]) for end in ends]
+    averages: Values = [None for _ in names]
+    note = ""
+    if table and shared:
+        whole = len(shared) == len(columns)
+        averages = [
+            table.average[name] if whole else _mean([rows[name][one] for one in shared]) for name in names
+        ]
+        if not whole or len(shared) < len(labels):
+            note = f"of the {len(shared)} that both have" + (
+                "" if whole else f"; the paper's table has {len(columns)}"
+            )
+    return SideBySide(table, names, body, (measured, averages), note)
 
 
 def write_csv(families: Sequence[Family], path: Path) -> None:
@@ -91,7 +104,7 @@ def write_csv(families: Sequence[Family], path: Path) -> None:
     rows = [_row(family, result) for family in families for result in family.results]
     names = list(dict.fromkeys(name for row in rows for name in row if not name.startswith("paper")))
     names += list(dict.fromkeys(name for row in rows for name in row if name.startswith("paper")))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
@@ -128,4 +141,4 @@ def _measured(result: Result, metric: str) -> dict[str, Series]:
 
 def _mean(values: Values) -> float | None:
     present = [value for value in values if value is not None]
-    return fmean(present) if present and len(present) == len(values) else None
+    return mean(present) if present and len(present) == len(values) else None

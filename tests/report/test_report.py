@@ -6,13 +6,15 @@ import csv
 import math
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 from PIL import Image
 
 from polycom_ext import cli, reference
-from polycom_ext.report import drawing, learned
+from polycom_ext.activations import REGISTRY
+from polycom_ext.report import drawing, learned, tables
 from polycom_ext.report.results import Result, families
 from polycom_ext.report.rundir import read
 
@@ -43,9 +45,7 @@ def test_a_report_of_two_families(
     assert report(output, *runs) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"Report: {output / 'index.html'}"
-    assert said[1].startswith(
-        "PolyNorm ended at validation loss 4.30 against SwiGLU's 4.58 after 400 iterations"
-    )
+    assert said[1].startswith("PolyNorm ended at validation loss 4.30 against SwiGLU's 4.58 after 400 steps")
     assert len(said) == 2
 
     page = (output / "index.html").read_text()
@@ -197,3 +197,99 @@ def test_the_first_descent_is_cut_from_the_frame() -> None:
     assert drawing.cut([falling]) == pytest.approx((3.955, 4.945))
     assert drawing.cut([{step: 5.0 - step for step in range(20, 30)}]) is None
     assert drawing.cut([{}, {1: math.nan}]) is None
+
+
+def test_every_activation_has_a_look_of_its_own(make_run: RunMaker) -> None:
+    """Also one that is added later, until somebody gives it a colour."""
+    results = [Result.of(read(make_run(name, name, {1: {"train/loss": 1.0}}))) for name in REGISTRY]
+    looks = drawing.looks(results)
+    assert len({look.color for look in looks}) == len({look.marker for look in looks}) == len(REGISTRY)
+    colors = [one for one, _ in (*drawing._COLORS.values(), *drawing._SPARE)]
+    markers = [one for _, one in (*drawing._COLORS.values(), *drawing._SPARE)]
+    assert len(set(colors)) == len(colors)
+    assert len(set(markers)) == len(markers)
+    assert {look.dashes for look in looks} == {"-"}
+
+
+def test_labels_numbers_and_files_of_any_kind(make_run: RunMaker, tmp_path: Path) -> None:
+    labels, tasks = ("cost_$5_to_$6", "a^b_c", "x" * 120), ("$", "copa")
+    wild = metrics(4.4, labels=labels, tasks=tasks)
+    wild[100]["train/loss"] = wild[200]["valid/a^b_c/loss"] = math.inf
+    wild[300]["valid/a^b_c/loss"], wild[300]["train/loss"] = -math.inf, 1e308
+    never_trained = {50: {"valid/cost_$5_to_$6/loss": 4.0}, 100: {"valid/cost_$5_to_$6/loss": 3.9}}
+    learned_badly = coefficients("polynorm")
+    learned_badly["layers"][1]["bias"] = [math.inf]
+    runs = [
+        make_run("a", "polynorm", wild, learned=learned_badly),
+        make_run("b" * 120, "polynorm", never_trained),
+        make_run("other", "swiglu", {2: {"train/loss": math.inf}, 4: {"train/loss": -math.inf}}),
+    ]
+    runs[0] = runs[0].rename(tmp_path / "caf\udce9$a$_b")
+    (runs[0] / "command.sh").write_bytes(b"#!/bin/sh\nexec caf\xe9\n")
+    with (runs[0] / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"step": 1e400, "metrics": {"train/loss": 4}}\n{"step": 398, "metrics": {"train/loss": 1e400}}\n'
+        )
+    assert report(tmp_path / "report", *runs) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "cost_$5_to_$6" in page
+    assert "exec caf\ufffd" in page
+    assert "caf\\udce9" in page
+    alone = make_run("alone", "gelu", never_trained)
+    assert report(tmp_path / "alone", alone) == 0
+
+
+def test_secrets_stand_nowhere_in_a_report(make_run: RunMaker, tmp_path: Path) -> None:
+    secrets = {"WANDB_API_KEY": "0123456789abcdef", "HTTPS_PROXY": "http://me:hunter2@proxy:3128"}
+    runs = []
+    for name in ("a", "b"):  # which differ in it, so that it would tell them apart in their families' titles
+        environment = {**secrets, "WANDB_API_KEY": secrets["WANDB_API_KEY"] + name}
+        runs.append(make_run(name, "gelu", metrics(4.4), environment=environment))
+        script = "".join(f"    {key}='{value}' \\\n" for key, value in environment.items())
+        (runs[-1] / "command.sh").write_text(
+            f"#!/bin/sh\nexec env \\\n{script.replace(chr(39), '')}    python\n"
+        )
+    assert report(tmp_path / "report", *runs) == 0
+    for path in (tmp_path / "report").glob("*.[hc]*"):
+        assert "0123456789abcdef" not in path.read_text()
+        assert "hunter2" not in path.read_text()
+    assert "WANDB_API_KEY=${WANDB_API_KEY}" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_olmo_runs_show_their_model(make_run: RunMaker, tmp_path: Path) -> None:
+    model = {"block_type": "moe", "moe_num_experts": 4, "moe_top_k": 2, "n_layers": 4, "d_model": 192}
+    options = {"model": {**model, "n_heads": 4, "max_sequence_length": 128}, "global_train_batch_size": 16}
+    for trainer in ("olmo", "olmo-moe"):
+        section = {"trainer": trainer, trainer: options, "megatron": None}
+        found = Result.of(read(make_run(trainer, "polynorm", metrics(4.4), options={}, **section))).facts
+        assert (found.kind, found.experts, found.active_experts) == ("moe", 4, 2)
+        assert (found.layers, found.hidden, found.heads) == (4, 192, 4)
+        assert (found.sequence, found.batch) == (128, 16)
+
+
+def test_means_are_of_the_same_tasks(make_run: RunMaker) -> None:
+    """The dense paper's table has six tasks, COPA not among them."""
+    six = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "sciq", "winogrande")
+
+    def side(*tasks: str) -> tables.SideBySide:
+        run = make_run("-".join(tasks), "polynorm", metrics(4.4, tasks=tasks))
+        (family,) = families([read(run)])
+        found = tables.side_by_side(family, "accuracy")
+        assert found is not None
+        return found
+
+    whole = side(*six)
+    assert whole.means[1] == [58.68]
+    assert whole.mean_note == ""
+    more = side(*six, "copa")
+    assert [title for title, _, _ in more.rows][-1] == "COPA"
+    assert more.means == whole.means
+    assert more.mean_note == "of the 6 that both have"
+    some = side("piqa", "copa", "sciq")
+    measured = {title: values[0] for title, values, _ in some.rows}
+    assert some.means[0] == [pytest.approx((measured["PIQA"] + measured["SciQ"]) / 2)]
+    assert some.means[1] == [pytest.approx((69.15 + 87.20) / 2)]
+    assert some.mean_note == "of the 2 that both have; the paper's table has 6"
+    none = side("copa", "boolq")
+    assert none.means[0] == [pytest.approx(fmean(values[0] for _, values, _ in none.rows))]
+    assert none.means[1] == [None]
