@@ -23,9 +23,10 @@ def cache_dir() -> Path:
     if named:
         return Path(named).absolute()
     with contextlib.suppress(RuntimeError):  # of a user id without an entry in passwd, and no $HOME
-        folder = Path.home().absolute() / ".cache" / "polycom"
-        if _may_write(folder):
-            return folder
+        home = Path.home().absolute()
+        # The temporary folder is everybody's, also where it stands in for a home.
+        if home != Path(tempfile.gettempdir()) and _may_write(home / ".cache" / "polycom"):
+            return home / ".cache" / "polycom"
     return _temporary_cache()
 
 

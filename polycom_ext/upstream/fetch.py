@@ -16,9 +16,6 @@ from polycom_ext.upstream.archive import unpack
 from polycom_ext.upstream.download import say
 from polycom_ext.upstream.pins import Git, Pin, Release, trees_dir
 
-IGNORED = ("__pycache__/", "*.py[co]", "*.so", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/")
-"""Files that appear in a tree by using it; compiled files that upstream ships are committed all the same."""
-
 
 @contextmanager
 def locked(pin: Pin) -> Iterator[int]:
@@ -115,7 +112,7 @@ def build(pin: Pin, folder: Path) -> None:
     information.mkdir(exist_ok=True)
     # For the user's own git; here, git goes by these two whatever becomes of the files.
     (information / "attributes").write_text(git.KEEP_BYTES)
-    (information / "exclude").write_text("\n".join(IGNORED) + "\n")
+    (information / "exclude").write_text("\n".join(git.IGNORED) + "\n")
     git.run(folder, "config", "core.autocrlf", "false")
     git.run(folder, "add", "--all", "--force")
     if isinstance(pin.source, Git):

@@ -23,6 +23,8 @@ IDENTITY = ("PolyCom", "polycom@users.noreply.github.com")
 """Author and committer of every commit made here."""
 EPOCH = "2000-01-01T00:00:00+00:00"
 """Committer date of every commit made here, so that equal content has equal ids."""
+IGNORED = ("__pycache__/", "*.py[co]", "*.so", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/")
+"""Files that appear in a tree by using it; compiled files that upstream ships are committed all the same."""
 KEEP_BYTES = "* -text -eol -ident -filter -working-tree-encoding !diff !whitespace\n"
 """Attributes by which git keeps files to the byte and has one form of patches, against upstream's own."""
 
@@ -193,6 +195,7 @@ def _assemble(own: Path, seen: Path, *, bare: bool) -> bytes:
     (seen / "config").write_text(settings)
     (seen / "info").mkdir()
     (seen / "info" / "attributes").write_text(KEEP_BYTES)
+    (seen / "info" / "exclude").write_text("\n".join(IGNORED) + "\n")
     return head
 
 

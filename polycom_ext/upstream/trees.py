@@ -236,7 +236,7 @@ def _worktree(tree: Path, objects: dict[str, str]) -> _Files:
         git.run(tree, "read-tree", base(tree), environment=environment)
         git.run(tree, "add", "--update", environment=environment)
         # Not `add --all`, which would pass over what upstream's own .gitignore names.
-        exclude = [f"--exclude={pattern}" for pattern in fetch.IGNORED]
+        exclude = [f"--exclude={pattern}" for pattern in git.IGNORED]
         listing = git.output(tree, "ls-files", "--others", "-z", *exclude, environment=environment)
         others = [path for path in listing.split("\0") if path]
         files = "".join(f"{path}\0" for path in others if not path.endswith("/"))

@@ -13,6 +13,7 @@ import pytest
 from polycom_ext import cli
 from polycom_ext.errors import PolycomError
 from polycom_ext.upstream import fetch, maintain, trees
+from polycom_ext.upstream import git as ours
 from polycom_ext.upstream.trees import State
 
 from .conftest import FILES, PATCHED, Small, git
@@ -116,6 +117,7 @@ def test_files_made_by_use_are_not_foreign(small: Small) -> None:
     (small.tree / "small" / "__pycache__").mkdir()
     (small.tree / "small" / "__pycache__" / "mlp.cpython-311.pyc").write_bytes(b"x")
     assert trees.apply(small.pin).state is State.APPLIED
+    assert ours.output(small.tree, "status", "--porcelain") == ""
 
 
 def test_partly_applied_is_told_and_finished(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
