@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polycom_ext.data.progress import progress
+from polycom_ext.data.sources import cannot_read
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import atomic, sha256
 
@@ -57,7 +58,10 @@ def fingerprints(inputs: Sequence[Path], known: Iterable[Manifest]) -> list[dict
     ]
     with progress(sum(key[1] for key in keys if key not in hashes), "hashing") as bar:
         for path, key in zip(inputs, keys, strict=True):
-            digest = hashes.get(key) or sha256(path, bar.update)
+            try:
+                digest = hashes.get(key) or sha256(path, bar.update)
+            except OSError as error:
+                raise cannot_read(path, error) from None
             entries.append({"path": key[0], "size": key[1], "modified_ns": key[2], "sha256": digest})
     return entries
 

@@ -156,6 +156,7 @@ def _begin(settings: Settings, begun: manifest.Manifest | None, identity: manife
                 path.unlink()
     elif not settings.overwrite:
         also = [".tokenizer.json"] if settings.train_tokenizer is not None else []
+        also += [".skipped.txt"] if settings.on_bad_line == "skip" else []
         for suffix in (*formats.SUFFIXES[settings.format], *also):
             if settings.path(suffix).exists():
                 raise PolycomError(

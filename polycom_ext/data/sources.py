@@ -75,6 +75,11 @@ def check_input(path: Path) -> None:
         )
 
 
+def cannot_read(path: Path, error: OSError) -> PolycomError:
+    """What the system says of a file; its own error names none once the file is open."""
+    return PolycomError(f"{path} cannot be read: {error.strerror or error}")
+
+
 def read_records(path: Path, text_key: str = "text", text_documents: str = "file") -> Iterator[Record]:
     """Yield the documents of one file in order, holding one of them in memory.
 
@@ -161,7 +166,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield _decompressed(stored, compression), stored
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             if isinstance(error, OSError) and error.strerror:
-                raise PolycomError(f"{path} cannot be read: {error.strerror}") from None
+                raise cannot_read(path, error) from None
             raise PolycomError(f"{path} is damaged or not {compression} ({error}); fetch it again") from None
 
 
@@ -294,14 +299,14 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[Record]:
     except PolycomError:
         raise
     except Exception as error:  # Arrow's own, and what it lets through of a damaged schema
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
+        if isinstance(error, OSError) and error.strerror:
+            raise cannot_read(path, error) from None
         reason = str(error).partition("\n")[0]
         raise PolycomError(f"{path} is damaged or not a Parquet file ({reason}); fetch it again") from None
 
 
 def _check_column(path: Path, columns: pa.Schema, text_key: str) -> None:
-    found = columns.get_all_field_indices(text_key)
+    found = [index for index, name in enumerate(columns.names) if name == text_key]
     if not found:
         raise PolycomError(
             f"{path} has no column {text_key}; choose of {', '.join(columns.names)} with --text-key"

@@ -4,7 +4,8 @@ Trainers read raw numbers: files of another type, of another vocabulary or with 
 without a word, or end in an IndexError hours later. `polycom data prepare` leaves in PREFIX.json what its
 files hold, which is believed as long as their sizes are those that it names. Of others' files the sizes, the
 headers and a sample of the tokens are looked at: `SAMPLE_BYTES` of all files of a run together, in pieces
-spread evenly over each file; the whole of small ones. Needs NumPy and nothing heavier.
+spread evenly over each file; the whole of small ones. Files behind a URL are not looked at. Needs NumPy and
+nothing heavier.
 """
 
 from __future__ import annotations

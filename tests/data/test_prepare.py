@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from polycom_ext.data import shards, token_files
 from polycom_ext.data.prepare import prepare as prepare_directly
 from polycom_ext.data.settings import Settings
+from polycom_ext.data.sources import read_records
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import exclusive
 
@@ -253,6 +254,12 @@ def test_other_peoples_files_are_left_alone(
     (tmp_path / "d.tokenizer.json").write_text("mine")
     status, printed = prepare(source, "--output", tmp_path / "d", "--train-tokenizer", 300)
     assert (status, "d.tokenizer.json is in the way" in printed) == (2, True)
+    (tmp_path / "e.skipped.txt").write_text("mine")
+    status, printed = prepare(
+        source, "--output", tmp_path / "e", "--train-tokenizer", 300, "--on-bad-line", "skip"
+    )
+    assert (status, "e.skipped.txt is in the way" in printed) == (2, True)
+    assert (tmp_path / "e.skipped.txt").read_text() == "mine"
     assert source.read_bytes() == content
     assert (tmp_path / "b.json").read_text() == "{}"
     assert (tmp_path / "c.bin").read_text() == "mine"
@@ -411,6 +418,18 @@ def test_output_that_cannot_be_written_is_named(
     assert said in sentence
     assert "Traceback" not in printed
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_input_that_the_system_cannot_read_is_named(
+    prepare: Prepare, tokenizer: Path, tmp_path: Path, kind: str
+) -> None:
+    unreadable = tmp_path / f"a{kind}"
+    unreadable.symlink_to("/proc/self/mem")  # a file whose first bytes nobody can read
+    status, printed = prepare(unreadable, "--output", tmp_path / "out", "--tokenizer", tokenizer)
+    assert (status, f"{unreadable} cannot be read: Input/output error" in printed) == (2, True), printed
+    with pytest.raises(PolycomError, match=f"{unreadable} cannot be read: I"):
+        list(read_records(unreadable))
 
 
 @pytest.mark.parametrize(("output", "said"), [("", "it is empty"), ("/", "/ is the root folder")])

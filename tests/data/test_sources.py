@@ -141,6 +141,8 @@ def test_parquet_column_and_rows_are_checked(tmp_path: Path) -> None:
     )
     with pytest.raises(PolycomError, match="has no column body; choose of text, id, kind"):
         read(path, text_key="body")
+    with pytest.raises(PolycomError, match="has no column \udce9; choose of text, id, kind"):
+        read(path, text_key="\udce9")
     with pytest.raises(PolycomError, match=r"column id of .* is of type int64"):
         read(path, text_key="id")
     assert read(path, text_key="kind") == ["x", "y", "x"]
