@@ -241,12 +241,13 @@ def test_parquet_rows_of_megabytes_are_not_held_together(tmp_path: Path) -> None
     with pq.ParquetWriter(path, rows.schema, use_dictionary=False, write_batch_size=4) as writer:
         writer.write_table(rows)
     assert pq.ParquetFile(path).num_row_groups == 1
-    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    default = pa.default_memory_pool()  # what was set last: ask before
+    pool = pa.proxy_memory_pool(default)
     try:
         pa.set_memory_pool(pool)
         assert sum(len(record.data) for record in read_records(path)) == 96 << 20
     finally:
-        pa.set_memory_pool(pa.default_memory_pool())
+        pa.set_memory_pool(default)
     assert 16 << 20 < pool.max_memory() < 64 << 20
 
 
