@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.olmo import checkpoint, inputs
+from polycom_ext.integrations.olmo.initialisation import reset_parameters
 from polycom_ext.integrations.olmo.recording import RecordingTrainer
 
 log = logging.getLogger("polycom.olmo")
@@ -48,14 +49,14 @@ def build(cfg: Any, device: torch.device, output: Path | None) -> RecordingTrain
         raise PolycomError(f"data: {error.filename or error} does not exist") from None
     except KeyError as error:
         raise PolycomError(f"evaluators: OLMo has no downstream task {error}") from None
-    model = OLMo(cfg.model)
+    model = OLMo(cfg.model, init_params=False)
     model.set_activation_checkpointing(cfg.activation_checkpointing)
     log.info("%s parameters", f"{model.num_params():,}")
     if cfg.compile is not None:
         for block in model.transformer.blocks:
             block.compile(**cfg.compile.asdict())
     dist_model = wrap(cfg, model, device)
-    model.reset_parameters()
+    reset_parameters(model, dist_model, cfg.seed)
     trainer = RecordingTrainer(
         cfg=cfg,
         epoch=cfg.epoch,
@@ -118,6 +119,11 @@ def _hybrid_mesh(cfg: Any, device: torch.device) -> Any:
     replicas = cfg.fsdp.hybrid_sharding_num_model_replicas or get_world_size() // get_local_world_size()
     if replicas < 1 or get_world_size() % replicas:
         raise PolycomError(f"fsdp.hybrid_sharding_num_model_replicas {replicas} does not divide the ranks")
+    if replicas == get_world_size() > 1:
+        raise PolycomError(
+            f"{replicas} replicas on {replicas} ranks leave nothing to shard, and torch would not average "
+            "their gradients: take fsdp.sharding_strategy: NO_SHARD, or distributed_strategy: ddp"
+        )
     return init_device_mesh(device.type, (replicas, get_world_size() // replicas))
 
 

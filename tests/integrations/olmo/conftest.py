@@ -162,7 +162,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "tokenizer": {"identifier": str(folder / "tokenizer.json")},
         "data": {"paths": [str(folder / "train.npy")], "drop_last": True},
         "evaluators": [],
-        "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.1, "betas": [0.9, 0.95]},
+        "optimizer": {"name": "adamw", "learning_rate": 5e-3, "weight_decay": 0.1, "betas": [0.9, 0.95]},
         "scheduler": {"name": "cosine_with_warmup", "t_warmup": 2, "alpha_f": 0.1},
         "max_grad_norm": 1.0,
         "max_duration": 6,

@@ -174,6 +174,11 @@ REFUSALS = {
     "not a multiple of 128": {"moe_mlp_impl": "sparse", "mlp_hidden_size": 192},
     "has no gate in megablocks": {"activation_type": "swiglu", "moe_dropless": False},
     "moe_shared_expert": {"moe_shared_expert": True},
+    "would leave transformer.blocks.0.ffn.shared_expert.": {
+        "activation_type": "swiglu",
+        "moe_shared_expert": True,
+        "init_device": "meta",
+    },
 }
 
 
