@@ -62,6 +62,11 @@ def check_source(cfg: Any, world_size: int) -> None:
     _check_activation(folder, cfg.model.activation_type)
     if str(folder).endswith("-unsharded"):
         return
+    if cfg.distributed_strategy == "ddp":
+        raise PolycomError(
+            f"load_path: {folder} is a sharded checkpoint, which distributed_strategy: ddp cannot read; save "
+            "it unsharded (save_interval_unsharded), or go on with fsdp"
+        )
     name = str(cfg.load_path_sharded_checkpointer or cfg.sharded_checkpointer)
     saved = len(list(folder.glob("rank*.pt")))
     if name == "torch_legacy" and saved not in (0, world_size):

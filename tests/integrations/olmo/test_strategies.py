@@ -107,3 +107,18 @@ def test_an_unsharded_checkpoint_is_resumed_under_another_strategy(
 def test_a_rank_a_replica_is_refused(train):
     settings = {"sharding_strategy": "HYBRID_SHARD", "hybrid_sharding_num_model_replicas": 2}
     assert "leave nothing to shard" in train(processes=2, fsdp=settings).refusal
+
+
+def test_a_sharded_checkpoint_is_refused_under_ddp(train, tmp_path):
+    for rank in range(2):
+        (tmp_path / f"rank{rank}.pt").touch()
+    run = train(processes=2, load_path=str(tmp_path), **DDP, save_interval_unsharded=2)
+    assert "is a sharded checkpoint, which distributed_strategy: ddp cannot read" in run.refusal
+
+
+@pytest.mark.full
+@pytest.mark.github
+@pytest.mark.parametrize("name", ["FSDP", "DDP"])
+def test_a_training_from_scratch_is_the_same_on_the_branch(train_branch, name):
+    expected, run = (run_of(train_branch, layout, True) for layout in ("one process", name))
+    assert_same_training(run, expected, steps=[1, 2, 3, 4])
