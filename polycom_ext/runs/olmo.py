@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ RESERVED = {
     "model.activation_type": "name it with `activation:`",
 }
 """Options that a run sets itself -> why a spec cannot."""
+
+ELSEWHERE = ("://", "${")
+"""Marks of a path that only OLMo can look for: a remote one, and one that its configuration computes."""
 
 RUNTIME_OPTIONS = (
     "flash_attention",
@@ -94,23 +96,23 @@ class OLMoTrainer:
 
     def check_inputs(self, spec: Spec) -> None:
         sources = [("data", _section(spec, "data"))]
-        for evaluator in spec.options.get("evaluators", []):
+        for evaluator in _evaluators(spec):
             if evaluator.get("type", "lm") == "lm":
-                sources.append((f"evaluators: {evaluator.get('label')}", evaluator.get("data", {})))
+                where = f"evaluators: {evaluator.get('label')}"
+                sources.append((where, _mapping(spec, where, evaluator.get("data"))))
+        files: dict[str, str] = {}
         for where, data in sources:
-            paths = [*(data.get("paths") or []), *_listed(data.get("datasets") or {})]
-            if not paths:
-                raise PolycomError(
-                    f"{spec.name}: {self.name}.{where} names no token files (paths or datasets)"
-                )
-            for path in paths:
-                if "://" not in str(path) and not Path(str(path)).is_file():
+            for path in _token_files(spec, where, data):
+                if any(mark in path for mark in ELSEWHERE):
+                    continue
+                files[path] = str(data.get("memmap_dtype", "uint16"))
+                if not Path(path).is_file():
                     raise PolycomError(
                         f"{spec.name}: {self.name}.{where}: {path} not found (looked in {Path.cwd()}); "
                         "`polycom data prepare --format olmo` makes token files"
                     )
         model, tokenizer = _section(spec, "model"), _section(spec, "tokenizer").get("identifier")
-        problem = olmo_tokens.problem(self.name, [data for _, data in sources], model, tokenizer)
+        problem = olmo_tokens.problem(self.name, files, model, tokenizer)
         if problem:
             raise PolycomError(f"{spec.name}: {problem}")
 
@@ -200,12 +202,36 @@ def _written_step(path: Path) -> int | None:
 
 
 def _section(spec: Spec, name: str) -> dict[str, Any]:
-    value = spec.options.get(name) or {}
-    if not isinstance(value, dict):
+    return _mapping(spec, name, spec.options.get(name))
+
+
+def _mapping(spec: Spec, where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
         raise PolycomError(
-            f"{spec.name}: {spec.trainer}.{name} must be a mapping of names to values, not {value!r}"
+            f"{spec.name}: {spec.trainer}.{where} must be a mapping of names to values, not {value!r}"
         )
-    return value
+    return value or {}
+
+
+def _evaluators(spec: Spec) -> list[dict[str, Any]]:
+    evaluators = spec.options.get("evaluators") or []
+    if not isinstance(evaluators, list):
+        raise PolycomError(f"{spec.name}: {spec.trainer}.evaluators must be a list, not {evaluators!r}")
+    return [_mapping(spec, "evaluators", evaluator) for evaluator in evaluators]
+
+
+def _token_files(spec: Spec, where: str, data: dict[str, Any]) -> list[str]:
+    labelled = _mapping(spec, f"{where}.datasets", data.get("datasets"))
+    files: list[str] = []
+    for paths in (data.get("paths") or [], *labelled.values()):
+        if isinstance(paths, str) and "${" in paths:  # a list once OLMo has looked
+            paths = [paths]
+        if not isinstance(paths, list):
+            raise PolycomError(f"{spec.name}: {spec.trainer}.{where}: token files are a list, not {paths!r}")
+        files += map(str, paths)
+    if not files:
+        raise PolycomError(f"{spec.name}: {spec.trainer}.{where} names no token files (paths or datasets)")
+    return files
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
@@ -217,11 +243,6 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _listed(datasets: dict[str, list[str]]) -> Iterator[str]:
-    for paths in datasets.values():
-        yield from paths
 
 
 def _as_written(value: Any, texts: set[str], is_text: bool = False) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,12 @@ DEFAULTS = {"vocab_size": 50257, "eos_token_id": 50256, "pad_token_id": 50256}
 """Of `olmo.config.ModelConfig`, in both pins."""
 
 
-def problem(
-    section: str, sources: Iterable[Mapping[str, Any]], model: Mapping[str, Any], tokenizer: Any
-) -> str:
+def problem(section: str, files: Mapping[str, str], model: Mapping[str, Any], tokenizer: Any) -> str:
     """Why local token files are not what the model will take them for, as a sentence; empty if they are.
 
     Args:
         section: of the spec, as it is named there.
-        sources: its `data` sections.
+        files: local ones -> the `memmap_dtype` of their section.
         model: its `model` section.
         tokenizer: the identifier of the tokenizer that OLMo loads.
     """
@@ -30,13 +28,6 @@ def problem(
         id_ = ids[name]
         if id_ is not None and vocab_size is not None and id_ >= vocab_size:
             return f"{section}.model.{name} {id_} is not below vocab_size {vocab_size}"
-    files = {
-        str(path): str(data.get("memmap_dtype", "uint16"))
-        for data in sources
-        for paths in (data.get("paths") or [], *(data.get("datasets") or {}).values())
-        for path in paths
-        if "://" not in str(path)
-    }
     return token_files.flat_problem(
         files,
         "memmap_dtype",

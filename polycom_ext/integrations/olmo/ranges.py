@@ -47,7 +47,7 @@ def check_numbers(cfg: Any) -> None:
     for name in COUNTS:
         _require(cfg, name, lambda value: value >= 1, "at least 1")
     for name in NOT_NEGATIVE:
-        _require(cfg, name, lambda value: value >= 0, "at least 0")
+        _require(cfg, name, lambda value: 0 <= value < math.inf, "at least 0")
     for name in POSITIVE:
         _require(cfg, name, lambda value: value > 0, "above 0")
     for name in FRACTIONS:
@@ -66,7 +66,7 @@ def check_numbers(cfg: Any) -> None:
 
 def _require(cfg: Any, name: str, fits: Any, what: str) -> None:
     value = reduce(lambda section, key: getattr(section, key, None), name.split("."), cfg)
-    if value is not None and not (math.isfinite(value) and fits(value)):
+    if value is not None and not fits(value):
         raise PolycomError(f"{name} must be {what}, not {value}")
 
 

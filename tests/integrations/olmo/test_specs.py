@@ -16,7 +16,9 @@ TINY = [path for path in TINY if "base" not in path.name]
 
 
 def make(activation: str = "polynorm", width: int | None = 768, processes: int = 1, **options: Any) -> Spec:
-    return Spec("run", "olmo", activation, width, processes, {}, {"max_duration": 8, **options})
+    return Spec(
+        "run", "olmo", activation, width, processes, {}, {"max_duration": 8, "precision": "fp32", **options}
+    )
 
 
 def given(spec: Spec, run_dir: Path) -> Any:
@@ -44,7 +46,7 @@ def test_options_reach_olmo_as_they_are(olmo: None, tmp_path: Path) -> None:
     datasets = {"c4_en-validation": ["/a b/part-0.npy"], "ice-validation": ["/c.npy"]}
     spec = make(
         "polynorm-4",
-        model={"d_model": 64, "rope": True, "n_kv_heads": None, "moe_zloss_weight": 1e-3},
+        model={"d_model": 64, "n_heads": 4, "rope": True, "n_kv_heads": None, "moe_zloss_weight": 1e-3},
         optimizer={"name": "adamw", "learning_rate": 4e-4, "betas": [0.9, 0.95]},
         data={"paths": ["/data/train.npy"], "drop_last": True},
         evaluators=[{"label": "all-small-ppl-validation", "data": {"datasets": datasets}}],
@@ -65,7 +67,7 @@ def test_options_reach_olmo_as_they_are(olmo: None, tmp_path: Path) -> None:
     assert (cfg.max_duration, cfg.scheduler.t_max) == ("1e9T", 5e12)
 
 
-@pytest.mark.parametrize("count", [1274, 20_000], ids=["the released OLMoE's", "more than OmegaConf reads"])
+@pytest.mark.parametrize("count", [1274, 5_200], ids=["the released OLMoE's", "more than OmegaConf reads"])
 def test_a_list_of_data_files_may_be_longer_than_an_argument(olmo: None, tmp_path: Path, count: int) -> None:
     paths = [f"/data/{'x' * 110}/part-{i:05}-00000.npy" for i in range(count)]
     assert sum(map(len, paths)) > 128 * 1024
@@ -105,7 +107,7 @@ def test_a_text_is_a_text_whatever_it_looks_like(text: str, olmo: None, tmp_path
 
 
 def test_a_number_is_what_was_written_and_a_text_that_looks_like_one_too(olmo: None, tmp_path: Path) -> None:
-    numbers = "seed: 0123, max_duration: 1_000, optimizer: {learning_rate: 2e-3, eps: .5e-8}"
+    numbers = "seed: 0123, precision: fp32, max_duration: 1_000, optimizer: {learning_rate: 2e-3, eps: .5e-8}"
     limits = "scheduler: {t_warmup: 010, t_max: 5e9}, max_grad_norm: .inf, stop_at: 0777"
     texts = "data: {paths: [010, 1.10, no, 2026-01-01], datasets: {010: [1e3]}}, wandb: {group: 1.10}"
     label = "evaluators: [{label: 007, data: {paths: [010]}}]"
@@ -188,6 +190,31 @@ def test_missing_token_files_are_named(tmp_path: Path) -> None:
         OLMoTrainer().check_inputs(spec)
     with pytest.raises(PolycomError, match=r"data names no token files"):
         OLMoTrainer().check_inputs(make())
+    OLMoTrainer().check_inputs(make(data={"paths": "${path.glob:/far/*.npy}"}))
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "olmo.evaluators must be a list, not 3": {"evaluators": 3},
+    "olmo.evaluators must be a mapping of names to values, not 'copa'": {"evaluators": ["copa"]},
+    "olmo.data must be a mapping of names to values, not 'x.npy'": {"data": "x.npy"},
+    "olmo.data: token files are a list, not 'x.npy'": {"data": {"paths": "x.npy"}},
+    "olmo.data.datasets must be a mapping": {"data": {"datasets": ["x.npy"]}},
+    "olmo.evaluators: ice must be a mapping": {
+        "data": {"paths": ["${path.glob:*.npy}"]},
+        "evaluators": [{"label": "ice", "data": 3}],
+    },
+    "olmo.evaluators: ice: token files are a list": {
+        "data": {"paths": "${path.glob:*.npy}"},
+        "evaluators": [{"label": "ice", "data": {"datasets": {"ice-validation": "x.npy"}}}],
+    },
+}
+
+
+@pytest.mark.parametrize("sentence", SHAPES)
+def test_data_of_another_shape_is_refused(sentence: str) -> None:
+    with pytest.raises(PolycomError) as refusal:
+        OLMoTrainer().check_inputs(make(**SHAPES[sentence]))
+    assert sentence in str(refusal.value)
 
 
 def test_a_run_is_complete_at_its_last_step_with_its_coefficients(tmp_path: Path) -> None:
@@ -206,7 +233,12 @@ def test_a_run_is_complete_at_its_last_step_with_its_coefficients(tmp_path: Path
 def test_length_in_tokens_counts_as_steps() -> None:
     spec = make(max_duration="1e3T", global_train_batch_size=4, model={"max_sequence_length": 16})
     assert OLMoTrainer().total_steps(spec) == 16
-    assert OLMoTrainer().total_steps(make(max_duration="2ep")) is None
+    for length in ("2ep", "2 epochs", "manyT", "T", "-3T"):
+        model = {"max_sequence_length": 16}
+        assert (
+            OLMoTrainer().total_steps(make(max_duration=length, global_train_batch_size=4, model=model))
+            is None
+        )
     assert OLMoTrainer().total_steps(make(max_duration="2ep", stop_at=5)) == 5
 
 
