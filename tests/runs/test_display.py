@@ -31,13 +31,16 @@ def shell(command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+LOST = "polycom: standard output: No space left on device; a part of it is lost\n"
+
+
 @pytest.mark.parametrize(
     ("redirection", "said"),
     [
         ("2>&1 | head -1", ""),
-        ("> /dev/full", "polycom: standard output: No space left on device; a part of it is lost\n"),
-        ("> /dev/full 2>&1", ""),
-        (">&- 2>&-", ""),
+        ("> /dev/full", LOST),
+        pytest.param("> /dev/full 2>&1", "", marks=pytest.mark.full),
+        pytest.param(">&- 2>&-", "", marks=pytest.mark.full),
     ],
 )
 def test_a_run_whose_output_goes_nowhere_trains_to_the_end(
@@ -82,12 +85,24 @@ def test_what_a_terminal_cannot_show_is_escaped_and_the_run_goes_on(
     assert b"--run-dir=" + os.fsencode(Path(folder).absolute()) in script.replace(b"'", b"")
 
 
-@pytest.mark.parametrize(("sink", "status"), [("| head -1", 0), ("> /dev/full", 1), ("> printed", 0)])
+@pytest.mark.parametrize(
+    ("sink", "status"),
+    [("> /dev/full", 1), *(pytest.param(sink, 0, marks=pytest.mark.full) for sink in ("| head -1", "> out"))],
+)
 def test_the_loss_of_output_that_was_asked_for_is_told_but_for_the_end_of_a_pipe(
     toy_spec: Callable[..., str], polycom: list[str], sink: str, status: int
 ) -> None:
     finished = shell(f"{shlex.join([*polycom, 'run', toy_spec(steps=1), '--dry-run'])} {sink}")
-    assert finished.returncode == status
-    assert finished.stderr == (
-        "polycom: standard output: No space left on device; a part of it is lost\n" if status else ""
-    )
+    assert (finished.returncode, finished.stderr) == (status, LOST if status else "")
+
+
+def test_finished_work_is_not_undone_by_its_last_line(polycom: list[str], tmp_path: Path) -> None:
+    (tmp_path / "ü.jsonl").write_text('{"text": "a"}\n')
+    prepare = ["data", "prepare", "ü.jsonl", "--output", "ü", "--train-tokenizer", "300", "--workers", "1"]
+    command = f"cd {tmp_path} && export PYTHONIOENCODING=ascii && {shlex.join([*polycom, *prepare])}"
+    finished = shell(f"{command} > /dev/full")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.endswith(LOST)
+    again = shell(command)
+    assert again.returncode == 0, again.stderr
+    assert r"\xfc.bin, \xfc.idx, \xfc.tokenizer.json: 1 documents" in again.stdout

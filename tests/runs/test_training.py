@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -109,6 +110,34 @@ def test_a_killed_and_resumed_run_is_the_straight_run(resumed: Path, tmp_path: P
     assert [[straight[step][name] for name in names] for step in straight] == [
         [again[step][name] for name in names] for step in straight
     ]
+
+
+@pytest.mark.full
+def test_a_finished_run_that_is_started_again_adds_no_evaluation(
+    resumed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As after a SIGKILL of `polycom run` alone: its trainer came to the end, and nobody noted that."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(resumed, run_dir)
+    versions = json.loads((run_dir / "versions.json").read_text())
+    del versions["attempts"][-1]["status"]
+    (run_dir / "versions.json").write_text(json.dumps(versions))
+    spec = write_spec(tmp_path, "base-dense.yaml", "polynorm")
+    assert main(["run", str(spec), "--output", str(run_dir)]) == 0
+    assert "resuming from step 12" in capfd.readouterr().out
+    assert (run_dir / "metrics.jsonl").read_text() == (resumed / "metrics.jsonl").read_text()
+
+
+@pytest.mark.full
+def test_a_run_whose_checkpoints_hold_no_readable_coefficients_is_complete(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = write_spec(tmp_path, "base-dense.yaml", "polynorm", train_iters=2, ckpt_format="torch")
+    for said in ("polynorm: finished in", "polynorm: already complete at step 2"):
+        assert main(["run", str(spec), "--output", str(tmp_path / "run")]) == 0
+        shown = capfd.readouterr()
+        assert said in shown.out
+    assert not (tmp_path / "run" / "coefficients.json").exists()
 
 
 def megatron_state(run_dir: Path) -> str:
