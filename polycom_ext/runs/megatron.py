@@ -104,7 +104,7 @@ class MegatronTrainer:
 
 
 def _latest_iteration(checkpoints: Path) -> int | None:
-    """The iteration that Megatron's tracker names; None without a tracker.
+    """The iteration that Megatron's tracker names; None without a tracker and without a whole checkpoint.
 
     Raises PolycomError where it names none that is there: Megatron would give up, and a start from scratch
     would write over what was trained.
@@ -113,7 +113,9 @@ def _latest_iteration(checkpoints: Path) -> int | None:
     try:
         text = tracker.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        return None
+        if not any(checkpoints.glob("iter_*/.metadata")):  # which is written last
+            return None
+        problem = "is not there"
     except (OSError, UnicodeDecodeError) as error:
         problem = f"cannot be read ({getattr(error, 'strerror', None) or 'it is no text'})"
     else:

@@ -449,6 +449,15 @@ def test_a_tracker_that_cannot_be_read_is_not_an_absent_one(
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
+def test_a_lost_tracker_is_told_from_a_first_checkpoint_that_was_never_whole(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "iter_0000004"
+    checkpoint.mkdir(parents=True)
+    assert MegatronTrainer().latest_step(make(), tmp_path) is None
+    (checkpoint / ".metadata").touch()
+    with pytest.raises(PolycomError, match=r"iteration.txt is not there; of checkpoints, iter_0000004 are"):
+        MegatronTrainer().latest_step(make(), tmp_path)
+
+
 def test_what_is_no_folder_of_iterations_cannot_be_read_either(tmp_path: Path) -> None:
     assert MegatronTrainer().latest_step(make(), tmp_path) is None
     (tmp_path / "checkpoints").touch()

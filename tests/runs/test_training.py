@@ -132,8 +132,8 @@ def test_a_finished_run_that_is_started_again_adds_no_evaluation(
 def test_a_run_whose_checkpoints_hold_no_readable_coefficients_is_complete(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    spec = write_spec(tmp_path, "base-dense.yaml", "polynorm", train_iters=2, ckpt_format="torch")
-    for said in ("polynorm: finished in", "polynorm: already complete at step 2"):
+    spec = write_spec(tmp_path, "base-dense.yaml", "polynorm", train_iters=3, ckpt_format="torch")
+    for said in ("polynorm: finished in", "polynorm: already complete at step 3"):
         assert main(["run", str(spec), "--output", str(tmp_path / "run")]) == 0
         shown = capfd.readouterr()
         assert said in shown.out
