@@ -292,6 +292,7 @@ def test_an_empty_output_and_the_root_folder_are_refused(
     assert f"argument --output: {sentence}" in capfd.readouterr().err
 
 
+@pytest.mark.full
 def test_the_folder_itself_can_be_the_run_directory(toy_spec: Callable[..., str]) -> None:
     assert main(["run", toy_spec(steps=1), "--output", "."]) == 0
     assert Path("run.yaml").exists()
@@ -302,6 +303,7 @@ NOBODY += "--ambient-caps +dac_read_search env -u HOME -u USER -u LOGNAME"
 """A user as containers have them, without name and home; it may read all, as Python may be in root's home."""
 
 
+@pytest.mark.full
 def test_a_user_without_name_and_home_can_train(toy_spec: Callable[..., str], polycom: list[str]) -> None:
     if subprocess.run([*NOBODY.split(), "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs the right to become another user")

@@ -52,6 +52,7 @@ def test_a_run_whose_output_goes_nowhere_trains_to_the_end(
     assert finished_step() == 4
 
 
+@pytest.mark.full
 def test_a_run_whose_terminal_is_closed_trains_to_the_end(
     toy_spec: Callable[..., str], polycom: list[str]
 ) -> None:
