@@ -12,6 +12,7 @@ and `dry_run` unshards without it.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ from torch.distributed.remote_device import _remote_device
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError
+
+ANY_CODE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""torch's own variable by which files may run any code when they are unpickled."""
 
 NOT_HERE = {
     "torch_new": "torch of 2.3 and later cannot read what it saves",
@@ -59,6 +63,11 @@ def check_source(cfg: Any, world_size: int) -> None:
     folder = Path(cfg.load_path)
     if not folder.is_dir():
         raise PolycomError(f"load_path: {folder} does not exist")
+    if any(folder.rglob("*.safetensors")) and os.environ.get(ANY_CODE) not in ("1", "y", "yes", "true"):
+        raise PolycomError(
+            f"load_path: {folder} holds a .safetensors file, whose names OLMo unpickles; if you trust it "
+            f"with running any code, set {ANY_CODE}=1"
+        )
     _check_activation(folder, cfg.model.activation_type)
     if str(folder).endswith("-unsharded"):
         return
@@ -114,7 +123,7 @@ def reading(folder: str) -> Iterator[None]:
         reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0].partition(". ")[0]
         raise PolycomError(
             f"load_path: {folder} holds more than OLMo's own checkpoints do ({reason or error}); if you "
-            "trust it with running any code, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1"
+            f"trust it with running any code, set {ANY_CODE}=1"
         ) from None
     except FileNotFoundError as error:
         raise PolycomError(

@@ -86,7 +86,12 @@ def remove_a_shard(folder):
     (folder / "rank1.pt").unlink()
 
 
+def add_safetensors(folder):
+    (folder / "rank0.safetensors").touch()
+
+
 REFUSALS = {
+    "holds a .safetensors file, whose names OLMo unpickles": (add_safetensors, {}),
     "was trained with polyrelu, not polynorm": (name_another_activation, {}),
     "does not exist": (shutil.rmtree, {}),
     "was saved by 2 processes, and torch_legacy needs as many to read it, not 1": (None, {"processes": 1}),
