@@ -54,6 +54,7 @@ def megatron(prefix: object = "megatron", **options: Any) -> None:
         "train_data_path": prefix,
         **options,
     }
+    options["transformer_impl"] = "local"
     named = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
     MegatronTrainer().check_inputs(Spec("run", "megatron", "polynorm", 768, 1, {}, named))
 
