@@ -4,10 +4,11 @@
     olmo_core      step*/{model,optim,train}, of ai2-olmo-core; any number of processes reads it
     unsharded      step*-unsharded/{model,optim,train}.pt
 
-torch unpickles from a file only what it is allowed to. What OLMo's own files hold is allowed here; anything
-else is refused, unless `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1` says that the file may run any code. Upstream's
-scripts/unshard.py needs that variable for every checkpoint; a spec with `load_path`, `force_save_unsharded`
-and `dry_run` unshards without it.
+olmo_core itself unpickles an optimizer's settings from its files: load those of people whom you trust only.
+From the others torch unpickles only what it is allowed to. What OLMo's own files hold is allowed here;
+anything else is refused, unless `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1` says that the file may run any code.
+Upstream's scripts/unshard.py needs that variable for every checkpoint; a spec with `load_path`,
+`force_save_unsharded` and `dry_run` unshards without it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def check_source(cfg: Any, world_size: int) -> None:
     folder = Path(cfg.load_path)
     if not folder.is_dir():
         raise PolycomError(f"load_path: {folder} does not exist")
-    if any(folder.rglob("*.safetensors")) and os.environ.get(ANY_CODE) not in ("1", "y", "yes", "true"):
+    unpickled = [*folder.glob("*.safetensors"), *folder.glob("train/*.safetensors")]
+    if unpickled and os.environ.get(ANY_CODE) not in ("1", "y", "yes", "true"):
         raise PolycomError(
             f"load_path: {folder} holds a .safetensors file, whose names OLMo unpickles; if you trust it "
             f"with running any code, set {ANY_CODE}=1"
