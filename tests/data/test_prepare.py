@@ -387,7 +387,9 @@ def test_mistakes_get_one_sentence_and_leave_nothing(
 @pytest.mark.parametrize(
     ("output", "said"),
     [
-        (".", "is a directory; --output is a prefix, such as "),
+        ("", "--output . names no files; it is a prefix, such as train"),
+        (".", "--output . names no files; it is a prefix, such as train"),
+        ("/", "--output / names no files; it is a prefix, such as /train"),
         ("..", "--output .. names no files; it is a prefix, such as ../train"),
         ("folder", "folder is a directory; --output is a prefix, such as folder/train"),
         ("taken", "taken.bin is a directory, where a file would go"),
@@ -430,24 +432,6 @@ def test_input_that_the_system_cannot_read_is_named(
     assert (status, f"{unreadable} cannot be read: Input/output error" in printed) == (2, True), printed
     with pytest.raises(PolycomError, match=f"{unreadable} cannot be read: I"):
         list(read_records(unreadable))
-
-
-@pytest.mark.parametrize(("output", "said"), [("", "it is empty"), ("/", "/ is the root folder")])
-def test_output_without_a_name_is_refused(
-    prepare: Prepare,
-    texts: list[str],
-    tokenizer: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    output: str,
-    said: str,
-) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
-    with pytest.raises(SystemExit) as exit_:
-        prepare(source, "--output", output, "--tokenizer", tokenizer)
-    assert (exit_.value.code, said in capsys.readouterr().err) == (2, True)
-    with pytest.raises(PolycomError, match="names no files; it is a prefix, such as "):
-        prepare_directly(Settings([source], Path(output), tokenizer=tokenizer))
 
 
 def test_names_that_are_not_utf8_are_names_like_others(
