@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "activations.py"
 PROVIDERS = ["polycom", "eager", "authors", "gelu", "swiglu", "liger"]
@@ -60,3 +62,18 @@ def test_the_table_names_its_conditions_and_the_plot_is_there(output: Path) -> N
     assert "--widths 48 96" in text
     assert "torch 2." in text
     assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_command_for_a_gpu_sets_the_model_beside_the_measurement(output: Path, tmp_path: Path) -> None:
+    script = SCRIPT.parent / "gpu.py"
+    if not torch.cuda.is_available():
+        result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+        assert result.returncode == 2
+        assert "torch sees no GPU here" in result.stderr
+    measured = tmp_path / "measured.csv"
+    lines = output.with_suffix(".csv").read_text().splitlines()
+    lines = [line for line in lines if line.startswith(("provider", "polycom,backward,bfloat16,4,96"))]
+    measured.write_text("\n".join(lines).replace(",96,", ",8256,"))
+    table = runpy.run_path(str(script))["beside_the_model"](measured, "NVIDIA H100 80GB HBM3")
+    (line,) = [line for line in table.splitlines() if line.startswith("backward 8256 ")]
+    assert float(line.split()[2]) >= 0.85
