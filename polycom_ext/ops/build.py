@@ -132,10 +132,15 @@ def run(command: Sequence[str]) -> str:
 
 
 def run_all(commands: Iterable[Sequence[str]]) -> list[str]:
-    """The same for several commands, MAX_JOBS at a time (torch's variable), else one a processor."""
-    jobs = os.environ.get("MAX_JOBS", "")
-    with ThreadPoolExecutor(int(jobs) if jobs.isdecimal() and int(jobs) else os.cpu_count()) as pool:
+    """The same for several commands, as many at a time as `jobs`."""
+    with ThreadPoolExecutor(jobs()) as pool:
         return list(pool.map(run, commands))
+
+
+def jobs() -> int:
+    """Compilers to run at a time: MAX_JOBS (torch's variable), else one a processor."""
+    asked = os.environ.get("MAX_JOBS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else os.cpu_count() or 1
 
 
 def instruction_sets() -> dict[str, list[str]]:
@@ -179,12 +184,27 @@ def cuda_flags(architectures: Sequence[str], ptx: str | None = None) -> list[str
     ]
 
 
-def spills(report: str) -> dict[str, int]:
-    """Kernel -> bytes that it spills, 0 for none, on the architecture where it spills most; of ptxas -v."""
-    most: dict[str, int] = {}
-    for kernel, stored in re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores", report):
-        most[kernel] = max(most.get(kernel, 0), int(stored))
-    return most
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes on an architecture: registers a thread, bytes spilled, bytes of shared memory."""
+
+    architecture: str
+    kernel: str
+    registers: int
+    spilled: int
+    shared: int
+
+
+def resources(report: str) -> list[Resources]:
+    """Of the output of ptxas -v."""
+    pattern = (
+        r"entry function '(\S+)' for 'sm_(\w+)'\n.*?(\d+) bytes spill stores"
+        r".*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?"
+    )
+    return [
+        Resources(architecture, kernel, int(registers), int(spilled), int(shared or 0))
+        for kernel, architecture, spilled, registers, shared in re.findall(pattern, report, re.DOTALL)
+    ]
 
 
 def check_nvcc(nvcc: str, torch: Torch) -> None:
@@ -221,13 +241,15 @@ def cuda_targets(nvcc: str) -> tuple[list[str], str | None]:
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST names {item}, which {nvcc} does not know: it is too old or new"
             )
+        if int(number[1]) < 8:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST names {item}, but the kernels need 8.0 or later")
         chosen.append(name)
         ptx = name if number[4] else ptx
     return chosen, ptx
 
 
-def build_cuda(output: Path, torch: Torch) -> list[dict[str, int]]:
-    """Compile the CUDA operations into the file `output`; returns the `spills` of each source."""
+def build_cuda(output: Path, torch: Torch) -> list[Resources]:
+    """Compile the CUDA operations into the file `output`; returns what the kernels take."""
     nvcc = find_nvcc()
     check_nvcc(nvcc, torch)
     flags = cuda_flags(*cuda_targets(nvcc))
@@ -241,16 +263,15 @@ def build_cuda(output: Path, torch: Torch) -> list[dict[str, int]]:
             macros += [f'-DPOLYCOM_SOURCES="{sources_digest()}"'] if include else []
             source = str(SOURCES / f"{name}.cu")
             commands.append([nvcc, *flags, *macros, *include, "-c", source, "-o", objects[-1]])
-        reports = [spills(report) for report in run_all(commands)]
+        report = [used for output_of_nvcc in run_all(commands) for used in resources(output_of_nvcc)]
         _link([nvcc, "-shared", "--cudart", "static", *objects, *torch.link, "-ldl"], output)
-    spilling = [kernel for report in reports for kernel, stored in report.items() if stored]
-    if spilling:
+    if spilling := {used.kernel for used in report if used.spilled}:
         print(
             f"warning: with this nvcc {len(spilling)} kernels spill registers, which makes them slower: "
-            f"{', '.join(spilling)}",
+            f"{', '.join(sorted(spilling))}",
             file=sys.stderr,
         )
-    return reports
+    return report
 
 
 def _link(command: list[str], output: Path) -> None:

@@ -53,7 +53,12 @@ class _ThenLinear(torch.autograd.Function):
 
 
 class _Sharded(torch.autograd.Function):
-    """The function of rows of which every rank of a group holds an equal part."""
+    """The function of rows of which every rank of a group holds an equal part.
+
+    Normalised, x (backward: and the gradient of y) is read twice, before the all-reduce that every element of
+    a row waits for and after it: 6 and 10 bytes an element of a 16-bit type, where a whole row takes 4 and 6.
+    Between lie all the rows of a layer, which no cache holds.
+    """
 
     @staticmethod
     def forward(

@@ -28,8 +28,16 @@ struct Index {
 
 enum class Wait { NONE, BARRIER, SHUFFLE, DONE };
 
+// A copy to shared memory that has been started: done as late as allowed, when its thread waits.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   ucontext_t context;
+  std::vector<Copy> copies;
   std::unique_ptr<char[]> stack;
   Wait wait;
   unsigned parity;
@@ -83,9 +91,30 @@ inline void check_convergence(unsigned threads) {
   require(!(barrier && shuffle), "a barrier that not all threads reach");
 }
 
+inline std::vector<char> shared_bytes;  // with room to align
+
+template <typename T>
+T* dynamic_shared() {
+  const auto begin = (reinterpret_cast<uintptr_t>(shared_bytes.data()) + 15) / 16 * 16;
+  return reinterpret_cast<T*>(begin);
+}
+
+inline void start_copy(void* to, const void* from, size_t bytes) {
+  const char* const begin = dynamic_shared<char>();
+  require(to >= begin && static_cast<char*>(to) + bytes <= shared_bytes.data() + shared_bytes.size(),
+          "a copy beyond the block's shared memory");
+  fibers[current].copies.push_back({to, from, bytes});
+}
+
+inline void wait_for_copies() {
+  for (const Copy& copy : fibers[current].copies) memcpy(copy.to, copy.from, copy.bytes);
+  fibers[current].copies.clear();
+}
+
 template <typename Function>
-void launch(unsigned blocks, unsigned threads, Function kernel) {
+void launch(unsigned blocks, unsigned threads, Function kernel, unsigned shared = 0) {
   require(threads <= MAX_THREADS && threads % WARP_SIZE == 0, "threads must be whole warps, at most 1024");
+  shared_bytes.assign(shared + 16, char(0xff));
   body = kernel;
   gridDim.x = blocks;
   blockDim.x = threads;
@@ -95,6 +124,7 @@ void launch(unsigned blocks, unsigned threads, Function kernel) {
       if (!fiber.stack) fiber.stack = std::make_unique<char[]>(STACK_BYTES);
       fiber.wait = Wait::NONE;
       fiber.parity = 0;
+      fiber.copies.clear();
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = STACK_BYTES;
@@ -118,12 +148,24 @@ void launch(unsigned blocks, unsigned threads, Function kernel) {
 
 inline void __syncthreads() { emulator::wait(emulator::Wait::BARRIER); }
 
+namespace emulator {
+
+inline float exchanged(float value, unsigned with) {
+  const unsigned self = current;
+  const unsigned parity = fibers[self].parity ^= 1;
+  exchange[parity][self] = value;
+  wait(Wait::SHUFFLE);
+  return exchange[parity][with];
+}
+
+}  // namespace emulator
+
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  const unsigned self = emulator::current;
-  const unsigned parity = emulator::fibers[self].parity ^= 1;
-  emulator::exchange[parity][self] = value;
-  emulator::wait(emulator::Wait::SHUFFLE);
-  return emulator::exchange[parity][self ^ unsigned(mask)];
+  return emulator::exchanged(value, emulator::current ^ unsigned(mask));
+}
+
+inline float __shfl_sync(unsigned, float value, int lane) {
+  return emulator::exchanged(value, emulator::current / emulator::WARP_SIZE * emulator::WARP_SIZE + unsigned(lane));
 }
 
 // Conversions, rounding to nearest even.

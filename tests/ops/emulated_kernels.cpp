@@ -7,14 +7,18 @@ namespace {
 
 char chosen[64];
 
+void choose(const Hold (&holds)[HOLDS], const Shape& shape) {
+  snprintf(chosen, sizeof chosen, "%d vectors, %d of %d threads", holds[shape.hold].vectors, shape.threads_per_row,
+           shape.threads);
+}
+
 template <typename S>
 void forward(const ForwardArguments& arguments, int64_t max_blocks) {
   launch<S>(arguments, [&](auto kernel, const Shape& shape, const ForwardArguments& with) {
     const int64_t blocks = blocks_for(shape, with.problem.rows);
-    snprintf(chosen, sizeof chosen, "%d vectors, %d of %d threads", shape.vectors_per_thread, shape.threads_per_row,
-             shape.threads);
+    choose(FORWARD_HOLDS, shape);
     emulator::launch(unsigned(blocks < max_blocks ? blocks : max_blocks), unsigned(shape.threads),
-                     [&] { kernel(with, shape.threads_per_row, shape.vectors); });
+                     [&] { kernel(with, shape.vectors); }, unsigned(shape.shared));
   });
 }
 
@@ -26,22 +30,28 @@ void backward(BackwardArguments arguments, float* coefficients, int64_t max_bloc
   launch<S>(arguments, [&](auto kernel, const Shape& shape, BackwardArguments with) {
     int64_t blocks = blocks_for(shape, problem.rows);
     blocks = blocks < max_blocks ? blocks : max_blocks;
-    snprintf(chosen, sizeof chosen, "%d vectors, %d of %d threads", shape.vectors_per_thread, shape.threads_per_row,
-             shape.threads);
+    choose(BACKWARD_HOLDS, shape);
     if (problem.step == Step::WHOLE) {
       const int64_t items = parameters.ends ? problem.rows : blocks * (shape.threads / shape.threads_per_row);
       terms.assign(size_t(items) * (problem.order + 1), NAN);
       with.terms = terms.data();
     }
     emulator::launch(unsigned(blocks), unsigned(shape.threads),
-                     [&] { kernel(with, shape.threads_per_row, shape.vectors); });
+                     [&] { kernel(with, shape.vectors); }, unsigned(shape.shared));
   });
   if (problem.step != Step::WHOLE) return;
   const int columns = problem.order + 1;
   const int64_t items = int64_t(terms.size()) / columns;
-  emulator::launch(unsigned(parameters.experts), SUM_THREADS, [&] {
-    sum_terms_kernel(terms.data(), items, columns, parameters.ends, parameters.experts, coefficients);
-  });
+  std::vector<float> slices;
+  launch_sums(
+      terms.data(), items, parameters, problem.order, coefficients,
+      [&](int64_t floats) {
+        slices.assign(size_t(floats), NAN);
+        return slices.data();
+      },
+      [&](auto kernel, int blocks, auto... with) {
+        emulator::launch(unsigned(blocks), SUM_THREADS, [&] { kernel(with...); });
+      });
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ def test_architectures_are_those_that_nvcc_knows(old_nvcc: str) -> None:
     ("asked", "targets"),
     [
         ("8.0;9.0+PTX", (["80", "90"], "90")),
-        ("7.5 8.6", (["75", "86"], None)),
+        ("8.0 8.6", (["80", "86"], None)),
         ("8.0, 9.0a", (["80", "90a"], None)),
     ],
 )
@@ -58,7 +58,8 @@ def test_torch_cuda_arch_list_decides(
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"), [("8.0 10.0", "names 10.0, which .* does not know"), ("Hopper", "'Hopper'")]
+    ("asked", "said"),
+    [("8.0 10.0", "names 10.0, which .* does not know"), ("Hopper", "'Hopper'"), ("7.5", "need 8.0")],
 )
 def test_architectures_that_cannot_be_are_named(
     old_nvcc: str, monkeypatch: pytest.MonkeyPatch, asked: str, said: str

@@ -7,12 +7,16 @@ namespace {
 
 // As many blocks as the device holds at a time, for kernels whose blocks walk over rows.
 template <typename Kernel>
-cudaError_t resident_blocks(Kernel kernel, int threads, int64_t* blocks) {
+cudaError_t resident_blocks(Kernel kernel, int threads, int shared, int64_t* blocks) {
   int device = 0, processors = 0, per_processor = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  constexpr int WITHOUT_ASKING = 48 * 1024;
+  if (error == cudaSuccess && shared > WITHOUT_ASKING) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  }
   if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, 0);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared);
   }
   *blocks = int64_t(processors) * per_processor;
   return error;
@@ -28,7 +32,7 @@ cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream) {
     constexpr int64_t max_blocks = 0x7fffffff;
     const int64_t blocks = blocks_for(shape, with.problem.rows);
     kernel<<<unsigned(blocks < max_blocks ? blocks : max_blocks), shape.threads, 0, stream>>>(
-        with, shape.threads_per_row, shape.vectors);
+        with, shape.vectors);
   });
   return cudaGetLastError();
 }
@@ -42,7 +46,7 @@ cudaError_t backward(BackwardArguments arguments, float* coefficients, Allocate 
   if (problem.rows > 0) {
     launch<POLYCOM_STORAGE>(arguments, [&](auto kernel, const Shape& shape, BackwardArguments with) {
       int64_t blocks = 0;
-      error = resident_blocks(kernel, shape.threads, &blocks);
+      error = resident_blocks(kernel, shape.threads, shape.shared, &blocks);
       if (error != cudaSuccess) return;
       if (blocks_for(shape, problem.rows) < blocks) blocks = blocks_for(shape, problem.rows);
       if (problem.step == Step::WHOLE) {
@@ -50,19 +54,21 @@ cudaError_t backward(BackwardArguments arguments, float* coefficients, Allocate 
         with.terms = allocate(context, items * (problem.order + 1));
         arguments.terms = with.terms;
       }
-      kernel<<<unsigned(blocks), shape.threads, 0, stream>>>(with, shape.threads_per_row, shape.vectors);
+      kernel<<<unsigned(blocks), shape.threads, shape.shared, stream>>>(with, shape.vectors);
     });
     if (error == cudaSuccess) error = cudaGetLastError();
   }
   if (error != cudaSuccess || problem.step != Step::WHOLE) return error;
-  sum_terms_kernel<<<parameters.experts, SUM_THREADS, 0, stream>>>(arguments.terms, items, problem.order + 1,
-                                                                   parameters.ends, parameters.experts, coefficients);
+  launch_sums(
+      arguments.terms, items, parameters, problem.order, coefficients,
+      [&](int64_t floats) { return allocate(context, floats); },
+      [&](auto kernel, int blocks, auto... with) { kernel<<<blocks, SUM_THREADS, 0, stream>>>(with...); });
   return cudaGetLastError();
 }
 
 cudaError_t probe() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, sum_terms_kernel);
+  return cudaFuncGetAttributes(&attributes, sum_terms_kernel<4>);
 }
 
 }  // namespace POLYCOM_INSTANCE

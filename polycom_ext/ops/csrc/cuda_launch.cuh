@@ -6,94 +6,108 @@
 namespace polycom {
 namespace {
 
-constexpr int NARROW_THREADS = 128;  // four rows a block, a warp each
 constexpr int LOOPED_THREADS = 512;
 
-struct Shape {
-  int vectors_per_thread;
-  int threads_per_row;
-  int threads;
-  int vectors;  // whole vectors of a row that are read as such
-};
-
-// How a block holds a wide row: vectors in a thread's registers, at most so many threads.
+// How a kernel holds a row: vectors in a thread's registers (none: the looped path), threads of a block at most, the
+// blocks of that size that a processor shall hold, so that the loads of one run while another computes (a block of fewer
+// threads has more beside it; with a bias before as many as there are without a spill), whether there are instances for a bias before, which few models have, and whether the
+// next row is staged in shared memory.
 struct Hold {
   int vectors;
   int threads;
+  int blocks;
+  bool biased;
+  bool staged = false;
 };
 
-// A row of 32 KiB leaves room for a second block on the processor, whose loads then run while this one computes.
-constexpr Hold FORWARD_WIDE = {4, 256}, FORWARD_WIDEST = {8, 512};
+constexpr int asked_blocks(const Hold& hold, bool biased) { return biased ? 1 : hold.blocks; }
+
+constexpr int HOLDS = 5;
+constexpr int LOOPED = 0;
+// Of each, the first that a row fits is taken. NARROW_THREADS are four rows, a warp each. Rows of up to 64 KiB fit.
+constexpr Hold FORWARD_HOLDS[HOLDS] = {
+    {0, LOOPED_THREADS, 1, true}, {4, NARROW_THREADS, 8, false}, {8, NARROW_THREADS, 6, true},
+    {8, 256, 3, true},            {8, 512, 1, false},
+};
 // Two rows, of x and of y's gradient. The widest take half of all registers: few threads with many registers each do
 // not spill, where more threads with fewer do.
-constexpr Hold BACKWARD_WIDE = {4, 512}, BACKWARD_WIDEST = {16, 256};
+constexpr Hold BACKWARD_HOLDS[HOLDS] = {
+    {0, LOOPED_THREADS, 1, true}, {4, NARROW_THREADS, 5, false}, {8, NARROW_THREADS, 4, true},
+    {8, 256, 2, true, true},      {16, 256, 1, false},
+};
+
+struct Shape {
+  int hold;
+  int threads_per_row;
+  int threads;
+  int vectors;  // whole vectors of a row that are read as such
+  int shared;   // bytes of dynamic shared memory
+};
 
 inline int round_up(int64_t value, int multiple) { return int((value + multiple - 1) / multiple * multiple); }
 
-// A warp holds a narrow row, a block a wide one of up to 64 KiB; any other width or alignment takes the looped path.
-inline Shape choose_shape(int64_t width, int per_vector, bool aligned, Hold wide, Hold widest) {
+inline Shape choose_shape(int64_t width, int per_vector, bool aligned, bool biased, const Hold (&holds)[HOLDS]) {
   const bool whole = aligned && width % per_vector == 0;
   const int vectors = whole ? int(width / per_vector) : 0;
-  if (whole) {
-    for (int each : {4, 8}) {
-      if (vectors <= each * WARP) return {each, WARP, NARROW_THREADS, vectors};
-    }
-    for (Hold hold : {wide, widest}) {
-      if (vectors > hold.vectors * hold.threads) continue;
-      const int threads = round_up((vectors + hold.vectors - 1) / hold.vectors, WARP);
-      return {hold.vectors, threads, threads, vectors};
-    }
+  for (int at = LOOPED + 1; whole && at < HOLDS; ++at) {
+    const Hold& hold = holds[at];
+    const bool narrow = hold.threads == NARROW_THREADS;
+    if (vectors > hold.vectors * (narrow ? WARP : hold.threads) || (biased && !hold.biased)) continue;
+    if (narrow) return {at, WARP, NARROW_THREADS, vectors, 0};
+    const int threads = round_up((vectors + hold.vectors - 1) / hold.vectors, WARP);
+    return {at, threads, threads, vectors, hold.staged ? 2 * vectors * int(sizeof(Packed)) : 0};
   }
   const int threads = width < LOOPED_THREADS ? round_up(width, WARP) : LOOPED_THREADS;
-  return {0, threads, threads, vectors};
+  return {LOOPED, threads, threads, vectors, 0};
 }
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <typename S, int R, bool RECTIFY, typename Launch>
-void launch_forward(const ForwardArguments& arguments, Launch launch) {
-  constexpr Hold wide = FORWARD_WIDE, widest = FORWARD_WIDEST;
-  const bool aligned = is_aligned(arguments.x) && is_aligned(arguments.y);
-  const Shape shape = choose_shape(arguments.problem.width, PER_VECTOR<S>, aligned, wide, widest);
-  const bool narrow = shape.threads_per_row < shape.threads;
-  switch (shape.vectors_per_thread) {
-    case 0: return launch(forward_kernel<S, R, RECTIFY, 0, LOOPED_THREADS>, shape, arguments);
-    case 4:
-      if (narrow) return launch(forward_kernel<S, R, RECTIFY, 4, NARROW_THREADS>, shape, arguments);
-      return launch(forward_kernel<S, R, RECTIFY, wide.vectors, wide.threads>, shape, arguments);
-    default:
-      if (narrow) return launch(forward_kernel<S, R, RECTIFY, 8, NARROW_THREADS>, shape, arguments);
-      return launch(forward_kernel<S, R, RECTIFY, widest.vectors, widest.threads>, shape, arguments);
-  }
+inline Shape choose_shape(const ForwardArguments& arguments, int per_vector) {
+  const void* const bias = arguments.parameters.pre_bias;
+  const bool aligned = is_aligned(arguments.x) && is_aligned(arguments.y) && is_aligned(bias);
+  return choose_shape(arguments.problem.width, per_vector, aligned, bias, FORWARD_HOLDS);
 }
 
-template <typename S, int R, bool RECTIFY, typename Launch>
-void launch_backward(const BackwardArguments& arguments, Launch launch) {
-  constexpr Hold wide = BACKWARD_WIDE, widest = BACKWARD_WIDEST;
+inline Shape choose_shape(const BackwardArguments& arguments, int per_vector) {
+  const void* const bias = arguments.parameters.pre_bias;
   const bool aligned = is_aligned(arguments.x) && is_aligned(arguments.grad_y) && is_aligned(arguments.grad_x) &&
-                       is_aligned(arguments.y);
-  const Shape shape = choose_shape(arguments.problem.width, PER_VECTOR<S>, aligned, wide, widest);
-  const bool narrow = shape.threads_per_row < shape.threads;
-  switch (shape.vectors_per_thread) {
-    case 0: return launch(backward_kernel<S, R, RECTIFY, 0, LOOPED_THREADS>, shape, arguments);
-    case 4:
-      if (narrow) return launch(backward_kernel<S, R, RECTIFY, 4, NARROW_THREADS>, shape, arguments);
-      return launch(backward_kernel<S, R, RECTIFY, wide.vectors, wide.threads>, shape, arguments);
-    case 8: return launch(backward_kernel<S, R, RECTIFY, 8, NARROW_THREADS>, shape, arguments);
-    default: return launch(backward_kernel<S, R, RECTIFY, widest.vectors, widest.threads>, shape, arguments);
+                       is_aligned(arguments.y) && is_aligned(bias);
+  return choose_shape(arguments.problem.width, per_vector, aligned, bias, BACKWARD_HOLDS);
+}
+
+template <typename S, int R, bool RECTIFY, bool BIASED, int AT>
+constexpr auto instance(const ForwardArguments&) {
+  constexpr Hold hold = FORWARD_HOLDS[AT];
+  return forward_kernel<S, R, RECTIFY, BIASED, hold.vectors, hold.threads, asked_blocks(hold, BIASED)>;
+}
+
+template <typename S, int R, bool RECTIFY, bool BIASED, int AT>
+constexpr auto instance(const BackwardArguments&) {
+  constexpr Hold hold = BACKWARD_HOLDS[AT];
+  return backward_kernel<S, R, RECTIFY, BIASED, hold.vectors, hold.threads, asked_blocks(hold, BIASED), hold.staged>;
+}
+
+template <typename S, int R, bool RECTIFY, bool BIASED, int AT = 0, typename Arguments, typename Launch>
+void launch_shape(const Arguments& arguments, const Shape& shape, Launch run) {
+  static_assert(FORWARD_HOLDS[AT].biased == BACKWARD_HOLDS[AT].biased);
+  if constexpr (!BIASED || FORWARD_HOLDS[AT].biased) {
+    if (shape.hold == AT) return run(instance<S, R, RECTIFY, BIASED, AT>(arguments), shape, arguments);
   }
+  if constexpr (AT + 1 < HOLDS) launch_shape<S, R, RECTIFY, BIASED, AT + 1>(arguments, shape, run);
 }
 
-template <typename S, int R, typename Launch>
-void launch_order(const ForwardArguments& arguments, Launch run) {
-  if (arguments.problem.rectify) return launch_forward<S, R, true>(arguments, run);
-  return launch_forward<S, R, false>(arguments, run);
+template <typename S, int R, bool RECTIFY, typename Arguments, typename Launch>
+void launch_rectified(const Arguments& arguments, Launch run) {
+  const Shape shape = choose_shape(arguments, PER_VECTOR<S>);
+  if (arguments.parameters.pre_bias) return launch_shape<S, R, RECTIFY, true>(arguments, shape, run);
+  launch_shape<S, R, RECTIFY, false>(arguments, shape, run);
 }
 
-template <typename S, int R, typename Launch>
-void launch_order(const BackwardArguments& arguments, Launch run) {
-  if (arguments.problem.rectify) return launch_backward<S, R, true>(arguments, run);
-  return launch_backward<S, R, false>(arguments, run);
+template <typename S, int R, typename Arguments, typename Launch>
+void launch_order(const Arguments& arguments, Launch run) {
+  if (arguments.problem.rectify) return launch_rectified<S, R, true>(arguments, run);
+  launch_rectified<S, R, false>(arguments, run);
 }
 
 // Calls run(kernel, shape, arguments) with the instance for the problem; Arguments are forward's or backward's.
@@ -110,6 +124,28 @@ void launch(const Arguments& arguments, Launch run) {
 inline int64_t blocks_for(const Shape& shape, int64_t rows) {
   const int rows_per_block = shape.threads / shape.threads_per_row;
   return (rows + rows_per_block - 1) / rows_per_block;
+}
+
+using SumKernel = void (*)(const float*, int64_t, const int32_t*, int, float*);
+
+inline SumKernel sum_kernel(int order) {
+  switch (order) {
+    case 1: return sum_terms_kernel<2>;
+    case 2: return sum_terms_kernel<3>;
+    case 3: return sum_terms_kernel<4>;
+    default: return sum_terms_kernel<5>;
+  }
+}
+
+// The coefficient gradients from the items that the backward kernel left; run(kernel, blocks, arguments of the kernel).
+template <typename AllocateFloats, typename Run>
+void launch_sums(const float* terms, int64_t items, const Parameters& parameters, int order, float* coefficients,
+                 AllocateFloats allocate, Run run) {
+  const int slices = slices_for(items), experts = parameters.experts;
+  const SumKernel kernel = sum_kernel(order);
+  float* const first = slices > 1 ? allocate(int64_t(experts) * slices * (order + 1)) : coefficients;
+  run(kernel, experts * slices, terms, items, parameters.ends, slices, first);
+  if (slices > 1) run(kernel, experts, first, slices, nullptr, 1, coefficients);
 }
 
 }  // namespace

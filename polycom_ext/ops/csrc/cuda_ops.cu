@@ -60,6 +60,7 @@ std::string describe(cudaError_t error, int device) {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
       const std::string capability = std::to_string(major) + "." + std::to_string(minor);
+      if (major < 8) return "the kernels need compute capability 8.0, and it has " + capability;
       return "_cuda.so holds no code for compute capability " + capability + "; build it with TORCH_CUDA_ARCH_LIST=" +
              capability;
     }

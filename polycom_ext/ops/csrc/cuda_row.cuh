@@ -25,9 +25,15 @@ struct Place {
   int64_t row_stride;
   int width;
   int vectors;
+  int most_warps;  // that hold a row in this kernel, known when it is compiled
+  int turn = 0;  // which of two buffers the next reduction takes
 
-  __device__ __forceinline__ Place(int threads_per_row, int64_t width_, int vectors_)
-      : lane(int(threadIdx.x) % threads_per_row), threads(threads_per_row), width(int(width_)), vectors(vectors_) {
+  __device__ __forceinline__ Place(int threads_per_row, int most_threads, int64_t width_, int vectors_)
+      : lane(int(threadIdx.x) % threads_per_row),
+        threads(threads_per_row),
+        width(int(width_)),
+        vectors(vectors_),
+        most_warps(most_threads / WARP) {
     const int rows_per_block = int(blockDim.x) / threads_per_row;
     first_row = int64_t(blockIdx.x) * rows_per_block + int(threadIdx.x) / threads_per_row;
     row_stride = int64_t(gridDim.x) * rows_per_block;
@@ -42,9 +48,10 @@ struct Maximum {
   static __device__ __forceinline__ float combine(float a, float b) { return a < b ? b : a; }
 };
 
-// values[i] combined over the threads of a row, on every one of them.
+// values[i] combined over the threads of a row, on every one of them, bitwise the same. Reductions take two buffers in
+// turn: between two uses of one lies the other's barrier, so that each needs one only.
 template <typename Operation, int N>
-__device__ __forceinline__ void reduce_row(float (&values)[N], const Place& place) {
+__device__ __forceinline__ void reduce_row(float (&values)[N], Place& place) {
 #pragma unroll
   for (int offset = WARP / 2; offset > 0; offset /= 2) {
 #pragma unroll
@@ -53,20 +60,36 @@ __device__ __forceinline__ void reduce_row(float (&values)[N], const Place& plac
     }
   }
   if (place.threads == WARP) return;
-  __shared__ float shared[MAX_WARPS * N];
-  const int warps = place.threads / WARP;
-  if (place.lane % WARP == 0) {
+  constexpr int SLOTS = N <= 1 ? 1 : N <= 2 ? 2 : N <= 4 ? 4 : 8;  // a warp's values, to a power of two
+  __shared__ float buffers[2][MAX_WARPS * SLOTS];
+  float* const buffer = buffers[place.turn];
+  place.turn ^= 1;
+  const int lane = place.lane % WARP, count = place.threads / WARP * SLOTS;
+  if (lane == 0) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) shared[place.lane / WARP * N + i] = values[i];
+    for (int i = 0; i < N; ++i) buffer[place.lane / WARP * SLOTS + i] = values[i];
   }
   __syncthreads();
+  float value = lane < count ? buffer[lane] : 0.0f;  // lane's value is that of slot lane % SLOTS
 #pragma unroll
-  for (int i = 0; i < N; ++i) values[i] = shared[i];
-  for (int warp = 1; warp < warps; ++warp) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) values[i] = Operation::combine(values[i], shared[warp * N + i]);
+  for (int skip = WARP; skip < place.most_warps * SLOTS; skip += WARP) {
+    if (lane + skip < count) value = Operation::combine(value, buffer[lane + skip]);
   }
-  __syncthreads();
+#pragma unroll
+  for (int offset = SLOTS; offset < WARP; offset *= 2) {
+    value = Operation::combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = __shfl_sync(0xffffffffu, value, i);
+}
+
+// values[lane], where there are so many; for a result of a few columns that neighbouring threads write at once.
+template <int N>
+__device__ __forceinline__ float of_lane(const float (&values)[N], const Place& place) {
+  float value = values[0];
+#pragma unroll
+  for (int i = 1; i < N; ++i) value = place.lane == i ? values[i] : value;
+  return value;
 }
 
 // A row's pieces that belong to this thread: in registers, or read again at every use.
@@ -74,6 +97,19 @@ template <typename S, int VECTORS>
 struct Tile {
   const typename S::Element* row;
   Packed kept[VECTORS > 0 ? VECTORS : 1];
+
+  // From `stage`, where start_row has brought the row.
+  __device__ __forceinline__ Tile(const void* base, int64_t index, const Place& place, Staged stage)
+      : row(static_cast<const typename S::Element*>(base) + index * place.width) {
+    if constexpr (VECTORS > 0) {
+#pragma unroll
+      for (int k = 0; k < VECTORS; ++k) {
+        const int vector = place.lane + k * place.threads;
+        if (vector < place.vectors) kept[k] = load_staged(stage);
+        stage.advance(place.threads);
+      }
+    }
+  }
 
   __device__ __forceinline__ Tile(const void* base, int64_t index, const Place& place)
       : row(static_cast<const typename S::Element*>(base) + index * place.width) {
@@ -105,6 +141,20 @@ struct Tile {
 #endif
   }
 };
+
+// Starts to bring a row to `stage`, this thread's first piece: every thread its own, so that no other waits for them.
+template <typename S, int VECTORS>
+__device__ __forceinline__ void start_row(const void* base, int64_t index, const Place& place, Staged stage) {
+  const auto* from =
+      reinterpret_cast<const Packed*>(static_cast<const typename S::Element*>(base) + index * place.width) + place.lane;
+#pragma unroll
+  for (int k = 0; k < VECTORS; ++k) {
+    const int vector = place.lane + k * place.threads;
+    if (vector < place.vectors) start_copy(stage, from);
+    stage.advance(place.threads);
+    from += place.threads;
+  }
+}
 
 // Calls visit(k, vector) for each of this thread's whole vectors.
 template <int VECTORS, typename Visit>
@@ -139,12 +189,12 @@ struct RowParameters {
     weight = all.weight + int64_t(expert) * problem.order;
     bias = all.bias[expert];
     pre_bias = all.pre_bias ? all.pre_bias + (all.pre_bias_per_expert ? expert : 0) * problem.width : nullptr;
-    row_scale = all.row_scale ? all.row_scale[row] : 1.0f;
+    row_scale = POLYCOM_UNUSUAL(all.row_scale) ? all.row_scale[row] : 1.0f;
   }
 };
 
 __device__ __forceinline__ int owner(const Parameters& all, int64_t row) {
-  return all.ends ? expert_of_row(all.ends, all.experts, row) : 0;
+  return POLYCOM_UNUSUAL(all.ends) ? expert_of_row(all.ends, all.experts, row) : 0;
 }
 
 template <bool RECTIFY>
@@ -176,50 +226,55 @@ __device__ __forceinline__ Packed pack(const float (&values)[PER_VECTOR<S>]) {
   return piece;
 }
 
-// The elements of x, pre_bias added, before ReLU.
-template <typename S, int VECTORS>
+// The elements of x, pre_bias added where there is one (BIASED), before ReLU.
+template <bool BIASED, typename S, int VECTORS>
 __device__ __forceinline__ void inputs(const Tile<S, VECTORS>& x, const RowParameters& parameters, int k, int vector,
                                        float (&u)[PER_VECTOR<S>]) {
   unpack<S>(x.piece(k, vector), u);
-  if (parameters.pre_bias) {
-    const float* bias = parameters.pre_bias + vector * PER_VECTOR<S>;
+  if constexpr (BIASED) {
+    const Packed* bias = reinterpret_cast<const Packed*>(parameters.pre_bias) + vector * (PER_VECTOR<S> / 4);
 #pragma unroll
-    for (int i = 0; i < PER_VECTOR<S>; ++i) u[i] += bias[i];
+    for (int j = 0; j < PER_VECTOR<S> / 4; ++j) {
+      float added[4];
+      unpack<FloatStorage>(bias[j], added);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) u[4 * j + i] += added[i];
+    }
   }
 }
 
-template <typename S, int VECTORS>
+template <bool BIASED, typename S, int VECTORS>
 __device__ __forceinline__ float input(const Tile<S, VECTORS>& x, const RowParameters& parameters, int column) {
   const float value = S::load(x.row[column]);
-  return parameters.pre_bias ? value + parameters.pre_bias[column] : value;
+  return BIASED ? value + parameters.pre_bias[column] : value;
 }
 
 // Calls visit(u) for each of this thread's elements of the row.
-template <typename S, int VECTORS, typename Visit>
+template <bool BIASED, typename S, int VECTORS, typename Visit>
 __device__ __forceinline__ void for_each_input(const Tile<S, VECTORS>& x, const RowParameters& parameters,
                                                const Place& place, Visit visit) {
   for_each_vector<VECTORS>(place, [&](int k, int vector) {
     float u[PER_VECTOR<S>];
-    inputs(x, parameters, k, vector, u);
+    inputs<BIASED>(x, parameters, k, vector, u);
 #pragma unroll
     for (int i = 0; i < PER_VECTOR<S>; ++i) visit(u[i]);
   });
-  for_each_remaining<S, VECTORS>(place, [&](int column) { visit(input(x, parameters, column)); });
+  for_each_remaining<S, VECTORS>(place, [&](int column) { visit(input<BIASED>(x, parameters, column)); });
 }
 
 // The same with the gradient at the element: visit(u, g).
-template <typename S, int VECTORS, typename Visit>
+template <bool BIASED, typename S, int VECTORS, typename Visit>
 __device__ __forceinline__ void for_each_pair(const Tile<S, VECTORS>& x, const Tile<S, VECTORS>& grad,
                                               const RowParameters& parameters, const Place& place, Visit visit) {
   for_each_vector<VECTORS>(place, [&](int k, int vector) {
     float u[PER_VECTOR<S>], g[PER_VECTOR<S>];
-    inputs(x, parameters, k, vector, u);
+    inputs<BIASED>(x, parameters, k, vector, u);
     unpack<S>(grad.piece(k, vector), g);
 #pragma unroll
     for (int i = 0; i < PER_VECTOR<S>; ++i) visit(u[i], g[i]);
   });
   for_each_remaining<S, VECTORS>(place, [&](int column) {
-    visit(input(x, parameters, column), S::load(grad.row[column]));
+    visit(input<BIASED>(x, parameters, column), S::load(grad.row[column]));
   });
 }
 
@@ -245,42 +300,42 @@ __device__ __forceinline__ void clear_columns(T* out, int64_t row, const Place& 
 }
 
 // out = function(u), element by element.
-template <typename S, int VECTORS, typename Function>
+template <bool BIASED, typename S, int VECTORS, typename Function>
 __device__ __forceinline__ void write_row(typename S::Element* out, const Tile<S, VECTORS>& x,
                                           const RowParameters& parameters, const Place& place, Function function) {
   for_each_vector<VECTORS>(place, [&](int k, int vector) {
     float u[PER_VECTOR<S>];
-    inputs(x, parameters, k, vector, u);
+    inputs<BIASED>(x, parameters, k, vector, u);
 #pragma unroll
     for (int i = 0; i < PER_VECTOR<S>; ++i) u[i] = function(u[i]);
     reinterpret_cast<Packed*>(out)[vector] = pack<S>(u);
   });
   for_each_remaining<S, VECTORS>(place, [&](int column) {
-    out[column] = S::narrow(function(input(x, parameters, column)));
+    out[column] = S::narrow(function(input<BIASED>(x, parameters, column)));
   });
 }
 
 // out = function(u, g) and, unless null, y = evaluate(u), element by element. In one pass over the pieces, so that each
 // is dead after its turn: with the two passes apart, wide rows spill.
-template <typename S, int VECTORS, typename Function, typename Evaluate>
+template <bool BIASED, typename S, int VECTORS, typename Function, typename Evaluate>
 __device__ __forceinline__ void write_rows(typename S::Element* out, typename S::Element* y, const Tile<S, VECTORS>& x,
                                            const Tile<S, VECTORS>& grad, const RowParameters& parameters,
                                            const Place& place, Function function, Evaluate evaluate) {
   for_each_vector<VECTORS>(place, [&](int k, int vector) {
     float u[PER_VECTOR<S>], g[PER_VECTOR<S>];
-    inputs(x, parameters, k, vector, u);
+    inputs<BIASED>(x, parameters, k, vector, u);
     unpack<S>(grad.piece(k, vector), g);
 #pragma unroll
     for (int i = 0; i < PER_VECTOR<S>; ++i) g[i] = function(u[i], g[i]);
     reinterpret_cast<Packed*>(out)[vector] = pack<S>(g);
-    if (y) {
+    if (POLYCOM_UNUSUAL(y)) {
 #pragma unroll
       for (int i = 0; i < PER_VECTOR<S>; ++i) u[i] = evaluate(u[i]);
       reinterpret_cast<Packed*>(y)[vector] = pack<S>(u);
     }
   });
   for_each_remaining<S, VECTORS>(place, [&](int column) {
-    const float u = input(x, parameters, column);
+    const float u = input<BIASED>(x, parameters, column);
     out[column] = S::narrow(function(u, S::load(grad.row[column])));
     if (y) y[column] = S::narrow(evaluate(u));
   });

@@ -10,12 +10,70 @@
 
 #include "polynomial.h"
 
+// What the usual call, of whole rows of finite numbers without variants, does not do. benchmarks/kernels.py, which
+// counts that call's instructions, compiles it away.
+#ifndef POLYCOM_UNUSUAL
+#define POLYCOM_UNUSUAL(condition) __builtin_expect(static_cast<bool>(condition), false)
+#endif
+
 namespace polycom {
 namespace {
 
 struct alignas(16) Packed {
   uint32_t word[4];
 };
+
+// A place in the block's dynamic shared memory, in pieces. On the device an address of 32 bits, which the compiler is
+// kept from working out anew at every use: that would cost more instructions than the copy itself.
+struct Staged {
+#ifdef __CUDACC__
+  uint32_t address;
+
+  __device__ __forceinline__ explicit Staged(int piece) {
+    extern __shared__ Packed dynamic[];
+    address = uint32_t(__cvta_generic_to_shared(dynamic + piece));
+    asm volatile("" : "+r"(address));
+  }
+  __device__ __forceinline__ void advance(int pieces) { address += uint32_t(pieces) * uint32_t(sizeof(Packed)); }
+#else
+  Packed* address;
+
+  explicit Staged(int piece) : address(emulator::dynamic_shared<Packed>() + piece) {}
+  void advance(int pieces) { address += pieces; }
+#endif
+};
+
+// Starts a copy to shared memory that this thread may read after wait_for_copies.
+__device__ __forceinline__ void start_copy(Staged to, const Packed* from) {
+#if !defined(__CUDACC__)
+  emulator::start_copy(to.address, from, sizeof(Packed));
+#elif defined(__CUDA_ARCH__)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.address), "l"(from) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+#if !defined(__CUDACC__)
+  emulator::wait_for_copies();
+#elif defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ Packed load_staged(Staged from) {
+#if !defined(__CUDACC__)
+  return *from.address;
+#else
+  Packed piece = {};
+#if defined(__CUDA_ARCH__)
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(piece.word[0]), "=r"(piece.word[1]), "=r"(piece.word[2]), "=r"(piece.word[3])
+               : "r"(from.address)
+               : "memory");
+#endif
+  return piece;
+#endif
+}
 
 struct FloatStorage {
   using Element = float;

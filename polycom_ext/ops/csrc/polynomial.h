@@ -222,18 +222,20 @@ struct Gradient {
 
   template <typename Value>
   POLYCOM_INLINE Value slope(Value v) const {
-    Value sum = Value{} + p[R - 1];
+    if constexpr (R == 1) return Value{} + p[0];
+    Value sum = v * p[R - 1] + p[R > 1 ? R - 2 : 0];
 #pragma unroll
-    for (int i = R - 2; i >= 0; --i) sum = sum * v + p[i];
+    for (int i = R - 3; i >= 0; --i) sum = sum * v + p[i];
     return sum;
   }
 
   template <typename Value>
   POLYCOM_INLINE Value projection(Value v) const {
+    if constexpr (R == 1) return v * q[0];
     const Value square = v * v;
-    Value sum = Value{} + q[R - 1];
+    Value sum = square * q[R - 1] + q[R > 1 ? R - 2 : 0];
 #pragma unroll
-    for (int i = R - 2; i >= 0; --i) sum = sum * square + q[i];
+    for (int i = R - 3; i >= 0; --i) sum = sum * square + q[i];
     return sum * v;
   }
 };

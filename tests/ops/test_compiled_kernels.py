@@ -1,0 +1,160 @@
+"""What nvcc makes of the CUDA kernels, beside the committed table; and that the library loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from polycom_ext.ops import build
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TABLE = BENCHMARKS / "results" / "kernels.csv"
+
+
+def _script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmarks_kernels", BENCHMARKS / "kernels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+kernels = _script()
+
+
+def _missing() -> str:
+    try:
+        kernels.find_nvdisasm()
+        release = kernels.nvcc_release()
+    except build.BuildError as error:
+        return str(error)
+    return "" if release == "13.0" else f"the table is of nvcc 13.0, here is {release}"
+
+
+needs_compilers = pytest.mark.skipif(bool(_missing()), reason=_missing() or "nothing is missing")
+
+
+def test_ptxas_is_read_kernel_by_kernel() -> None:
+    report = (
+        "ptxas info    : Compiling entry function 'first' for 'sm_80'\n"
+        "ptxas info    : Function properties for first\n"
+        "    8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info    : Used 64 registers, used 0 barriers, 484 bytes cmem[0]\n"
+        "ptxas info    : Compiling entry function 'first' for 'sm_90'\n"
+        "ptxas info    : Function properties for first\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 72 registers, used 1 barriers, 1024 bytes smem\n"
+    )
+    assert build.resources(report) == [
+        build.Resources("80", "first", 64, 4, 0),
+        build.Resources("90", "first", 72, 0, 1024),
+    ]
+
+
+def test_slots_are_counted_within_the_loop_over_rows() -> None:
+    kernel = kernels.Kernel("backward", "BFloat16Storage", 3, False, False, 4, 128, 5, False)
+    mangled = "backward_kernelINS0_15BFloat16StorageELi3ELb0ELb0ELi4ELi128ELi5ELb0EEE"
+    work = "        /*0030*/ FFMA R1, R1, R1, R1 ;\n" * 30
+    vectors = "".join(f"        /*0020*/ @P0 BRA `(.L_x_{k}) ;\n{work}.L_x_{k}:\n" for k in range(1, 5))
+    sass = (
+        f".text.{mangled}:\n        /*0000*/ MOV R1, R1 ;\n.L_x_9:\n        /*0010*/ MOV R1, R1 ;\n{vectors}"
+        "        /*0040*/ @!P0 BRA `(.L_x_9) ;\n        /*0050*/ EXIT ;\n"
+    )
+    assert kernels.row_loop_slots(sass) == {kernel: kernels.Slots(beside=1 + 4 + 1, vector=30)}
+
+
+def test_what_is_worse_than_the_table_is_named() -> None:
+    row = next(row for row in kernels.read_csv(TABLE) if row.slots_vector is not None)
+    assert (
+        kernels.worse([row], [replace(row, blocks=row.blocks + 1, slots_vector=row.slots_vector - 1)]) == []
+    )
+    changes = {"blocks": row.blocks - 1, "spilled": 4, "slots_beside": row.slots_beside + 1}
+    said = kernels.worse([row], [replace(row, **changes)])
+    assert len(said) == 3
+    assert all(str(row.kernel) in sentence for sentence in said)
+
+
+@pytest.mark.parametrize("card", ["A100", "H100", "H200"])
+def test_the_model_expects_what_was_aimed_at(card: str) -> None:
+    """Of the committed table, at the widths of the paper and of the widest common models."""
+    forward, backward = (0.80, 0.75) if card == "H200" else (0.90, 0.85)
+    rows = kernels.read_csv(TABLE)
+    expected = {
+        (direction, width): share
+        for direction, _, width, name, *_, share in kernels.predictions(
+            rows, kernels.Choices.find(), ["BFloat16Storage"]
+        )
+        if name == card
+    }
+    for width in (1536, 8192, 8256, 16384):
+        assert expected["forward", width] >= forward
+        assert expected["backward", width] >= backward
+
+
+@needs_compilers
+def test_the_usual_instances_are_no_worse_than_the_table() -> None:
+    """bfloat16, order 3, PolyNorm on sm_90; all others are `full`."""
+    usual = [
+        kernel
+        for kernel in kernels.Choices.find().kernels
+        if kernel.usual and (kernel.storage, kernel.order) == ("BFloat16Storage", 3)
+    ]
+    measured = list(kernels.measure(usual, ["90"]))
+    assert len(measured) == len(usual) == 8
+    assert not [row for row in measured if row.spilled]
+    assert kernels.worse(kernels.read_csv(TABLE), measured) == []
+
+
+@pytest.mark.full
+@needs_compilers
+def test_the_cuda_library_is_no_worse_than_the_table_and_loads(tmp_path: Path) -> None:
+    """Every instance, for every architecture. A stand-in is the libtorch_cuda that a CPU torch lacks, loaded
+    as CUDA builds of torch load theirs: its symbols are not everybody's.
+    """
+    report = build.build_cuda(tmp_path / "_cuda.so", build.Torch.find())
+    assert {used.architecture for used in report} == set(build.CUDA_ARCHITECTURES)
+    assert not [used for used in report if used.spilled]
+    choices = kernels.Choices.find()
+    built = {kernels.Kernel.of_name(used.kernel) for used in report} - {None}
+    assert built == set(choices.kernels)
+    slots = {}
+    for architecture in build.CUDA_ARCHITECTURES:
+        for kernel, counted in kernels.count_slots(choices.kernels, architecture).items():
+            slots[architecture, kernel] = counted
+    assert kernels.worse(kernels.read_csv(TABLE), kernels.rows_of(report, slots)) == []
+    stand_in = tmp_path / "libtorch_cuda.so"
+    source = tmp_path / "stream.c"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
+    compiler = [build.find_cxx(), "-x", "c", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
+    subprocess.run([*compiler, str(source), "-o", str(stand_in)], check=True)
+    script = (
+        "import ctypes, sys, torch, polycom_ext\n"
+        "if torch.version.cuda is None and sys.argv[2]: ctypes.CDLL(sys.argv[2], ctypes.RTLD_LOCAL)\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "for name in ('forward', 'backward', 'power_sums', 'apply', 'row_dots', 'apply_backward'):\n"
+        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'polycom::{name}', 'CUDA'), name\n"
+        "print(torch.ops.polycom.cuda_problem(0))\n"
+    )
+
+    def problem(torch_cuda: str) -> str:
+        command = [sys.executable, "-c", script, str(tmp_path / "_cuda.so"), torch_cuda]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+    lacking = "libtorch_cuda.so has no aoti_torch_get_current_cuda_stream"
+    assert problem(str(stand_in)) != lacking
+    if torch.version.cuda is None:
+        assert problem("") == lacking
+    if not torch.cuda.is_available():
+        assert "driver" in problem(str(stand_in))  # the reason on a machine without a GPU
+    dynamic = build.run(["readelf", "--dynamic", "--wide", str(tmp_path / "_cuda.so")])
+    assert "libtorch_cpu.so" in dynamic
+    assert "libcudart" not in dynamic
