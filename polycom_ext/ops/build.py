@@ -27,6 +27,8 @@ SOURCES = Path(__file__).resolve().parent / "csrc"
 TARGET_TORCH = "0x020b000000000000"
 """2.11 in the encoding of torch/csrc/stable/version.h."""
 CUDA_ARCHITECTURES = ("80", "90", "100")
+SMALL_SPILL = 32
+"""Bytes a thread: a few registers of the widest instances, spilled, cost less than the block that it wins."""
 
 _INSTRUCTION_SETS = {
     "baseline": [],
@@ -265,7 +267,7 @@ def build_cuda(output: Path, torch: Torch) -> list[Resources]:
             commands.append([nvcc, *flags, *macros, *include, "-c", source, "-o", objects[-1]])
         report = [used for output_of_nvcc in run_all(commands) for used in resources(output_of_nvcc)]
         _link([nvcc, "-shared", "--cudart", "static", *objects, *torch.link, "-ldl"], output)
-    if spilling := {used.kernel for used in report if used.spilled}:
+    if spilling := {used.kernel for used in report if used.spilled > SMALL_SPILL}:
         print(
             f"warning: with this nvcc {len(spilling)} kernels spill registers, which makes them slower: "
             f"{', '.join(sorted(spilling))}",

@@ -122,7 +122,7 @@ def test_the_cuda_library_is_no_worse_than_the_table_and_loads(tmp_path: Path) -
     """
     report = build.build_cuda(tmp_path / "_cuda.so", build.Torch.find())
     assert {used.architecture for used in report} == set(build.CUDA_ARCHITECTURES)
-    assert not [used for used in report if used.spilled]
+    assert not [used for used in report if used.spilled > build.SMALL_SPILL]
     choices = kernels.Choices.find()
     built = {kernels.Kernel.of_name(used.kernel) for used in report} - {None}
     assert built == set(choices.kernels)
