@@ -46,11 +46,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Two processes; the tests of a file stay together, as they share what is slow to make.
 test: lint
-	$(BIN)/pytest -m "not full"
+	$(BIN)/pytest -m "not full" -n 2 --dist loadfile
 
 test-full: $(READY)
-	$(BIN)/pytest -m full
+	$(BIN)/pytest -m full -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) .upstream build outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache
