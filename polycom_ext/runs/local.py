@@ -146,16 +146,22 @@ def end_leftovers(pids: list[int]) -> bool:
 
     A launch works for as long as torchrun or one of its workers lives: each leads a session, which what it
     starts shares. Writers of checkpoints whose worker was killed wait for it for ever. Where a process is of
-    no launch, or of one that works, nothing is done.
+    no launch, or of one that works, nothing is done. Processes that are ending by themselves do not count.
     """
-    marks = {pid: _mark(environment) for pid, environment in _environments()}
-    launches = {mark for pid in pids if (mark := marks.get(pid)) is not None}
-    of_no_launch = any(marks.get(pid) is None for pid in pids)
-    if of_no_launch or any(mark in launches and _leads_session(pid) for pid, mark in marks.items()):
+    environments = dict(_environments())
+    marks = {pid: _mark(environment) for pid, environment in environments.items()}
+    launches = {marks.get(pid) for pid in pids if not _is_ending(pid, environments)}
+    if None in launches or any(mark in launches and _leads_session(pid) for pid, mark in marks.items()):
         return False
     for mark in launches:
+        assert mark is not None
         _kill_all(mark)
-    return bool(launches)
+    return bool(pids)
+
+
+def _is_ending(pid: int, environments: dict[int, bytes]) -> bool:
+    """Whether a process is gone or has given its memory back, and its locks a moment later."""
+    return environments.get(pid) == b"" or not Path(f"/proc/{pid}").exists()
 
 
 def users(pids: list[int]) -> str:

@@ -173,6 +173,16 @@ def test_helpers_that_a_killed_launch_has_left_are_ended_by_the_next_run(
             os.kill(helper, signal.SIGKILL)
 
 
+def test_a_process_that_is_ending_by_itself_keeps_no_run_out() -> None:
+    """As those are, for a moment, that SIGKILL has just hit: of no launch, their memory being gone."""
+    with subprocess.Popen(["true"]) as ending:  # a zombie until it is waited for
+        while alive(ending.pid):
+            time.sleep(0.01)
+        assert local.end_leftovers([ending.pid])
+        assert not local.end_leftovers([ending.pid, os.getpid()])
+    assert not local.end_leftovers([])
+
+
 def test_a_training_that_outlived_its_launcher_is_named_and_left_alone(
     toy_spec: Callable[..., str], polycom: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
