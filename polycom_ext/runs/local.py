@@ -215,9 +215,15 @@ def _kill_all(mark: bytes) -> None:
 
 
 def _environments() -> Iterator[tuple[int, bytes]]:
+    """Of every process that may be looked at; empty for one that has given its memory back."""
     for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            yield int(path.parent.name), path.read_bytes()
+        pid = int(path.parent.name)
+        try:
+            yield pid, path.read_bytes()
+        except ProcessLookupError:  # as newer kernels say it
+            yield pid, b""
+        except OSError:
+            continue
 
 
 def _read_from(path: Path, start: int) -> str:

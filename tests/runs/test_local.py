@@ -152,9 +152,12 @@ def start_and_kill(polycom: list[str], spec: str, whom: Callable[[int, list[int]
     process = subprocess.Popen([*polycom, "run", spec], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     workers = worker_pids(1)
     torchrun = int(Path(f"/proc/{workers[0]}/stat").read_text().rpartition(")")[2].split()[1])
-    for pid in whom(process.pid, [torchrun, *workers]):
+    killed = whom(process.pid, [torchrun, *workers])
+    for pid in killed:
         os.kill(pid, signal.SIGKILL)
     process.wait()
+    while any(map(alive, killed)):
+        time.sleep(0.01)
     return [torchrun, *workers]
 
 
