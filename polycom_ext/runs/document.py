@@ -28,42 +28,36 @@ _CORE = {
 """Tag -> what a plain scalar of it looks like, and its first characters. `<<` merges, as before 1.2."""
 
 
-class Int(int):
-    """An integer whose `str` is the text it was read from, where Python would print another, as for `010`."""
+class _Written:
+    """A number whose `str` is the text it was read from, where Python would print another."""
 
     text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __getnewargs__(self) -> tuple[Any]:
+        return (self.text,)
+
+    __repr__ = __str__
+
+
+class Int(_Written, int):
+    """Such as `010`."""
 
     def __new__(cls, text: str) -> Int:
         number = super().__new__(cls, text)
         number.text = text
         return number
 
-    def __str__(self) -> str:
-        return self.text
 
-    def __getnewargs__(self) -> tuple[str]:  # type: ignore[override]
-        return (self.text,)
-
-    __repr__ = __str__
-
-
-class Float(float):
-    """A number whose `str` is the text it was read from, where Python would print another, as for `1.10`."""
-
-    text: str
+class Float(_Written, float):
+    """Such as `1.10`."""
 
     def __new__(cls, text: str) -> Float:
         number = super().__new__(cls, re.sub(r"\.(inf|nan)", r"\1", text.lower()))
         number.text = text
         return number
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __getnewargs__(self) -> tuple[str]:  # type: ignore[override]
-        return (self.text,)
-
-    __repr__ = __str__
 
 
 def load(text: str) -> Any:

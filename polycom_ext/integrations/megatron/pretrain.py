@@ -71,7 +71,7 @@ def _refuse_before_training() -> None:
 
     training.initialize_megatron = _refusing(check)
     training.get_model = _refusing(get_model)
-    training.load_checkpoint = _refusing(training.load_checkpoint, (PolycomError,))
+    training.load_checkpoint = _refusing(training.load_checkpoint, (AssertionError, PolycomError))
 
 
 def _keep_metrics() -> None:
