@@ -106,3 +106,16 @@ def test_refused(train: Trainer, tmp_path: Path, what: str) -> None:
     assert words in sentences[0]
     assert "Traceback" not in run.log
     assert run.metrics == {}
+
+
+def test_going_on_for_longer_says_which_argument_the_checkpoint_disagrees_with(
+    train: Trainer, tmp_path: Path
+) -> None:
+    """Of the schedule's length the learning rate is a function; upstream asserts it while it loads."""
+    kept = ["--save", str(tmp_path / "kept"), "--load", str(tmp_path / "kept"), "--save-interval", "1"]
+    train(*kept, iterations=1)
+    run = train(*kept, iterations=3)
+    assert run.statuses == [2]
+    assert run.metrics == {}
+    (sentence,) = re.findall(r"^polycom: error: (.*)$", run.log, re.MULTILINE)
+    assert "total number of iterations do not match" in sentence
