@@ -20,11 +20,11 @@ limits the length of the command line that every rank carries."""
 def files(options: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Option of FILE_OPTIONS -> {name of the file: its text}, for the blends that are long."""
     found = {}
-    blend = _words(options.get("data-path"))
+    blend = words(options.get("data-path"))
     if blend is not None and len(blend) > LONG:
         found["data-args-path"] = {"data.txt": "".join(f"{word}\n" for word in blend)}
-    splits = {split: _words(options.get(name)) for split, name in SPLITS.items()}
-    if sum(len(words or ()) for words in splits.values()) > LONG:
+    splits = {split: words(options.get(name)) for split, name in SPLITS.items()}
+    if sum(len(blend or ()) for blend in splits.values()) > LONG:
         found["per-split-data-args-path"] = {"data.json": json.dumps(splits, indent=1) + "\n"}
     return found
 
@@ -43,7 +43,7 @@ def arguments(options: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 def check(name: str, options: Mapping[str, Any]) -> None:
     """Refuse what a file cannot say: upstream splits the words of --data-args-path at white space."""
     if "data-args-path" in files(options):
-        for word in _words(options["data-path"]) or ():
+        for word in words(options["data-path"]) or ():
             if len(word.split()) != 1:
                 raise PolycomError(
                     f"{name}: megatron.data-path has more than {LONG} words, so it goes into a file, where "
@@ -51,7 +51,22 @@ def check(name: str, options: Mapping[str, Any]) -> None:
                 )
 
 
-def _words(value: Any) -> list[str] | None:
+def prefixes(blend: list[str]) -> list[str]:
+    """The data sets of a blend: every second word, where all the others are weights, else every word."""
+    weighted = len(blend) % 2 == 0 and all(map(_is_number, blend[::2]))
+    return blend[1::2] if weighted else blend
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def words(value: Any) -> list[str] | None:
+    """A value of an option that takes a list, as upstream gets it; None where it is not given."""
     if value is None:
         return None
     return [str(word) for word in (value if isinstance(value, list) else [value])]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from polycom_ext.data import token_files
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs.megatron_data import FILE_OPTIONS, OPTIONS
+from polycom_ext.runs import megatron_data
 from polycom_ext.runs.spec import Spec
 
 EOD_OPTIONS = ("reset-position-ids", "reset-attention-mask", "eod-mask-loss")
@@ -18,9 +17,11 @@ EOD_OPTIONS = ("reset-position-ids", "reset-attention-mask", "eod-mask-loss")
 
 def check(spec: Spec) -> None:
     """Raise PolycomError for token files that are not there, or that the model would read wrongly."""
-    if not any(spec.options.get(name) for name in (*OPTIONS, *FILE_OPTIONS, "mock-data")):
+    if not any(
+        spec.options.get(name) for name in (*megatron_data.OPTIONS, *megatron_data.FILE_OPTIONS, "mock-data")
+    ):
         raise PolycomError(f"{spec.name}: megatron.train-data-path must name token files (or set mock-data)")
-    for name in FILE_OPTIONS:
+    for name in megatron_data.FILE_OPTIONS:
         path = spec.options.get(name)
         if path is not None and not Path(str(path)).exists():
             raise PolycomError(f"{spec.name}: megatron.{name}: {path} not found (looked in {Path.cwd()})")
@@ -39,24 +40,22 @@ def check(spec: Spec) -> None:
 
 def _prefixes(spec: Spec) -> Iterator[tuple[str, str]]:
     """Option and prefix of every local data set, of those too that a file named in the spec lists."""
-    for name in (*OPTIONS, *FILE_OPTIONS):
-        value = spec.options.get(name) or []
-        if value and name in FILE_OPTIONS:
-            value = _listed(spec, name)
-        for item in value if isinstance(value, list) else [value]:
-            if not _is_weight(item) and "://" not in str(item):
-                yield name, str(item)
+    for name in (*megatron_data.OPTIONS, *megatron_data.FILE_OPTIONS):
+        given = megatron_data.words(spec.options.get(name)) or []
+        blends = _listed(spec, name) if given and name in megatron_data.FILE_OPTIONS else [given]
+        for blend in blends:
+            for prefix in megatron_data.prefixes(blend):
+                if "://" not in prefix:
+                    yield name, prefix
 
 
-def _listed(spec: Spec, name: str) -> list[Any]:
-    """What upstream reads in such a file: words, or in JSON words or a list for each split."""
+def _listed(spec: Spec, name: str) -> list[list[str]]:
+    """The blends that upstream reads in such a file: words, or in JSON words or a list for each split."""
     path = Path(str(spec.options[name]))
     try:
         text = path.read_text(encoding="utf-8")
         splits = json.loads(text).values() if name.startswith("per-split") else [text]
-        return [
-            item for split in splits for item in (split.split() if isinstance(split, str) else split or [])
-        ]
+        return [split.split() if isinstance(split, str) else list(map(str, split or [])) for split in splits]
     except (ValueError, AttributeError, TypeError) as error:
         raise PolycomError(f"{spec.name}: megatron.{name}: {path} cannot be read ({error})") from None
 
@@ -76,12 +75,3 @@ def _tokens(spec: Spec) -> token_files.Model:
     asks_for_eod = any(options.get(name) for name in EOD_OPTIONS)
     name = "NullTokenizer's megatron.vocab-size"
     return token_files.Model(size + 1, f"{name} + 1 =", size if asks_for_eod else None, name)
-
-
-def _is_weight(item: Any) -> bool:
-    """Blends alternate weights and prefixes."""
-    try:
-        float(item)
-    except ValueError:
-        return False
-    return True

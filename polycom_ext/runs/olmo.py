@@ -111,8 +111,10 @@ class OLMoTrainer:
                         f"{spec.name}: {self.name}.{where}: {path} not found (looked in {Path.cwd()}); "
                         "`polycom data prepare --format olmo` makes token files"
                     )
+        tree = upstream.tree(self.upstreams[0])
+        defaults = olmo_options.model_defaults(tree) if tree.exists() else {}
         model, tokenizer = _section(spec, "model"), _section(spec, "tokenizer").get("identifier")
-        problem = olmo_tokens.problem(self.name, files, model, tokenizer)
+        problem = olmo_tokens.problem(self.name, files, {**defaults, **model}, tokenizer)
         if problem:
             raise PolycomError(f"{spec.name}: {problem}")
 

@@ -30,12 +30,30 @@ def texts(tree: Path) -> set[str]:
     return {name for name, types in annotations.items() if "str" in types and types <= _OF_TEXTS}
 
 
+@lru_cache
+def model_defaults(tree: Path) -> dict[str, int]:
+    """Field of ModelConfig -> default, of those that are integers."""
+    [config] = [node for node in _parsed(tree) if node.name == "ModelConfig"]
+    return {
+        statement.target.id: statement.value.value
+        for statement in config.body
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and isinstance(statement.value, ast.Constant)
+        and type(statement.value.value) is int
+    }
+
+
 _OF_TEXTS = {"str", "Optional", "List", "Dict", "Tuple"}
 
 
 def _classes(tree: Path) -> dict[str, dict[str, str]]:
+    return {node.name: _fields(node) for node in _parsed(tree)}
+
+
+def _parsed(tree: Path) -> list[ast.ClassDef]:
     source = (tree / "olmo" / "config.py").read_text(encoding="utf-8")
-    return {node.name: _fields(node) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    return [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
 
 
 def _fields(node: ast.ClassDef) -> dict[str, str]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from polycom_ext.data import token_files
 
-DEFAULTS = {"vocab_size": 50257, "eos_token_id": 50256, "pad_token_id": 50256}
-"""Of `olmo.config.ModelConfig`, in both pins."""
+FIELDS = ("vocab_size", "eos_token_id", "pad_token_id")
+"""Of OLMo's ModelConfig, what is said of tokens."""
 
 
 def problem(section: str, files: Mapping[str, str], model: Mapping[str, Any], tokenizer: Any) -> str:
@@ -18,11 +18,11 @@ def problem(section: str, files: Mapping[str, str], model: Mapping[str, Any], to
     Args:
         section: of the spec, as it is named there.
         files: local ones -> the `memmap_dtype` of their section.
-        model: its `model` section.
+        model: its `model` section, over upstream's defaults.
         tokenizer: the identifier of the tokenizer that OLMo loads.
     """
-    known = {name: model.get(name, default) for name, default in DEFAULTS.items()}
-    ids = {name: value if isinstance(value, int) else None for name, value in known.items()}
+    given = {name: model.get(name) for name in FIELDS}
+    ids = {name: value if isinstance(value, int) else None for name, value in given.items()}
     vocab_size = ids["vocab_size"]
     for name in ("eos_token_id", "pad_token_id"):
         id_ = ids[name]

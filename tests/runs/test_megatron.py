@@ -17,7 +17,7 @@ from polycom_ext import upstream
 from polycom_ext.activations import REGISTRY
 from polycom_ext.cli import main
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import document
+from polycom_ext.runs import document, megatron_data
 from polycom_ext.runs.megatron import MegatronTrainer
 from polycom_ext.runs.spec import Spec, load
 
@@ -465,3 +465,13 @@ def test_what_is_no_folder_of_iterations_cannot_be_read_either(tmp_path: Path) -
         PolycomError, match=r"cannot be read \(Not a directory\); of checkpoints, none is there"
     ):
         MegatronTrainer().latest_step(make(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "blend",
+    ["a", "0.3 a 0.7 b", "a b", "2024", "a 1e5", "1e5 a", "30 a b", "30 a b c", "0.3 1 0.7 2", "30 70"],
+)
+def test_upstream_takes_the_same_words_of_a_blend_for_data_sets(tree: Path, blend: str) -> None:
+    """A data set may have a number for its name."""
+    (expected, _), _ = upstreams_blend(tree, **{"data-path": blend.split()})
+    assert megatron_data.prefixes(blend.split()) == expected

@@ -274,6 +274,18 @@ def test_what_our_own_entry_builds_a_model_from_is_judged(known: dict[str, megat
     assert read - judged == {"fp16_lm_cross_entropy"}, "a precision"
 
 
+def test_every_group_of_options_that_describes_the_model_is_upstreams(tree: Path) -> None:
+    source = (tree / "megatron" / "training" / "arguments.py").read_text()
+    titles = {
+        keyword.value.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument_group")
+        for keyword in node.keywords
+        if keyword.arg == "title" and isinstance(keyword.value, ast.Constant)
+    }
+    assert set(megatron_options.ARCHITECTURE) <= titles
+
+
 def test_numbers_are_checked_as_they_were_written(known: dict[str, megatron_options.Option]) -> None:
     def problem(name: str, text: str) -> str | None:
         return known[name].problem(document.load(text))

@@ -8,6 +8,7 @@ import pytest
 
 from polycom_ext.activations import REGISTRY
 from polycom_ext.errors import PolycomError
+from polycom_ext.runs import olmo_options, olmo_tokens
 from polycom_ext.runs.olmo import OLMoMoETrainer, OLMoTrainer
 from polycom_ext.runs.spec import Spec, load
 
@@ -228,6 +229,16 @@ def test_a_run_is_complete_at_its_last_step_with_its_coefficients(tmp_path: Path
     assert trainer.is_complete(spec, tmp_path)
     assert trainer.is_complete(make("gelu"), tmp_path)
     assert not trainer.is_complete(make(max_duration=9), tmp_path)
+
+
+def test_defaults_of_the_model_are_olmos(tree: Path, olmo: None) -> None:
+    """Token files are compared with them where a spec says nothing."""
+    from olmo.config import ModelConfig
+
+    upstreams = ModelConfig()
+    defaults = olmo_options.model_defaults(tree)
+    assert set(olmo_tokens.FIELDS) <= defaults.keys()
+    assert defaults == {name: getattr(upstreams, name) for name in defaults}
 
 
 def test_length_in_tokens_counts_as_steps() -> None:
