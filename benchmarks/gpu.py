@@ -1,4 +1,4 @@
-"""Everything to know of the operations on a GPU, in one command of less than five minutes.
+"""Everything to know of the operations on a GPU, in one command; its steps have seven minutes at most.
 
     python benchmarks/gpu.py [--output DIRECTORY]     # where torch sees a GPU and nvcc is of its CUDA
 
