@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -146,21 +146,13 @@ class Activation:
     """Has learnable coefficients, and so an order."""
     normalizes: bool = False
     """Reads whole rows: a row sharded over ranks needs a reduction."""
-    native: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Upstream name -> the arguments by which that upstream, unpatched, asks for it."""
 
 
 _ENTRIES = (
-    Activation(
-        "swiglu",
-        "SwiGLU",
-        SwiGLU,
-        gated=True,
-        native={"megatron": {"swiglu": True}, "olmo": {"activation_type": "swiglu"}},
-    ),
-    Activation("gelu", "GELU", nn.GELU, native={"megatron": {}, "olmo": {"activation_type": "gelu"}}),
-    Activation("relu", "ReLU", nn.ReLU, native={"olmo": {"activation_type": "relu"}}),
-    Activation("relu2", "ReLU²", SquaredReLU, native={"megatron": {"squared-relu": True}}),
+    Activation("swiglu", "SwiGLU", SwiGLU, gated=True),
+    Activation("gelu", "GELU", nn.GELU),
+    Activation("relu", "ReLU", nn.ReLU),
+    Activation("relu2", "ReLU²", SquaredReLU),
     Activation("silu", "SiLU", nn.SiLU),
     Activation("polyrelu", "PolyReLU", PolyReLU, coefficients=True),
     Activation("polyprelu", "PolyPReLU", PolyPReLU, coefficients=True),

@@ -1,4 +1,9 @@
-"""The one exception that the command line turns into a sentence and exit status 2."""
+"""The one exception that the command line turns into a sentence and exit status 2, and its "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class PolycomError(Exception):
@@ -7,3 +12,9 @@ class PolycomError(Exception):
 
 class MissingDependencyError(PolycomError, ImportError):
     """An optional package that an adapter needs is not installed."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest known word, or nothing if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

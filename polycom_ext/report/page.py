@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jinja2
@@ -82,13 +82,19 @@ def write_report(run_dirs: Sequence[Path], output: Path, title: str) -> tuple[Pa
 
 def _conditions(family: Family) -> list[tuple[str, Any, Any]]:
     here: dict[str, Any] = {name: getattr(family.facts, name, None) for name in CONDITIONS}
-    here["tokens"] = family.tokens
+    here |= {"tokens": family.tokens, "data": _names(family.facts.data)}
     paper = family.published.conditions
     return [
         (title, here[name], paper.get(name))
         for name, title in CONDITIONS.items()
         if here[name] or paper.get(name)
     ]
+
+
+def _names(files: Sequence[str]) -> str:
+    """The files with the folder that each lies in."""
+    names = list(dict.fromkeys("/".join(PurePath(file).parts[-2:]) for file in files))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _versions(results: Sequence[Result]) -> tuple[dict[str, str], list[dict[str, str]]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from polycom_ext.report.facts import Facts
+from polycom_ext.runs.adapter import Facts
 
 _FILE = Path(__file__).with_name("published.yaml")
 KINDS = ("dense", "moe")

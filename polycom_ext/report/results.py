@@ -11,14 +11,13 @@ from statistics import fmean, median
 from typing import Any
 
 from polycom_ext import activations
-from polycom_ext.report import facts, published
+from polycom_ext.report import published
 from polycom_ext.report.rundir import STEP_SECONDS, TRAIN_LOSS, Run, Series
+from polycom_ext.runs import adapter
 from polycom_ext.runs import spec as run_spec
-from polycom_ext.runs import trainer
 
 FINAL_SHARE = 0.1
 """Losses of single batches scatter: the final training loss is the mean of this last share of the values."""
-_TRAINERS = {"megatron": "Megatron-LM", "olmo": "OLMo", "olmo-moe": "OLMo, MoE branch"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Result:
         spec = run_spec.from_mapping(run.spec, str(run.path / "run.yaml"))
         entry, order = activations.parse(spec.activation)
         explicit = f" (order {order})" if entry.coefficients and order != activations.DEFAULT_ORDER else ""
-        return cls(run, spec, trainer.find(spec.trainer).total_steps(spec), entry.title + explicit)
+        return cls(run, spec, adapter.find(spec.trainer).total_steps(spec), entry.title + explicit)
 
     @property
     def order(self) -> int | None:
@@ -52,14 +51,18 @@ class Result:
         return self.spec.entry.name if self.order in (None, order) else None
 
     @cached_property
-    def facts(self) -> facts.Facts:
+    def facts(self) -> adapter.Facts:
         """Model, batch and data."""
-        return facts.of(self.spec)
+        return adapter.find(self.spec.trainer).facts(self.spec)
 
     @property
     def ffn_parameters(self) -> int | None:
-        """Weights of all FFN matrices."""
-        return facts.ffn_parameters(self.spec, self.facts)
+        """Weights of all FFN matrices, all experts included; None where the spec does not tell."""
+        width, facts = self.spec.matched_ffn_width, self.facts
+        if width is None or facts.hidden is None or facts.layers is None:
+            return None
+        matrices = 3 if self.spec.entry.gated else 2
+        return facts.layers * max(1, facts.experts) * matrices * facts.hidden * width
 
     @property
     def unfinished(self) -> bool:
@@ -145,7 +148,7 @@ class Family:
         return self.results[0]
 
     @property
-    def facts(self) -> facts.Facts:
+    def facts(self) -> adapter.Facts:
         """Model, batch and data, the same for all."""
         return self.baseline.facts
 
@@ -208,7 +211,7 @@ def families(runs: Sequence[Run]) -> list[Family]:
     made = []
     for key, group in groups.items():
         rivals = [other for other, title in titles.items() if title == titles[key]]
-        kind, name = group[0].facts.kind, group[0].spec.trainer
+        kind, name = group[0].facts.kind, group[0].spec.upstream or group[0].spec.trainer
         slug = f"{kind}-{name}" + (f"-{rivals.index(key) + 1}" if len(rivals) > 1 else "")
         distinction = _distinction(keys[key], [keys[rival] for rival in rivals])
         made.append(Family(_label(group), titles[key] + distinction, slug))
@@ -239,7 +242,8 @@ def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _title(result: Result) -> str:
     kind = "Mixture-of-experts model" if result.facts.experts else "Dense model"
-    return f"{kind}, {_TRAINERS.get(result.spec.trainer, result.spec.trainer)}"
+    version = adapter.chosen(adapter.find(result.spec.trainer), result.spec)
+    return f"{kind}, {version.title if version else result.spec.trainer}"
 
 
 def _distinction(settings: dict[str, Any], rivals: list[dict[str, Any]]) -> str:

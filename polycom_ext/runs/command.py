@@ -13,11 +13,11 @@ from pathlib import Path
 
 from polycom_ext import files, upstream
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import local, progress, trainer
+from polycom_ext.runs import local, progress
+from polycom_ext.runs.adapter import Adapter, find, trees
 from polycom_ext.runs.rendering import render
 from polycom_ext.runs.rundir import RunDirectory
 from polycom_ext.runs.spec import Spec, load
-from polycom_ext.runs.trainer import Trainer
 
 TAIL_LINES = 20
 """How much of the log is shown when a trainer fails."""
@@ -32,7 +32,7 @@ class Run:
     """A spec, its trainer's adapter and its directory."""
 
     spec: Spec
-    trainer: Trainer
+    adapter: Adapter
     directory: RunDirectory
 
 
@@ -62,11 +62,11 @@ def main(args: argparse.Namespace) -> int:
         for run in runs:
             _prepare_upstreams(run)
     for run in runs:
-        run.trainer.validate(run.spec)
-        run.directory.check_resumable(run.spec, run.trainer)
+        run.adapter.validate(run.spec)
+        run.directory.check_resumable(run.spec, run.adapter)
         if not args.dry_run:
-            run.trainer.check_inputs(run.spec)
-            render(run.spec, run.trainer, run.directory.path).process_environment()
+            run.adapter.check_inputs(run.spec)
+            render(run.spec, run.adapter, run.directory.path).process_environment()
     for run in runs:
         status = _show(run) if args.dry_run else _start(run)
         if status:
@@ -80,7 +80,7 @@ def _plan(config: Path, args: argparse.Namespace) -> Run:
         path = Path("outputs") / spec.name
     else:
         path = args.output if len(args.configs) == 1 else args.output / spec.name
-    return Run(spec, trainer.find(spec.trainer), RunDirectory(path.absolute()))
+    return Run(spec, find(spec.trainer), RunDirectory(path.absolute()))
 
 
 def _refuse_shared_directories(runs: list[Run]) -> None:
@@ -94,22 +94,21 @@ def _refuse_shared_directories(runs: list[Run]) -> None:
 
 def _prepare_upstreams(run: Run) -> None:
     """A tree that asks for patches gets them; an activation that upstream knows runs on any tree."""
-    for name in run.trainer.upstreams:
-        needs_patches = run.trainer.name not in run.spec.entry.native
-        if needs_patches or not upstream.tree(name).exists():
+    for name in trees(run.adapter, run.spec):
+        if run.adapter.needs_patches(run.spec) or not upstream.tree(name).exists():
             upstream.ensure_applied(name)
 
 
 def _show(run: Run) -> int:
-    for name in run.trainer.upstreams:
+    for name in trees(run.adapter, run.spec):
         if not upstream.tree(name).exists():
             print(
                 f"note: {name} is not here yet, so its option names were not checked: "
                 f"`polycom upstream apply {name}`",
                 file=sys.stderr,
             )
-    print(render(run.spec, run.trainer, run.directory.path).script(), end="")
-    for name, text in run.trainer.files(run.spec, run.directory.path).items():
+    print(render(run.spec, run.adapter, run.directory.path).script(), end="")
+    for name, text in run.adapter.files(run.spec, run.directory.path).items():
         print(f"\n# {run.directory.path / name}:")
         for line in text.splitlines():
             print(f"#   {line}".rstrip())
@@ -118,14 +117,14 @@ def _show(run: Run) -> int:
 
 def _start(run: Run) -> int:
     spec, directory, name = run.spec, run.directory, run.spec.name
-    if directory.is_finished(spec, run.trainer):
-        step = run.trainer.latest_step(spec, directory.path)
+    if directory.is_finished(spec, run.adapter):
+        step = run.adapter.latest_step(spec, directory.path)
         print(f"{name}: already complete at step {step}, nothing to do ({directory.path})", flush=True)
         return 0
     with directory.locked() as log:
-        command = render(spec, run.trainer, directory.path)
-        step = run.trainer.latest_step(spec, directory.path)
-        directory.write(spec, run.trainer, command)
+        command = render(spec, run.adapter, directory.path)
+        step = run.adapter.latest_step(spec, directory.path)
+        directory.write(spec, run.adapter, command)
         directory.begin_attempt(log, step)
         how = "starting" if step is None else f"resuming from step {step}"
         print(f"{name}: {how}; everything it says goes to {directory.log}", flush=True)
@@ -133,7 +132,7 @@ def _start(run: Run) -> int:
         outcome = local.launch(command, log, follower)
         _note_end(run, outcome)
     seconds = progress.duration(time.monotonic() - follower.began)
-    complete = run.trainer.is_complete(spec, directory.path)
+    complete = run.adapter.is_complete(spec, directory.path)
     if outcome.interrupted is not None and not complete:
         print(
             f"{name}: stopped after {seconds}; the same command goes on from the last checkpoint",
@@ -163,7 +162,7 @@ class _Follower:
         self.records = 0
         self._log, self._log_start = run.directory.log, run.directory.log.stat().st_size
         self._tail = progress.MetricsTail(run.directory.metrics)
-        self._total = run.trainer.total_steps(run.spec)
+        self._total = run.adapter.total_steps(run.spec)
         self._patience = PATIENCE_SECONDS
 
     def __call__(self) -> None:
@@ -190,16 +189,16 @@ def _note_end(run: Run, outcome: local.Outcome) -> None:
 
 def _did_nothing(run: Run, follower: _Follower, from_step: int | None) -> bool:
     """Whether a run of known length neither logged nor saved a step: upstream may give up with status 0."""
-    known = run.trainer.total_steps(run.spec) is not None
+    known = run.adapter.total_steps(run.spec) is not None
     return (
-        known and not follower.records and run.trainer.latest_step(run.spec, run.directory.path) == from_step
+        known and not follower.records and run.adapter.latest_step(run.spec, run.directory.path) == from_step
     )
 
 
 def _write_coefficients(run: Run) -> None:
     """Write what a complete run has learned; it is complete whether they can be read or not."""
     try:
-        run.directory.write_coefficients(run.trainer.coefficients(run.spec, run.directory.path))
+        run.directory.write_coefficients(run.adapter.coefficients(run.spec, run.directory.path))
     except Exception as error:  # whatever reading a checkpoint raises: the training is done and saved
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"{run.spec.name}: complete, but without coefficients.json: {reason}", file=sys.stderr)

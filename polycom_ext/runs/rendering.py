@@ -10,9 +10,10 @@ from pathlib import Path
 
 from polycom_ext import upstream
 from polycom_ext.errors import PolycomError
+from polycom_ext.runs import adapter as contract
 from polycom_ext.runs import secrets
+from polycom_ext.runs.adapter import Adapter
 from polycom_ext.runs.spec import Spec
-from polycom_ext.runs.trainer import Trainer
 
 BREAK = " \\\n    "
 """A shell line that goes on, indented, in the next."""
@@ -92,18 +93,18 @@ class Command:
         return "\n".join([*lines, text]) + "\n"
 
 
-def render(spec: Spec, trainer: Trainer, run_dir: Path) -> Command:
+def render(spec: Spec, adapter: Adapter, run_dir: Path) -> Command:
     """The command for this machine. Writes nothing."""
     stated = {**LAUNCHER, "nproc-per-node": str(spec.processes)}
     launcher = ["-m", "torch.distributed.run"]
     launcher += [part for name, value in stated.items() for part in (f"--{name}", value)]
-    environment = {**LAUNCH_ENVIRONMENT, **trainer.environment(spec, run_dir), **spec.environment}
+    environment = {**LAUNCH_ENVIRONMENT, **adapter.environment(spec, run_dir), **spec.environment}
     # The trees first, so that neither the spec nor the caller can hide them.
-    paths = [str(upstream.tree(name)) for name in trainer.upstreams]
+    paths = [str(upstream.tree(name)) for name in contract.trees(adapter, spec)]
     for given in (environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")):
         paths += [path for path in given.split(os.pathsep) if path and path not in paths]
     return Command(
-        arguments=[sys.executable, *launcher, *trainer.arguments(spec, run_dir)],
+        arguments=[sys.executable, *launcher, *adapter.arguments(spec, run_dir)],
         environment={"PYTHONPATH": os.pathsep.join(paths), **environment},
         directory=Path.cwd(),
     )

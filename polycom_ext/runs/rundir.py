@@ -21,9 +21,9 @@ from polycom_ext.errors import PolycomError
 from polycom_ext.files import holders, lock, write_text
 from polycom_ext.runs import document, local, secrets
 from polycom_ext.runs import spec as specs
+from polycom_ext.runs.adapter import Adapter, trees
 from polycom_ext.runs.rendering import Command
 from polycom_ext.runs.spec import Spec
-from polycom_ext.runs.trainer import Trainer
 from polycom_ext.upstream import git
 
 
@@ -38,7 +38,7 @@ class RunDirectory:
         self._spec = path / "run.yaml"
         self._versions = path / "versions.json"
 
-    def check_resumable(self, spec: Spec, trainer: Trainer) -> None:
+    def check_resumable(self, spec: Spec, adapter: Adapter) -> None:
         """Raise PolycomError if the run could not go on from what is there.
 
         That is so where checkpoints belong to another model than the spec's, where a file cannot be read that
@@ -46,7 +46,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise PolycomError(f"{self.path} is a file, not a folder: give another --output")
-        latest = trainer.latest_step(spec, self.path)
+        latest = adapter.latest_step(spec, self.path)
         self._attempts()
         if latest is None or not self._spec.exists():
             return
@@ -54,7 +54,7 @@ class RunDirectory:
         if before.trainer != spec.trainer:
             changed = ["trainer"]
         else:
-            old, new = trainer.model(before), trainer.model(spec)
+            old, new = adapter.model(before), adapter.model(spec)
             changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         if changed:
             raise PolycomError(
@@ -75,7 +75,7 @@ class RunDirectory:
                 raise PolycomError(f"{self.path} is in use by {local.users(holders(self.log))}")
             yield log
 
-    def write(self, spec: Spec, trainer: Trainer, command: Command) -> None:
+    def write(self, spec: Spec, adapter: Adapter, command: Command) -> None:
         """Write the resolved spec, the command, its files and the versions, for a start or a resumption.
 
         Where there is no checkpoint, old metrics are forgotten: this start writes all of them. Where there is
@@ -85,12 +85,13 @@ class RunDirectory:
         if "environment" in record:
             record["environment"] = secrets.masked(spec.environment)
         write_text(self._spec, document.dump(record))
-        for name, text in trainer.files(spec, self.path).items():
+        for name, text in adapter.files(spec, self.path).items():
             write_text(self.path / name, text)
         write_text(self.path / "command.sh", command.script(), executable=True)
         attempts = self._attempts()
-        write_text(self._versions, json.dumps({**_versions(trainer), "attempts": attempts}, indent=2) + "\n")
-        if trainer.latest_step(spec, self.path) is not None:
+        versions = {**_versions(spec, adapter), "attempts": attempts}
+        write_text(self._versions, json.dumps(versions, indent=2) + "\n")
+        if adapter.latest_step(spec, self.path) is not None:
             self._end_last_line()
             return
         for path in (self.metrics, self.path / "coefficients.json"):
@@ -130,10 +131,10 @@ class RunDirectory:
         *earlier, last = self._attempts()
         self._write_attempts([*earlier, {**last, "ended": _now(), "status": status}])
 
-    def is_finished(self, spec: Spec, trainer: Trainer) -> bool:
+    def is_finished(self, spec: Spec, adapter: Adapter) -> bool:
         """Whether the last step is saved and the trainer also came through what it does after it."""
         attempts = self._attempts()
-        return bool(attempts) and attempts[-1].get("status") == 0 and trainer.is_complete(spec, self.path)
+        return bool(attempts) and attempts[-1].get("status") == 0 and adapter.is_complete(spec, self.path)
 
     def _attempts(self) -> list[dict[str, Any]]:
         try:
@@ -151,14 +152,14 @@ class RunDirectory:
         write_text(self._versions, json.dumps({**versions, "attempts": attempts}, indent=2) + "\n")
 
 
-def _versions(trainer: Trainer) -> dict[str, Any]:
+def _versions(spec: Spec, adapter: Adapter) -> dict[str, Any]:
     return {
         "polycom-ext": __version__,
         "commit": git.commit_of(Path(polycom_ext.__file__).parent),
         "python": platform.python_version(),
         "torch": metadata.version("torch"),
         "platform": platform.platform(),
-        "upstreams": {name: upstream.state(name) for name in trainer.upstreams},
+        "upstreams": {name: upstream.state(name) for name in trees(adapter, spec)},
     }
 
 

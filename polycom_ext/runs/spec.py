@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
-from polycom_ext import activations
-from polycom_ext.errors import PolycomError
+from polycom_ext import activations, trainers
+from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.runs import document
-from polycom_ext.runs.suggest import did_you_mean
 
-SHARED_KEYS = ("name", "trainer", "activation", "ffn_width", "processes", "environment", "sources")
-"""Top-level keys of every spec; the one more is the trainer's section, named after the trainer."""
+SHARED_KEYS = (
+    *("name", "trainer", "upstream", "activation", "ffn_width", "processes", "environment", "sources"),
+)
+"""Top-level keys of every spec; the one more is the section of the trainer's options."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Spec:
     """The trainer's section: upstream's own option names."""
     sources: Any = None
     """Where the numbers come from; read by people only."""
+    upstream: str | None = None
+    """The pinned version of the trainer; None where there is but one, or none."""
 
     @property
     def entry(self) -> activations.Activation:
@@ -62,11 +65,12 @@ class Spec:
         mapping: dict[str, Any] = {
             "name": self.name,
             "trainer": self.trainer,
+            "upstream": self.upstream,
             "activation": self.activation,
             "ffn_width": self.ffn_width,
             "processes": self.processes,
             "environment": self.environment,
-            self.trainer: self.options,
+            trainers.find(self.trainer).section: self.options,
             "sources": self.sources,
         }
         return {key: value for key, value in mapping.items() if value is not None}
@@ -106,8 +110,12 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:
     """Check the keys and types of a resolved mapping; `origin` names it in the sentence of a PolycomError."""
     _check_texts(mapping, origin)
-    trainer = _text(mapping, "trainer", origin, "megatron or olmo")
-    known = (*SHARED_KEYS, trainer)
+    trainer = _text(mapping, "trainer", origin, f"one of {', '.join(trainers.names())}")
+    try:
+        adapter = trainers.find(trainer)
+    except PolycomError as error:
+        raise PolycomError(f"{origin}: {error}") from None
+    known = (*SHARED_KEYS, adapter.section)
     for key in mapping:
         if key not in known:
             raise PolycomError(
@@ -130,8 +138,9 @@ def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:
         ffn_width=_count(mapping, "ffn_width", origin) if "ffn_width" in mapping else None,
         processes=_count(mapping, "processes", origin) if "processes" in mapping else 1,
         environment=_environment(mapping, origin),
-        options=_section(mapping, trainer, origin),
+        options=_section(mapping, adapter.section, origin),
         sources=mapping.get("sources"),
+        upstream=_upstream(mapping, adapter, origin),
     )
     _ = spec.matched_ffn_width
     return spec
@@ -232,6 +241,19 @@ def _section(mapping: dict[str, Any], key: str, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PolycomError(f"{origin}: {key} must be a mapping of names to values, not {value!r}")
     return value
+
+
+def _upstream(mapping: dict[str, Any], adapter: Any, origin: str) -> str | None:
+    versions = list(adapter.upstreams)
+    if mapping.get("upstream") is None:
+        return versions[0] if len(versions) > 1 else None
+    name = _text(mapping, "upstream", origin, "a pinned version of the trainer")
+    if name not in versions:
+        near = did_you_mean(name, versions)
+        raise PolycomError(
+            f"{origin}: trainer {adapter.name} has no upstream {name!r}{near}; known: {', '.join(versions)}"
+        )
+    return name
 
 
 def _environment(mapping: dict[str, Any], origin: str) -> dict[str, str]:

@@ -18,8 +18,8 @@ from polycom_ext.data import token_files
 from polycom_ext.data.prepare import prepare
 from polycom_ext.data.settings import Settings
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs.megatron import MegatronTrainer
-from polycom_ext.runs.olmo import OLMoTrainer
+from polycom_ext.integrations.megatron.adapter import MegatronAdapter
+from polycom_ext.integrations.olmo.adapter import OLMoAdapter
 from polycom_ext.runs.spec import Spec
 
 from .conftest import write_jsonl
@@ -56,14 +56,14 @@ def megatron(prefix: object = "megatron", **options: Any) -> None:
     }
     options["transformer_impl"] = "local"
     named = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
-    MegatronTrainer().check_inputs(Spec("run", "megatron", "polynorm", 768, 1, {}, named))
+    MegatronAdapter().check_inputs(Spec("run", "megatron", "polynorm", 768, 1, {}, named))
 
 
 def olmo(path: str = "olmo.npy", dtype: str | None = None, tokenizer: str = "hub/name", **model: Any) -> None:
     model = {"vocab_size": SIZE, "embedding_size": 384, "eos_token_id": EOS, "pad_token_id": EOS, **model}
     data = {"paths": [path]} if dtype is None else {"paths": [path], "memmap_dtype": dtype}
     options = {"model": model, "data": data, "tokenizer": {"identifier": tokenizer}}
-    OLMoTrainer().check_inputs(Spec("run", "olmo", "polynorm", 768, 1, {}, options))
+    OLMoAdapter().check_inputs(Spec("run", "olmo", "polynorm", 768, 1, {}, options))
 
 
 def refused(sentence: str, check: Callable[..., None], *arguments: Any, **options: Any) -> None:
@@ -274,6 +274,6 @@ def test_a_sample_is_spread_over_a_large_file(data: Path, monkeypatch: pytest.Mo
 def test_the_check_needs_no_library_of_the_data_room() -> None:
     script = (
         "import sys; sys.modules.update(dict.fromkeys(('tokenizers', 'pyarrow', 'tqdm', 'zstandard')));"
-        "import polycom_ext.runs.megatron, polycom_ext.runs.olmo"
+        "import polycom_ext.integrations.megatron.adapter, polycom_ext.integrations.olmo.adapter"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -259,9 +259,9 @@ def test_secrets_stand_nowhere_in_a_report(make_run: RunMaker, tmp_path: Path) -
 def test_olmo_runs_show_their_model(make_run: RunMaker, tmp_path: Path) -> None:
     model = {"block_type": "moe", "moe_num_experts": 4, "moe_top_k": 2, "n_layers": 4, "d_model": 192}
     options = {"model": {**model, "n_heads": 4, "max_sequence_length": 128}, "global_train_batch_size": 16}
-    for trainer in ("olmo", "olmo-moe"):
-        section = {"trainer": trainer, trainer: options, "megatron": None}
-        found = Result.of(read(make_run(trainer, "polynorm", metrics(4.4), options={}, **section))).facts
+    for version in ("olmo", "olmo-moe"):
+        section = {"trainer": "olmo", "upstream": version, "olmo": options, "megatron": None}
+        found = Result.of(read(make_run(version, "polynorm", metrics(4.4), options={}, **section))).facts
         assert (found.kind, found.experts, found.active_experts) == ("moe", 4, 2)
         assert (found.layers, found.hidden, found.heads) == (4, 192, 4)
         assert (found.sequence, found.batch) == (128, 16)

@@ -9,12 +9,11 @@ from statistics import fmean
 import pytest
 
 from polycom_ext.activations import REGISTRY
-from polycom_ext.report import facts, published
+from polycom_ext.report import published
 from polycom_ext.report.results import Family, families
 from polycom_ext.report.rundir import read
 from polycom_ext.report.sentence import summarize
 from polycom_ext.report.tables import differences, side_by_side
-from polycom_ext.runs.spec import Spec
 
 from .conftest import DENSE, MOE, RunMaker, curve, metrics
 
@@ -193,26 +192,6 @@ def test_only_the_paper_s_model_and_tokens_are_no_rehearsal(make_run: RunMaker) 
     short = {953600: full[953675]}
     (family,) = grouped(make_run("q", "polynorm", short, options=options, ffn_width=8256))
     assert family.rehearsal
-
-
-def test_facts_of_an_olmo_spec() -> None:
-    options = {
-        "model": {
-            "d_model": 64,
-            "n_heads": 4,
-            "n_layers": 2,
-            "max_sequence_length": 32,
-            "block_type": "moe",
-            "moe_num_experts": 8,
-            "moe_top_k": 2,
-        },
-        "global_train_batch_size": 4,
-        "data": {"paths": ["data/demo/part-0.npy", "data/demo/part-1.npy"]},
-    }
-    found = facts.of(Spec("o", "olmo", "polynorm", 96, 2, {}, options))
-    assert (found.layers, found.hidden, found.experts, found.active_experts) == (2, 64, 8, 2)
-    assert found.tokens(10) == 10 * 4 * 32
-    assert found.data == "demo/part-0.npy, demo/part-1.npy"
 
 
 REHEARSAL = "; a rehearsal that does not reproduce the paper."

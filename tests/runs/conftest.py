@@ -1,4 +1,4 @@
-"""The toy trainer among the trainers, and an empty folder to run in."""
+"""The toy trainer, a package of somebody else's, among the trainers, and an empty folder to run in."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import pytest
 import yaml
 
 from polycom_ext.cli import main
-from polycom_ext.runs import trainer
 
+THIRD_PARTY = Path(__file__).with_name("third_party")
 POLYCOM_WITH_TOY = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(THIRD_PARTY)!r})
 from polycom_ext.cli import main
-from polycom_ext.runs import trainer
-trainer.TRAINERS["toy"] = ("toy", "ToyTrainer")
 sys.exit(main())
 """
 
@@ -51,8 +49,7 @@ def finished_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def register(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    monkeypatch.setitem(trainer.TRAINERS, "toy", ("toy", "ToyTrainer"))
+    monkeypatch.syspath_prepend(THIRD_PARTY)
     monkeypatch.chdir(folder)
 
 

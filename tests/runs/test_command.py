@@ -16,10 +16,11 @@ import yaml
 
 from polycom_ext import __version__, upstream
 from polycom_ext.cli import main
+from polycom_ext.runs.adapter import Upstream
 from polycom_ext.runs.rendering import Command, render
 from polycom_ext.runs.spec import load
 
-from .toy import ToyTrainer
+from .third_party.toy import ToyAdapter
 
 RUN = Path("outputs/small")
 
@@ -88,14 +89,14 @@ def test_the_saved_command_is_the_run(finished_directory: Path) -> None:
 def test_no_variable_of_a_spec_hides_the_trees_or_breaks_the_script(
     toy_spec: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ToyTrainer, "upstreams", ("megatron", "olmo"))
+    monkeypatch.setattr(ToyAdapter, "upstreams", {"toy": Upstream("Toy", ("megatron", "olmo"))})
     monkeypatch.setenv("PYTHONPATH", f"/inherited:{upstream.tree('olmo')}::/spec")
     path = Path(toy_spec(steps=1))
     text = yaml.safe_load(path.read_text())
     odd = "two\nlines '$HOME' \"`ls`\" \\\\ ü"
     text["environment"] = {"PYTHONPATH": "/spec:/more:", "ODD": odd}
     path.write_text(yaml.safe_dump(text))
-    command = render(load(path), ToyTrainer(), Path("/run"))
+    command = render(load(path), ToyAdapter(), Path("/run"))
     trees = [str(upstream.tree(name)) for name in ("megatron", "olmo")]
     assert command.environment["PYTHONPATH"].split(":") == [*trees, "/spec", "/more", "/inherited"]
     script = Command(["printenv", "ODD"], command.environment, Path("/")).script()

@@ -10,8 +10,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from polycom_ext.activations import REGISTRY, parse
+from polycom_ext.activations import parse
 from polycom_ext.errors import PolycomError
+from polycom_ext.integrations.megatron.native import FLAGS
 
 OVERRIDE = "polycom_allow_other_activation"
 
@@ -40,12 +41,11 @@ def _function(args: Namespace) -> _Function:
     if named is not None:
         saved = getattr(args, "polycom_constants", None)
         return _Function(parse(named)[0].name, constants(named) if saved is None else saved)
-    for entry in REGISTRY.values():
-        flags = entry.native.get("megatron")
+    for name, flags in FLAGS.items():
         if flags and all(
             getattr(args, flag.replace("-", "_"), None) == value for flag, value in flags.items()
         ):
-            return _Function(entry.name, {})
+            return _Function(name, {})
     return _Function("quick_geglu" if getattr(args, "quick_geglu", False) else "gelu", {})
 
 

@@ -1,6 +1,6 @@
 """A GPT model (dense or MoE, with or without MTP), its data and its loss, as megatron.training wants them.
 
-Imports Megatron; on a CPU `rehearsal.enable("megatron")` comes first.
+Imports Megatron; on a CPU `rehearsal.enable()` comes first.
 """
 
 from __future__ import annotations

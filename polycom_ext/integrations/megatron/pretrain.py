@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from polycom_ext import rehearsal
 from polycom_ext.errors import PolycomError
+from polycom_ext.integrations.megatron import rehearsal
 
 ERROR_MARK = "polycom: error: "
 """Begins the one line that says why a run was refused; the launcher looks for it in the log."""
@@ -125,7 +125,7 @@ def _keep_metrics() -> None:
 
 def main() -> None:
     """Train; exit status 2 with one sentence when the arguments cannot be right."""
-    rehearsal.enable("megatron")
+    rehearsal.enable()
     from megatron.core.enums import ModelType
     from megatron.training import global_vars, pretrain
 

@@ -23,10 +23,8 @@ def build_activation(config: Any) -> nn.Module:
     return module
 
 
-def is_native(activation_type: str) -> bool:
-    """Whether OLMo builds this activation itself, patched or not."""
-    entry, _ = activations.parse(activation_type)
-    return entry.native.get("olmo") == {"activation_type": activation_type}
+NATIVE = ("swiglu", "gelu", "relu")
+"""What OLMo builds itself, patched or not."""
 
 
 def coefficient_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,7 +10,7 @@ from torch.compiler import list_backends
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError
-from polycom_ext.integrations.olmo.activation import is_native
+from polycom_ext.integrations.olmo.activation import NATIVE
 from polycom_ext.integrations.olmo.checkpoint import check_format
 from polycom_ext.integrations.olmo.megablocks import BLOCK_SIZE
 from polycom_ext.integrations.olmo.ranges import check_numbers
@@ -129,7 +129,7 @@ def _check_strategy(cfg: Any) -> None:
 def _check_moe(cfg: Any) -> None:
     model = cfg.model
     entry, _ = activations.parse(model.activation_type)
-    if entry.gated and not is_native(model.activation_type):
+    if entry.gated and model.activation_type not in NATIVE:
         raise PolycomError(f"an MoE block gates with swiglu only, not with {entry.name}")
     for name in ("moe_num_experts", "moe_top_k"):
         if getattr(model, name) is None:
@@ -159,7 +159,7 @@ def _check_megablocks(model: Any, width: int) -> None:
         )
     if not model.moe_dropless and activations.parse(model.activation_type)[0].gated:
         raise PolycomError("moe_dropless: false has no gate in megablocks, so it cannot hold swiglu")
-    if model.moe_shared_expert and not is_native(model.activation_type):
+    if model.moe_shared_expert and model.activation_type not in NATIVE:
         raise PolycomError(
             f"moe_shared_expert on the MoE branch cannot hold {model.activation_type}: its layout is not the "
             "experts' (OLMo 0.6.0 can)"

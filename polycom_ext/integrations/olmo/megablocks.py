@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polycom_ext import activations
-from polycom_ext.integrations.olmo.activation import is_native
+from polycom_ext.integrations.olmo.activation import NATIVE
 
 BLOCK_SIZE = 128
 """megablocks' own, which it does not offer as a parameter."""
@@ -27,7 +27,7 @@ def share_activation(moe_args: Any, act: nn.Module, config: Any) -> None:
     Activations that OLMo knows stay as they are. Rows of the sparse layout's padding are zeros whose results
     are dropped, so they change nothing.
     """
-    if is_native(config.activation_type):
+    if config.activation_type in NATIVE:
         return
     entry, _ = activations.parse(config.activation_type)
     if entry.normalizes and config.moe_dropless and config.moe_mlp_impl == "sparse":

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from polycom_ext import rehearsal
 from polycom_ext.errors import PolycomError
+from polycom_ext.integrations.olmo import rehearsal
 
 ERROR_MARK = "polycom: error: "
 """Begins the one line that says why a run was refused; the launcher looks for it in the log."""
@@ -43,7 +43,7 @@ UPSTREAMS = (
 def main(argv: list[str] | None = None) -> int:
     """Train; exit status 2 with one sentence when the configuration cannot be right."""
     try:
-        rehearsal.enable("olmo")
+        rehearsal.enable()
         from olmo.exceptions import OLMoConfigurationError
 
         from polycom_ext.integrations.olmo import loop

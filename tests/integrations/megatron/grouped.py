@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from polycom_ext import rehearsal
+from polycom_ext.integrations.megatron import rehearsal
 
 EXPERTS, HIDDEN, WIDTH = 3, 16, 24
 
@@ -29,7 +29,7 @@ class GroupedLinear(torch.nn.Module):
 
 
 def main() -> None:
-    rehearsal.enable("megatron")
+    rehearsal.enable()
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from polycom_ext.analysis import coefficients
+from polycom_ext.integrations.megatron import coefficients
 from polycom_ext.upstream import fetch, pins
 
 from .conftest import Run, Trainer

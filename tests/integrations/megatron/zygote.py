@@ -6,8 +6,7 @@ from typing import Any
 
 from forked_ranks import serve
 
-from polycom_ext import rehearsal
-from polycom_ext.integrations.megatron import pretrain
+from polycom_ext.integrations.megatron import pretrain, rehearsal
 
 
 def _entry(request: dict[str, Any]) -> None:
@@ -16,7 +15,7 @@ def _entry(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    rehearsal.enable("megatron")
-    rehearsal.enable = lambda upstream: None  # done, for every rank that is forked from here
+    rehearsal.enable()
+    rehearsal.enable = lambda: None  # done, for every rank that is forked from here
     importlib.import_module("polycom_ext.integrations.megatron.gpt")
     serve(_entry)

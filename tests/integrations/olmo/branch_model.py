@@ -11,10 +11,10 @@ import sys
 
 import torch
 
-from polycom_ext import rehearsal
+from polycom_ext.integrations.olmo import rehearsal
 
 if __name__ == "__main__":
-    rehearsal.enable("olmo")
+    rehearsal.enable()
     from megablocks.layers import moe
     from olmo.config import ModelConfig, TrainConfig, config_to_moe_args
     from olmo.model import OLMo

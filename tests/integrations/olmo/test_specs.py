@@ -8,8 +8,10 @@ import pytest
 
 from polycom_ext.activations import REGISTRY
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import olmo_options, olmo_tokens
-from polycom_ext.runs.olmo import OLMoMoETrainer, OLMoTrainer
+from polycom_ext.integrations.olmo import options as olmo_options
+from polycom_ext.integrations.olmo import tokens as olmo_tokens
+from polycom_ext.integrations.olmo.adapter import OLMoAdapter
+from polycom_ext.runs.adapter import trees
 from polycom_ext.runs.spec import Spec, load
 
 TINY = sorted((Path(__file__).parents[3] / "configs" / "tiny").glob("olmo-*-*.yaml"))
@@ -26,9 +28,9 @@ def given(spec: Spec, run_dir: Path) -> Any:
     """The TrainConfig that the entry makes of the arguments and what a run writes into its directory."""
     from polycom_ext.integrations.olmo.train import parse
 
-    for name, text in OLMoTrainer().files(spec, run_dir).items():
+    for name, text in OLMoAdapter().files(spec, run_dir).items():
         (run_dir / name).write_text(text, encoding="utf-8")
-    arguments = OLMoTrainer().arguments(spec, run_dir)
+    arguments = OLMoAdapter().arguments(spec, run_dir)
     assert arguments[:2] == ["-m", "polycom_ext.integrations.olmo.train"]
     assert max(map(len, arguments)) < 1000
     cfg, output = parse(arguments[2:])
@@ -56,7 +58,7 @@ def test_options_reach_olmo_as_they_are(olmo: None, tmp_path: Path) -> None:
         max_duration="1e9T",
         scheduler={"units": "tokens", "t_max": 5.0e12},
     )
-    OLMoTrainer().validate(spec)
+    OLMoAdapter().validate(spec)
     cfg = given(spec, tmp_path)
     assert (cfg.run_name, cfg.save_folder) == ("run", str(tmp_path / "checkpoints"))
     assert (cfg.model.activation_type, cfg.model.mlp_hidden_size) == ("polynorm-4", 768)
@@ -116,8 +118,8 @@ def test_a_number_is_what_was_written_and_a_text_that_looks_like_one_too(olmo: N
     path.write_text(f"trainer: olmo\nactivation: polynorm\nolmo: {{{numbers}, {limits}, {texts}, {label}}}\n")
     cfg = given(load(path), tmp_path)
     assert (cfg.seed, cfg.max_duration, cfg.stop_at, cfg.max_grad_norm) == (123, 1000, 777, float("inf"))
-    assert OLMoTrainer().total_steps(load(path)) == 777
-    assert OLMoTrainer().total_steps(load(path, ["olmo.stop_at=null"])) == 1000
+    assert OLMoAdapter().total_steps(load(path)) == 777
+    assert OLMoAdapter().total_steps(load(path, ["olmo.stop_at=null"])) == 1000
     assert (cfg.optimizer.learning_rate, cfg.optimizer.eps) == (2e-3, 0.5e-8)
     assert (cfg.scheduler.t_warmup, cfg.scheduler.t_max) == (10, 5e9)
     assert cfg.data.paths == ["010", "1.10", "no", "2026-01-01"]
@@ -127,10 +129,10 @@ def test_a_number_is_what_was_written_and_a_text_that_looks_like_one_too(olmo: N
 
 
 def test_a_number_that_cannot_be_held_is_no_other_number(tree: Path) -> None:
-    OLMoTrainer().validate(make(data={"paths": ["12e4567"]}, wandb={"group": "12e4567"}))
+    OLMoAdapter().validate(make(data={"paths": ["12e4567"]}, wandb={"group": "12e4567"}))
     for options in ({"optimizer": {"learning_rate": "12e4567"}}, {"optimizer": {"betas": [0.9, "1e-400"]}}):
         with pytest.raises(PolycomError, match="is a number that no float holds"):
-            OLMoTrainer().validate(make(**options))
+            OLMoAdapter().validate(make(**options))
 
 
 def test_a_specs_values_may_refer_as_olmos_do_and_the_runs_own_do_not(olmo: None, tmp_path: Path) -> None:
@@ -147,9 +149,9 @@ def test_a_specs_values_may_refer_as_olmos_do_and_the_runs_own_do_not(olmo: None
 @pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
 def test_tiny_specs_are_valid(path: Path, tree: Path) -> None:
     spec = load(path)
-    OLMoTrainer().validate(spec)
+    OLMoAdapter().validate(spec)
     assert spec.name == f"tiny-{path.stem}"
-    assert OLMoTrainer().total_steps(spec)
+    assert OLMoAdapter().total_steps(spec)
 
 
 def test_gated_and_ungated_tiny_models_have_equal_parameters(olmo: None, tmp_path: Path) -> None:
@@ -179,7 +181,7 @@ REFUSALS: dict[str, Spec] = {
 @pytest.mark.parametrize("sentence", REFUSALS)
 def test_what_cannot_be_right_is_refused_before_a_start(sentence: str, tree: Path) -> None:
     with pytest.raises(PolycomError) as refusal:
-        OLMoTrainer().validate(REFUSALS[sentence])
+        OLMoAdapter().validate(REFUSALS[sentence])
     assert sentence in str(refusal.value)
 
 
@@ -188,10 +190,10 @@ def test_missing_token_files_are_named(tmp_path: Path) -> None:
     evaluator = {"label": "ice", "data": {"datasets": {"ice-validation": [str(tmp_path / "gone.npy")]}}}
     spec = make(data={"paths": [str(tmp_path / "here.npy"), "s3://far/away.npy"]}, evaluators=[evaluator])
     with pytest.raises(PolycomError, match=r"evaluators: ice: .*gone\.npy not found"):
-        OLMoTrainer().check_inputs(spec)
+        OLMoAdapter().check_inputs(spec)
     with pytest.raises(PolycomError, match=r"data names no token files"):
-        OLMoTrainer().check_inputs(make())
-    OLMoTrainer().check_inputs(make(data={"paths": "${path.glob:/far/*.npy}"}))
+        OLMoAdapter().check_inputs(make())
+    OLMoAdapter().check_inputs(make(data={"paths": "${path.glob:/far/*.npy}"}))
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -214,12 +216,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("sentence", SHAPES)
 def test_data_of_another_shape_is_refused(sentence: str) -> None:
     with pytest.raises(PolycomError) as refusal:
-        OLMoTrainer().check_inputs(make(**SHAPES[sentence]))
+        OLMoAdapter().check_inputs(make(**SHAPES[sentence]))
     assert sentence in str(refusal.value)
 
 
 def test_a_run_is_complete_at_its_last_step_with_its_coefficients(tmp_path: Path) -> None:
-    trainer, spec = OLMoTrainer(), make()
+    trainer, spec = OLMoAdapter(), make()
     assert trainer.latest_step(spec, tmp_path) is None
     for step in ("step4", "step8-unsharded", "step12-tmp", "latest"):
         (tmp_path / "checkpoints" / step).mkdir(parents=True)
@@ -243,15 +245,34 @@ def test_defaults_of_the_model_are_olmos(tree: Path, olmo: None) -> None:
 
 def test_length_in_tokens_counts_as_steps() -> None:
     spec = make(max_duration="1e3T", global_train_batch_size=4, model={"max_sequence_length": 16})
-    assert OLMoTrainer().total_steps(spec) == 16
+    assert OLMoAdapter().total_steps(spec) == 16
     for length in ("2ep", "2 epochs", "manyT", "T", "-3T"):
         model = {"max_sequence_length": 16}
         assert (
-            OLMoTrainer().total_steps(make(max_duration=length, global_train_batch_size=4, model=model))
+            OLMoAdapter().total_steps(make(max_duration=length, global_train_batch_size=4, model=model))
             is None
         )
-    assert OLMoTrainer().total_steps(make(max_duration="2ep", stop_at=5)) == 5
+    assert OLMoAdapter().total_steps(make(max_duration="2ep", stop_at=5)) == 5
 
 
-def test_the_branch_has_its_own_trees() -> None:
-    assert OLMoMoETrainer().upstreams == ("olmo-moe", "megablocks", "olmo")
+def test_the_branch_has_its_own_trees(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("trainer: olmo\nupstream: olmo-moe\nactivation: polynorm\nolmo: {seed: 1}\n")
+    spec = load(path)
+    assert spec.options == {"seed": 1}
+    assert trees(OLMoAdapter(), spec) == ("olmo-moe", "megablocks", "olmo")
+    assert load(path, ["upstream=null"]).upstream == "olmo"
+    assert trees(OLMoAdapter(), make()) == ("olmo",)
+    with pytest.raises(PolycomError, match=r"has no upstream 'olmo-mo' \(did you mean 'olmo-moe'"):
+        load(path, ["upstream=olmo-mo"])
+
+
+def test_facts_of_a_spec() -> None:
+    model = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_sequence_length": 32}
+    experts = {"block_type": "moe", "moe_num_experts": 8, "moe_top_k": 2}
+    paths = ["data/demo/part-0.npy", "data/demo/part-1.npy"]
+    spec = make(width=96, model={**model, **experts}, global_train_batch_size=4, data={"paths": paths})
+    found = OLMoAdapter().facts(spec)
+    assert (found.layers, found.hidden, found.experts, found.active_experts) == (2, 64, 8, 2)
+    assert found.tokens(10) == 10 * 4 * 32
+    assert found.data == tuple(paths)

@@ -7,8 +7,7 @@ from typing import Any
 
 from forked_ranks import serve
 
-from polycom_ext import rehearsal
-from polycom_ext.integrations.olmo import train
+from polycom_ext.integrations.olmo import rehearsal, train
 
 
 def _entry(request: dict[str, Any]) -> int:
@@ -31,8 +30,8 @@ def _kill_at(step: int) -> None:
 
 
 if __name__ == "__main__":
-    rehearsal.enable("olmo")
-    rehearsal.enable = lambda upstream: None  # done, for every rank that is forked from here
+    rehearsal.enable()
+    rehearsal.enable = lambda: None  # done, for every rank that is forked from here
     recording = importlib.import_module("polycom_ext.integrations.olmo.recording")
     importlib.import_module("polycom_ext.integrations.olmo.loop")
     importlib.import_module("torch._dynamo")  # an optimizer would, in every rank

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from polycom_ext import activations, upstream
-from polycom_ext.analysis.coefficients import from_megatron
-from polycom_ext.errors import PolycomError
-from polycom_ext.runs import (
-    megatron_checks,
-    megatron_data,
-    megatron_model,
-    megatron_options,
-    megatron_tokens,
-)
+from polycom_ext.errors import PolycomError, did_you_mean
+from polycom_ext.integrations.megatron import blends, checks, model, options, tokens
+from polycom_ext.integrations.megatron.coefficients import from_megatron
+from polycom_ext.integrations.megatron.native import FLAGS
+from polycom_ext.runs.adapter import Facts, Upstream, integer
 from polycom_ext.runs.spec import Spec
-from polycom_ext.runs.suggest import did_you_mean
 
 RESERVED = {
     "save": "checkpoints go to the run directory",
@@ -25,11 +21,7 @@ RESERVED = {
     "polycom-activation": "name it with `activation:`",
     "polycom-metrics": "metrics go to the run directory",
     "yaml-cfg": "it would replace every option of the run",
-    **{
-        option: "name the activation with `activation:`"
-        for entry in activations.REGISTRY.values()
-        for option in entry.native.get("megatron", {})
-    },
+    **{option: "name the activation with `activation:`" for flags in FLAGS.values() for option in flags},
 }
 """Options that a run sets itself -> why a spec cannot."""
 
@@ -37,34 +29,37 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """The file by which Megatron knows what to resume from; it is not written atomically."""
 
 
-class MegatronTrainer:
+class MegatronAdapter:
     """Runs `polycom_ext.integrations.megatron.pretrain` on Megatron-LM's own training loop."""
 
-    name = "megatron"
-    upstreams = ("megatron",)
+    name = section = "megatron"
+    upstreams: Mapping[str, Upstream] = {"megatron": Upstream("Megatron-LM", ("megatron",))}
+
+    def needs_patches(self, spec: Spec) -> bool:
+        return spec.entry.name not in FLAGS
 
     def validate(self, spec: Spec) -> None:
         _check_reserved(spec)
         tree = upstream.tree("megatron")
         if tree.exists():
-            _check_options(spec, megatron_options.known(tree))
-        megatron_data.check(spec.name, spec.options)
-        megatron_checks.check(spec, _resolved(spec))
+            _check_options(spec, options.known(tree))
+        blends.check(spec.name, spec.options)
+        checks.check(spec, _resolved(spec))
 
     def check_inputs(self, spec: Spec) -> None:
-        megatron_checks.check_packages(spec)
-        megatron_tokens.check(spec)
+        checks.check_packages(spec)
+        tokens.check(spec)
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
         checkpoints = str(run_dir / "checkpoints")
-        options = {
-            **megatron_data.arguments(_resolved(spec), run_dir),
+        given = {
+            **blends.arguments(_resolved(spec), run_dir),
             "save": checkpoints,
             "load": checkpoints,
             "polycom-metrics": str(run_dir / "metrics.jsonl"),
         }
         arguments = ["-m", "polycom_ext.integrations.megatron.pretrain"]
-        for name, value in options.items():
+        for name, value in given.items():
             if value is True:
                 arguments.append(f"--{name}")
             elif isinstance(value, list):
@@ -78,19 +73,34 @@ class MegatronTrainer:
         return {}
 
     def files(self, spec: Spec, run_dir: Path) -> dict[str, str]:
-        written = megatron_data.files(spec.options).values()
+        written = blends.files(spec.options).values()
         return {name: text for file in written for name, text in file.items()}
 
     def model(self, spec: Spec) -> dict[str, Any]:
         """Without Megatron's tree, which only a dry run does without, the activation alone."""
         entry, order = activations.parse(spec.activation)
         tree = upstream.tree("megatron")
-        options = {name: value for name, value in _resolved(spec).items() if name not in RESERVED}
-        fixed = megatron_model.fixed(options, megatron_options.known(tree)) if tree.exists() else {}
+        given = {name: value for name, value in _resolved(spec).items() if name not in RESERVED}
+        fixed = model.fixed(given, options.known(tree)) if tree.exists() else {}
         return {"activation": (entry.name, order), **{f"megatron.{name}": fixed[name] for name in fixed}}
 
+    def facts(self, spec: Spec) -> Facts:
+        given = spec.options
+        experts = integer(given.get("num-experts")) or 0
+        return Facts(
+            layers=integer(given.get("num-layers")),
+            hidden=integer(given.get("hidden-size")),
+            heads=integer(given.get("num-attention-heads")),
+            experts=experts,
+            active_experts=integer(given.get("moe-router-topk")) if experts else None,
+            sequence=integer(given.get("seq-length")),
+            batch=integer(given.get("global-batch-size")),
+            ffn_width=spec.ffn_width,
+            data=("mock data",) if given.get("mock-data") else tuple(blends.training(given)),
+        )
+
     def total_steps(self, spec: Spec) -> int | None:
-        return megatron_checks.integer(spec, "train-iters", None)
+        return checks.integer(spec, "train-iters", None)
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
         return _latest_iteration(run_dir / "checkpoints")
@@ -135,15 +145,14 @@ def _latest_iteration(checkpoints: Path) -> int | None:
 
 def _resolved(spec: Spec) -> dict[str, Any]:
     """The spec's options with the activation and the widths in upstream's terms."""
-    options = dict(spec.options)
-    native = spec.entry.native.get("megatron")
-    options.update({"polycom-activation": spec.activation} if native is None else native)
+    given = dict(spec.options)
+    given.update(FLAGS.get(spec.entry.name, {"polycom-activation": spec.activation}))
     width = spec.matched_ffn_width
     if width is not None:
-        options["ffn-hidden-size"] = width
-        if options.get("num-experts"):
-            options["moe-ffn-hidden-size"] = width
-    return options
+        given["ffn-hidden-size"] = width
+        if given.get("num-experts"):
+            given["moe-ffn-hidden-size"] = width
+    return given
 
 
 def _word(value: Any) -> str:
@@ -161,7 +170,7 @@ def _check_reserved(spec: Spec) -> None:
                 raise PolycomError(f"{spec.name}: give either ffn_width or megatron.{name}, not both")
 
 
-def _check_options(spec: Spec, known: dict[str, megatron_options.Option]) -> None:
+def _check_options(spec: Spec, known: dict[str, options.Option]) -> None:
     for name, value in spec.options.items():
         option = known.get(name)
         if option is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from polycom_ext.runs.megatron_options import Option
+from polycom_ext.integrations.megatron.options import Option
 
 HARMLESS = {
     "another kernel for the same formula": (

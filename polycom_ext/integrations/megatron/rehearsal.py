@@ -18,11 +18,13 @@ from typing import Any, cast
 
 import torch
 
-from polycom_ext.rehearsal import torch_cuda
+from polycom_ext.integrations.megatron import torch_cuda
 
 
-def install() -> None:
-    """Stand in for torch.cuda, then mend Megatron; imports Megatron."""
+def enable() -> None:
+    """Stand in for torch.cuda, then mend Megatron, which is imported; nothing where CUDA is available."""
+    if torch.cuda.is_available():
+        return
     torch_cuda.install()
     _allow_no_cuda()
     _use_the_compiled_helpers()

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from polycom_ext.analysis.coefficients import from_megatron
 from polycom_ext.errors import PolycomError
+from polycom_ext.integrations.megatron.coefficients import from_megatron
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled.*intent is to save")
 

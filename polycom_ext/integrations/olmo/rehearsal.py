@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 
-def install() -> None:
-    """Mend torch's names, then OLMo's; imports OLMo."""
+def enable() -> None:
+    """Mend torch's names, then OLMo's, which is imported; nothing where CUDA is available."""
+    if torch.cuda.is_available():
+        return
     _one_generator()
     torch.autocast = _Autocast  # type: ignore[misc, assignment]
     if find_spec("megablocks") is not None:
-        import_module("polycom_ext.rehearsal.megablocks").install()
+        import_module("polycom_ext.integrations.olmo.rehearsal_megablocks").install()
     _full_state_stays_where_it_is()
 
 

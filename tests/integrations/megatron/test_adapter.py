@@ -17,11 +17,12 @@ from polycom_ext import upstream
 from polycom_ext.activations import REGISTRY
 from polycom_ext.cli import main
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import document, megatron_data
-from polycom_ext.runs.megatron import MegatronTrainer
+from polycom_ext.integrations.megatron import blends
+from polycom_ext.integrations.megatron.adapter import MegatronAdapter
+from polycom_ext.runs import document
 from polycom_ext.runs.spec import Spec, load
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny"
+TINY = Path(__file__).parents[3] / "configs" / "tiny"
 DATA = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
 PER_TOKEN = {
     "processes": 2,
@@ -47,14 +48,14 @@ def make(activation: str = "polynorm", processes: int = 1, width: int | None = 7
 
 
 def arguments(spec: Spec) -> list[str]:
-    return MegatronTrainer().arguments(spec, Path("/run"))
+    return MegatronAdapter().arguments(spec, Path("/run"))
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_an_activation_is_asked_for_in_upstreams_way_where_it_has_one(name: str) -> None:
     entry = REGISTRY[name]
     spec = make(name)
-    MegatronTrainer().validate(spec)
+    MegatronAdapter().validate(spec)
     given = arguments(spec)
     native = {"swiglu": ["--swiglu"], "gelu": [], "relu2": ["--squared-relu"]}
     if name in native:
@@ -124,7 +125,7 @@ def test_a_run_saves_and_resumes_in_its_own_directory() -> None:
 )
 def test_a_wrong_option_is_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(PolycomError) as error:
-        MegatronTrainer().validate(make(**options))
+        MegatronAdapter().validate(make(**options))
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -200,7 +201,7 @@ def test_a_layout_that_does_not_divide_is_refused(
 ) -> None:
     spec = make(**{"processes": processes, "width": width, **options})
     with pytest.raises(PolycomError) as error:
-        MegatronTrainer().validate(spec)
+        MegatronAdapter().validate(spec)
     assert sentence in str(error.value)
 
 
@@ -229,7 +230,7 @@ def test_a_layout_that_does_not_divide_is_refused(
     ],
 )
 def test_a_layout_that_divides_is_accepted(options: dict[str, Any]) -> None:
-    MegatronTrainer().validate(make(**options))
+    MegatronAdapter().validate(make(**options))
 
 
 @pytest.mark.parametrize(
@@ -251,9 +252,9 @@ def test_what_needs_a_package_that_is_missing_is_refused_before_a_start_but_not_
     options: dict[str, Any], sentence: str
 ) -> None:
     spec = make(mock_data=True, **options)
-    MegatronTrainer().validate(spec)
+    MegatronAdapter().validate(spec)
     with pytest.raises(PolycomError, match=re.escape(sentence)):
-        MegatronTrainer().check_inputs(spec)
+        MegatronAdapter().check_inputs(spec)
 
 
 def test_what_needs_a_package_that_is_there_is_accepted(
@@ -270,12 +271,12 @@ def test_what_needs_a_package_that_is_there_is_accepted(
     for optimizer in ("muon", "lion", "adam"):
         options = {"optimizer": optimizer, "use_precision_aware_optimizer": optimizer == "adam"}
         options["transformer_impl"] = None
-        MegatronTrainer().check_inputs(make(mock_data=True, **options))
+        MegatronAdapter().check_inputs(make(mock_data=True, **options))
 
 
 def test_token_files_must_be_there_weights_need_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    trainer = MegatronTrainer()
+    trainer = MegatronAdapter()
     spec = make(train_data_path=[0.3, "a", "0.7", "b"])
     for name in ("a.bin", "a.idx", "b.bin"):
         Path(name).touch()
@@ -332,7 +333,7 @@ def upstreams_blend(tree: Path, **given: Any) -> Any:
 def test_a_blend_of_any_length_reaches_upstream_as_it_is(
     tree: Path, tmp_path: Path, blends: dict[str, Any]
 ) -> None:
-    trainer, spec = MegatronTrainer(), make()
+    trainer, spec = MegatronAdapter(), make()
     spec.options.update(blends)
     trainer.validate(spec)
     for name, text in trainer.files(spec, tmp_path).items():
@@ -352,14 +353,14 @@ def test_a_blend_of_any_length_reaches_upstream_as_it_is(
 def test_a_path_that_upstream_would_take_for_two_is_refused() -> None:
     spec = make(data_path=["an odd name"] * 100)
     with pytest.raises(PolycomError, match="ends a path at white space: rename 'an odd name'"):
-        MegatronTrainer().validate(spec)
-    MegatronTrainer().validate(make(data_path=["an odd name"] * 3))
+        MegatronAdapter().validate(spec)
+    MegatronAdapter().validate(make(data_path=["an odd name"] * 3))
 
 
 def test_data_is_never_invented_unasked() -> None:
     with pytest.raises(PolycomError, match="must name token files"):
-        MegatronTrainer().check_inputs(make())
-    MegatronTrainer().check_inputs(make(mock_data=True))
+        MegatronAdapter().check_inputs(make())
+    MegatronAdapter().check_inputs(make(mock_data=True))
 
 
 def test_a_missing_data_file_is_exit_status_2(
@@ -376,7 +377,7 @@ def test_a_missing_data_file_is_exit_status_2(
 
 
 def test_what_fixes_the_model_tells_activation_order_and_shape_and_not_the_schedule() -> None:
-    trainer = MegatronTrainer()
+    trainer = MegatronAdapter()
     base = trainer.model(make())
     assert trainer.model(make("polynorm-3", lr=1e-3, train_iters=9, bf16=True)) == base
     assert trainer.model(make("polynorm-4")) != base
@@ -386,7 +387,7 @@ def test_what_fixes_the_model_tells_activation_order_and_shape_and_not_the_sched
 
 
 def test_the_run_is_complete_at_its_last_iteration(tmp_path: Path) -> None:
-    trainer, spec = MegatronTrainer(), make()
+    trainer, spec = MegatronAdapter(), make()
     assert trainer.latest_step(spec, tmp_path) is None
     assert not trainer.is_complete(spec, tmp_path)
     for step, complete in (("4", False), ("8", True), ("9", True)):
@@ -399,7 +400,7 @@ def test_the_run_is_complete_at_its_last_iteration(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_a_tiny_spec_is_valid_and_says_where_its_numbers_come_from(path: Path) -> None:
     spec = load(path)
-    MegatronTrainer().validate(spec)
+    MegatronAdapter().validate(spec)
     assert spec.name == f"tiny-{path.stem}"
     assert spec.sources
 
@@ -452,19 +453,19 @@ def test_a_tracker_that_cannot_be_read_is_not_an_absent_one(
 def test_a_lost_tracker_is_told_from_a_first_checkpoint_that_was_never_whole(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "iter_0000004"
     checkpoint.mkdir(parents=True)
-    assert MegatronTrainer().latest_step(make(), tmp_path) is None
+    assert MegatronAdapter().latest_step(make(), tmp_path) is None
     (checkpoint / ".metadata").touch()
     with pytest.raises(PolycomError, match=r"iteration.txt is not there; of checkpoints, iter_0000004 are"):
-        MegatronTrainer().latest_step(make(), tmp_path)
+        MegatronAdapter().latest_step(make(), tmp_path)
 
 
 def test_what_is_no_folder_of_iterations_cannot_be_read_either(tmp_path: Path) -> None:
-    assert MegatronTrainer().latest_step(make(), tmp_path) is None
+    assert MegatronAdapter().latest_step(make(), tmp_path) is None
     (tmp_path / "checkpoints").touch()
     with pytest.raises(
         PolycomError, match=r"cannot be read \(Not a directory\); of checkpoints, none is there"
     ):
-        MegatronTrainer().latest_step(make(), tmp_path)
+        MegatronAdapter().latest_step(make(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -474,4 +475,4 @@ def test_what_is_no_folder_of_iterations_cannot_be_read_either(tmp_path: Path) -
 def test_upstream_takes_the_same_words_of_a_blend_for_data_sets(tree: Path, blend: str) -> None:
     """A data set may have a number for its name."""
     (expected, _), _ = upstreams_blend(tree, **{"data-path": blend.split()})
-    assert megatron_data.prefixes(blend.split()) == expected
+    assert blends.prefixes(blend.split()) == expected

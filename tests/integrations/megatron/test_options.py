@@ -15,8 +15,10 @@ import pytest
 import polycom_ext
 from polycom_ext import upstream
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import document, megatron_model, megatron_options
-from polycom_ext.runs.megatron import MegatronTrainer
+from polycom_ext.integrations.megatron import model as megatron_model
+from polycom_ext.integrations.megatron import options as megatron_options
+from polycom_ext.integrations.megatron.adapter import MegatronAdapter
+from polycom_ext.runs import document
 from polycom_ext.runs.spec import Spec
 
 PARSER = """
@@ -186,7 +188,7 @@ def test_options_are_described_as_upstream_has_them(known: dict[str, megatron_op
 
 def model(activation: str = "gelu", **options: Any) -> dict[str, Any]:
     section = {"num-layers": 4, **{key.replace("_", "-"): value for key, value in options.items()}}
-    return MegatronTrainer().model(Spec("run", "megatron", activation, None, 1, {}, section))
+    return MegatronAdapter().model(Spec("run", "megatron", activation, None, 1, {}, section))
 
 
 @pytest.mark.parametrize(

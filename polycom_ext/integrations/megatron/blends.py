@@ -51,6 +51,12 @@ def check(name: str, options: Mapping[str, Any]) -> None:
                 )
 
 
+def training(options: Mapping[str, Any]) -> list[str]:
+    """The data sets that a run trains on, as far as its options name them themselves."""
+    blends = [words(options.get(name)) or [] for name in ("data-path", SPLITS["train"])]
+    return [prefix for blend in blends for prefix in prefixes(blend)]
+
+
 def prefixes(blend: list[str]) -> list[str]:
     """The data sets of a blend: every second word, where all the others are weights, else every word."""
     weighted = len(blend) % 2 == 0 and all(map(_is_number, blend[::2]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from polycom_ext.data import token_files
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import megatron_data
+from polycom_ext.integrations.megatron import blends
 from polycom_ext.runs.spec import Spec
 
 EOD_OPTIONS = ("reset-position-ids", "reset-attention-mask", "eod-mask-loss")
@@ -17,11 +17,9 @@ EOD_OPTIONS = ("reset-position-ids", "reset-attention-mask", "eod-mask-loss")
 
 def check(spec: Spec) -> None:
     """Raise PolycomError for token files that are not there, or that the model would read wrongly."""
-    if not any(
-        spec.options.get(name) for name in (*megatron_data.OPTIONS, *megatron_data.FILE_OPTIONS, "mock-data")
-    ):
+    if not any(spec.options.get(name) for name in (*blends.OPTIONS, *blends.FILE_OPTIONS, "mock-data")):
         raise PolycomError(f"{spec.name}: megatron.train-data-path must name token files (or set mock-data)")
-    for name in megatron_data.FILE_OPTIONS:
+    for name in blends.FILE_OPTIONS:
         path = spec.options.get(name)
         if path is not None and not Path(str(path)).exists():
             raise PolycomError(f"{spec.name}: megatron.{name}: {path} not found (looked in {Path.cwd()})")
@@ -40,11 +38,11 @@ def check(spec: Spec) -> None:
 
 def _prefixes(spec: Spec) -> Iterator[tuple[str, str]]:
     """Option and prefix of every local data set, of those too that a file named in the spec lists."""
-    for name in (*megatron_data.OPTIONS, *megatron_data.FILE_OPTIONS):
-        given = megatron_data.words(spec.options.get(name)) or []
-        blends = _listed(spec, name) if given and name in megatron_data.FILE_OPTIONS else [given]
-        for blend in blends:
-            for prefix in megatron_data.prefixes(blend):
+    for name in (*blends.OPTIONS, *blends.FILE_OPTIONS):
+        given = blends.words(spec.options.get(name)) or []
+        listed = _listed(spec, name) if given and name in blends.FILE_OPTIONS else [given]
+        for blend in listed:
+            for prefix in blends.prefixes(blend):
                 if "://" not in prefix:
                     yield name, prefix
 

@@ -1,21 +1,25 @@
-"""OLMo's adapters: `olmo:` (0.6.0) or `olmo-moe:` (the MoE branch) in a spec holds upstream's TrainConfig."""
+"""OLMo's adapter: `olmo:` in a spec holds upstream's TrainConfig, `upstream:` says of 0.6.0 or the branch."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from polycom_ext import activations, upstream
-from polycom_ext.errors import PolycomError
-from polycom_ext.runs import document, olmo_options, olmo_tokens
+from polycom_ext.errors import PolycomError, did_you_mean
+from polycom_ext.integrations.olmo import options, tokens
+from polycom_ext.integrations.olmo.activation import NATIVE
+from polycom_ext.runs import document
+from polycom_ext.runs.adapter import Facts, Upstream, integer, trees
 from polycom_ext.runs.spec import Spec
-from polycom_ext.runs.suggest import did_you_mean
 
+SECTION = "olmo"
 CONFIG = "olmo.yaml"
 """The run's TrainConfig, in its directory: a list of data files can pass what one argument may hold."""
 
@@ -46,25 +50,35 @@ RUNTIME_OPTIONS = (
 """Options of `model` that leave the function of a trained model as it is."""
 
 
-class OLMoTrainer:
-    """Runs `polycom_ext.integrations.olmo.train` on the Trainer of OLMo 0.6.0."""
+class OLMoAdapter:
+    """Runs `polycom_ext.integrations.olmo.train` on OLMo's own Trainer.
+
+    The MoE branch takes its experts from megablocks, and all of `olmo_data` from 0.6.0.
+    """
 
     name = "olmo"
-    upstreams: tuple[str, ...] = ("olmo",)
+    section = SECTION
+    upstreams: Mapping[str, Upstream] = {
+        "olmo": Upstream("OLMo", ("olmo",)),
+        "olmo-moe": Upstream("OLMo, MoE branch", ("olmo-moe", "megablocks", "olmo")),
+    }
+
+    def needs_patches(self, spec: Spec) -> bool:
+        return spec.activation not in NATIVE
 
     def validate(self, spec: Spec) -> None:
         for name, why in RESERVED.items():
             if name in _flat(spec.options):
-                raise PolycomError(f"{spec.name}: {self.name}.{name} cannot be set: {why}")
+                raise PolycomError(f"{spec.name}: {SECTION}.{name} cannot be set: {why}")
         model = _section(spec, "model")
         if spec.ffn_width is not None and {"mlp_hidden_size", "mlp_ratio"} & model.keys():
             raise PolycomError(
-                f"{spec.name}: give either ffn_width or {self.name}.model.mlp_hidden_size, not both"
+                f"{spec.name}: give either ffn_width or {SECTION}.model.mlp_hidden_size, not both"
             )
-        tree = upstream.tree(self.upstreams[0])
+        tree = _tree(self, spec)
         if tree.exists():
-            self._check_options(spec, olmo_options.known(tree))
-            self._check_numbers(spec.options, olmo_options.texts(tree), f"{spec.name}: {self.name}")
+            self._check_options(spec, options.known(tree))
+            self._check_numbers(spec.options, options.texts(tree), f"{spec.name}: {SECTION}")
         batch = spec.options.get("global_train_batch_size")
         if isinstance(batch, int) and batch % spec.processes:
             raise PolycomError(
@@ -73,12 +87,12 @@ class OLMoTrainer:
             )
 
     def _check_options(self, spec: Spec, known: set[str]) -> None:
-        upstream_name = self.upstreams[0]
+        upstream_name = trees(self, spec)[0]
         for name in _flat(spec.options):
             if name not in known:
                 patches = f", unless patched: `polycom upstream apply {upstream_name}`"
                 raise PolycomError(
-                    f"{spec.name}: OLMo has no option {self.name}.{name}{did_you_mean(name, known)}"
+                    f"{spec.name}: OLMo has no option {SECTION}.{name}{did_you_mean(name, known)}"
                     + (patches if name.startswith("model.moe_") else "")
                 )
 
@@ -108,13 +122,13 @@ class OLMoTrainer:
                 files[path] = str(data.get("memmap_dtype", "uint16"))
                 if not Path(path).is_file():
                     raise PolycomError(
-                        f"{spec.name}: {self.name}.{where}: {path} not found (looked in {Path.cwd()}); "
+                        f"{spec.name}: {SECTION}.{where}: {path} not found (looked in {Path.cwd()}); "
                         "`polycom data prepare --format olmo` makes token files"
                     )
-        tree = upstream.tree(self.upstreams[0])
-        defaults = olmo_options.model_defaults(tree) if tree.exists() else {}
+        tree = _tree(self, spec)
+        defaults = options.model_defaults(tree) if tree.exists() else {}
         model, tokenizer = _section(spec, "model"), _section(spec, "tokenizer").get("identifier")
-        problem = olmo_tokens.problem(self.name, files, {**defaults, **model}, tokenizer)
+        problem = tokens.problem(SECTION, files, {**defaults, **model}, tokenizer)
         if problem:
             raise PolycomError(f"{spec.name}: {problem}")
 
@@ -130,8 +144,8 @@ class OLMoTrainer:
         width = spec.matched_ffn_width
         if width is not None:  # OLMo's is that of the first linear layer
             model["mlp_hidden_size"] = 2 * width if spec.entry.gated else width
-        tree = upstream.tree(self.upstreams[0])
-        texts = olmo_options.texts(tree) if tree.exists() else set()
+        tree = _tree(self, spec)
+        texts = options.texts(tree) if tree.exists() else set()
         config = {
             "run_name": spec.name,
             **_as_written(spec.options, texts),
@@ -146,11 +160,26 @@ class OLMoTrainer:
     def model(self, spec: Spec) -> dict[str, Any]:
         entry, order = activations.parse(spec.activation)
         shape = {
-            f"{self.name}.model.{name}": value
+            f"{SECTION}.model.{name}": value
             for name, value in _section(spec, "model").items()
             if name not in RUNTIME_OPTIONS
         }
         return {"activation": (entry.name, order), "ffn_width": spec.matched_ffn_width, **shape}
+
+    def facts(self, spec: Spec) -> Facts:
+        model = _section(spec, "model")
+        experts = (integer(model.get("moe_num_experts")) or 0) if model.get("block_type") == "moe" else 0
+        return Facts(
+            layers=integer(model.get("n_layers")),
+            hidden=integer(model.get("d_model")),
+            heads=integer(model.get("n_heads")),
+            experts=experts,
+            active_experts=integer(model.get("moe_top_k")) if experts else None,
+            sequence=integer(model.get("max_sequence_length")),
+            batch=integer(spec.options.get("global_train_batch_size")),
+            ffn_width=spec.ffn_width,
+            data=tuple(map(str, _section(spec, "data").get("paths") or ())),
+        )
 
     def total_steps(self, spec: Spec) -> int | None:
         """max_duration in steps or tokens; one in epochs needs the data to be counted."""
@@ -175,11 +204,8 @@ class OLMoTrainer:
         return None  # the entry gathers them from its ranks
 
 
-class OLMoMoETrainer(OLMoTrainer):
-    """The same on the MoE branch, which takes its experts from megablocks, all of `olmo_data` from 0.6.0."""
-
-    name = "olmo-moe"
-    upstreams = ("olmo-moe", "megablocks", "olmo")
+def _tree(adapter: OLMoAdapter, spec: Spec) -> Path:
+    return upstream.tree(trees(adapter, spec)[0])
 
 
 def _steps(spec: Spec, duration: Any) -> int | None:
@@ -210,7 +236,7 @@ def _section(spec: Spec, name: str) -> dict[str, Any]:
 def _mapping(spec: Spec, where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value or {}, dict):
         raise PolycomError(
-            f"{spec.name}: {spec.trainer}.{where} must be a mapping of names to values, not {value!r}"
+            f"{spec.name}: {SECTION}.{where} must be a mapping of names to values, not {value!r}"
         )
     return value or {}
 
@@ -218,7 +244,7 @@ def _mapping(spec: Spec, where: str, value: Any) -> dict[str, Any]:
 def _evaluators(spec: Spec) -> list[dict[str, Any]]:
     evaluators = spec.options.get("evaluators") or []
     if not isinstance(evaluators, list):
-        raise PolycomError(f"{spec.name}: {spec.trainer}.evaluators must be a list, not {evaluators!r}")
+        raise PolycomError(f"{spec.name}: {SECTION}.evaluators must be a list, not {evaluators!r}")
     return [_mapping(spec, "evaluators", evaluator) for evaluator in evaluators]
 
 
@@ -229,10 +255,10 @@ def _token_files(spec: Spec, where: str, data: dict[str, Any]) -> list[str]:
         if isinstance(paths, str) and "${" in paths:  # a list once OLMo has looked
             paths = [paths]
         if not isinstance(paths, list):
-            raise PolycomError(f"{spec.name}: {spec.trainer}.{where}: token files are a list, not {paths!r}")
+            raise PolycomError(f"{spec.name}: {SECTION}.{where}: token files are a list, not {paths!r}")
         files += map(str, paths)
     if not files:
-        raise PolycomError(f"{spec.name}: {spec.trainer}.{where} names no token files (paths or datasets)")
+        raise PolycomError(f"{spec.name}: {SECTION}.{where} names no token files (paths or datasets)")
     return files
 
 

@@ -6,17 +6,22 @@ sentence for what it refuses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from polycom_ext.activations import parse
 from polycom_ext.errors import PolycomError
+from polycom_ext.runs.adapter import Facts, Upstream
 from polycom_ext.runs.spec import Spec
 
 
-class ToyTrainer:
-    name = "toy"
-    upstreams: tuple[str, ...] = ()
+class ToyAdapter:
+    name = section = "toy"
+    upstreams: Mapping[str, Upstream] = {}
+
+    def needs_patches(self, spec: Spec) -> bool:
+        return False
 
     def validate(self, spec: Spec) -> None:
         if "steps" not in spec.options:
@@ -41,6 +46,9 @@ class ToyTrainer:
 
     def model(self, spec: Spec) -> dict[str, Any]:
         return {"activation": spec.activation, "toy.size": spec.options.get("size")}
+
+    def facts(self, spec: Spec) -> Facts:
+        return Facts(*[None] * 3, 0, *[None] * 4, data=())  # type: ignore[arg-type]
 
     def total_steps(self, spec: Spec) -> int | None:
         return int(spec.options["steps"])

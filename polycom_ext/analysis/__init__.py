@@ -1,1 +1,0 @@
-"""What trained models learned, read from their checkpoints."""

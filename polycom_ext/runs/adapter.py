@@ -1,0 +1,129 @@
+"""What a trainer's adapter tells the rest of the house: the one contract between a run and an upstream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from polycom_ext import trainers
+from polycom_ext.runs.spec import Spec
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A pinned version of a trainer."""
+
+    title: str
+    """As reports name it."""
+    trees: tuple[str, ...]
+    """Trees of patches/pins.toml that go on PYTHONPATH, the first one first."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Model, batch and data of one run. None where the spec does not say (upstream's default holds then)."""
+
+    layers: int | None
+    hidden: int | None
+    heads: int | None
+    experts: int
+    """Routed experts a block; 0 for a dense model."""
+    active_experts: int | None
+    sequence: int | None
+    """Tokens in a sequence."""
+    batch: int | None
+    """Sequences in a global batch."""
+    ffn_width: int | None
+    """Ungated width, per expert where there are experts."""
+    data: tuple[str, ...]
+    """Token files, or what stands for them."""
+
+    @property
+    def kind(self) -> str:
+        """`moe` or `dense`."""
+        return "moe" if self.experts else "dense"
+
+    def tokens(self, steps: int) -> int | None:
+        """Tokens seen in that many steps."""
+        return None if self.sequence is None or self.batch is None else steps * self.batch * self.sequence
+
+
+class Adapter(Protocol):
+    """One trainer. A run is `python -m torch.distributed.run … arguments(spec, run_dir)`."""
+
+    name: str
+    """As in `trainer:` of a spec."""
+    section: str
+    """The spec's section of upstream's own options."""
+    upstreams: Mapping[str, Upstream]
+    """`upstream:` of a spec -> the pinned version, the default first. Empty where nothing is pinned."""
+
+    def needs_patches(self, spec: Spec) -> bool:
+        """Whether the run needs its trees patched: not for an activation that upstream has itself."""
+
+    def validate(self, spec: Spec) -> None:
+        """Raise PolycomError, before anything starts, for what this trainer could not run.
+
+        Called with the upstream trees in place, except for a dry run, which downloads nothing.
+        """
+
+    def check_inputs(self, spec: Spec) -> None:
+        """Raise PolycomError for an input file that is not there; asked before a start, not for a dry run."""
+
+    def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
+        """What follows `python -m torch.distributed.run … --nproc-per-node N`."""
+
+    def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
+        """Variables that every run of this trainer needs; the spec's own `environment` wins."""
+
+    def files(self, spec: Spec, run_dir: Path) -> dict[str, str]:
+        """Name -> text of the files that `arguments` points to: what is too long for a command line.
+
+        They are written into the run directory before each start, beside run.yaml.
+        """
+
+    def model(self, spec: Spec) -> dict[str, Any]:
+        """The part of the spec that fixes the model, by dotted keys: a checkpoint fits no other values."""
+
+    def facts(self, spec: Spec) -> Facts:
+        """Model, batch and data under the names that all trainers share."""
+
+    def total_steps(self, spec: Spec) -> int | None:
+        """The step at which the run is over; None if that is not counted in steps."""
+
+    def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
+        """The step of the checkpoint from which the run would go on; None if there is none.
+
+        Raises PolycomError where this cannot be told: what cannot be read is not absent.
+        """
+
+    def is_complete(self, spec: Spec, run_dir: Path) -> bool:
+        """Whether the checkpoint of the last step has been written."""
+
+    def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
+        """What a complete run has learned, for coefficients.json; None if its entry writes the file."""
+
+
+def find(name: str) -> Adapter:
+    """The adapter of `trainer: NAME`; raises PolycomError for a name that has none."""
+    adapter: Adapter = trainers.find(name)
+    return adapter
+
+
+def chosen(adapter: Adapter, spec: Spec) -> Upstream | None:
+    """The pinned version that the spec names, or the adapter's first; None where nothing is pinned."""
+    name = spec.upstream or next(iter(adapter.upstreams), None)
+    return None if name is None else adapter.upstreams[name]
+
+
+def trees(adapter: Adapter, spec: Spec) -> tuple[str, ...]:
+    """Names of the trees that the run has on PYTHONPATH."""
+    version = chosen(adapter, spec)
+    return version.trees if version else ()
+
+
+def integer(value: Any) -> int | None:
+    """A value of a spec, if it is an integer."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
