@@ -1,5 +1,10 @@
 """Megatron-LM 0.17.1 on a CPU: the few places where torch's names are not enough, and nothing else.
 
+    torchrun --nproc-per-node N -m polycom_ext.integrations.megatron.rehearsal pretrain_gpt.py MEGATRON-OPTIONS
+
+runs a script of Megatron's own under it, in a checkout that is on PYTHONPATH; where CUDA is available, as if the
+script had been named alone.
+
 Each function below mends one upstream place and says which. The last three are faults of the distributed
 optimizer that show only with torch's AdamW, that is, without Transformer Engine and Apex.
 
@@ -13,6 +18,11 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import os
+import runpy
+import subprocess
+import sys
+import sysconfig
 from importlib import import_module
 from typing import Any, cast
 
@@ -48,11 +58,23 @@ def _allow_no_cuda() -> None:
 
 def _use_the_compiled_helpers() -> None:
     """core/datasets/utils.py runs `make` at every start; the wheel has its helper compiled and no
-    Makefile.
+    Makefile. In a checkout, make takes whatever `python3` and `python3-config` it finds first.
     """
+    utils: Any = import_module("megatron.core.datasets.utils")
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
-        utils: Any = import_module("megatron.core.datasets.utils")
         utils.compile_helpers = lambda: None
+    else:
+        utils.compile_helpers = functools.partial(_compile_helpers, os.path.dirname(utils.__file__))
+
+
+def _compile_helpers(folder: str) -> None:
+    """Compile the helper for this very Python."""
+    told = subprocess.run(
+        [sys.executable, "-m", "pybind11", "--includes"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    variables = (f"CPPFLAGS={told.stdout.strip()}", f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}")
+    if told.returncode or subprocess.run(["make", "-C", folder, *variables], check=False).returncode:
+        sys.exit("Megatron's data helpers cannot be compiled: they need pybind11, make and a C++ compiler")
 
 
 def _no_kernels_to_warm_up() -> None:
@@ -221,3 +243,12 @@ def _one_step_counter_each(optimizer: Any) -> None:
                 state["step"] = state["step"].clone()
 
     optimizer.load_state_dict = with_own_counters
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: {sys.argv[0]} SCRIPT OPTIONS: name a script of Megatron's, such as pretrain_gpt.py")
+    del sys.argv[0]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # where Python looks when it runs the script
+    enable()
+    runpy.run_path(sys.argv[0], run_name="__main__")
