@@ -44,6 +44,7 @@ import polycom_ext
 from polycom_ext import functional
 from polycom_ext.activations import SwiGLU
 from polycom_ext.ops import eager, library
+from polycom_ext.ops.steps import Rho
 
 WIDTHS = (1024, 1536, 2048, 4096, 8192, 8256, 16384, 32768)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -102,7 +103,7 @@ class Polynomial(nn.Module):
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return eager.polynomial(x, weight, bias, rho=eager.Rho.IDENTITY, normalize=True)
+    return eager.polynomial(x, weight, bias, rho=Rho.IDENTITY, normalize=True)
 
 
 def _authors(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from polycom_ext.ops import dispatch
-from polycom_ext.ops.eager import Rho
+from polycom_ext.ops.steps import Rho
 
 MIN_EPS = 1e-30
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +15,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from polycom_ext import PolyNorm, functional, reference
-from polycom_ext.ops import dispatch, library
 
 from .oracle import FUNCTIONS, TOLERANCE, coefficients, error, leaves
 
@@ -391,28 +389,6 @@ def test_cuda_graphs(path: str) -> None:
     graphed = torch.cuda.make_graphed_callables(module, (x,))
     (actual,) = torch.autograd.grad(graphed(x), x, grad)
     assert torch.equal(actual, wanted)
-
-
-@fused_only
-def test_what_is_fused(path: str) -> None:
-    x = torch.randn(2, 8)
-    assert dispatch.is_fused(x, 4, dispatch.Rho.RELU)
-    assert not dispatch.is_fused(x, 5, dispatch.Rho.RELU)
-    assert not dispatch.is_fused(x, 3, dispatch.Rho.PRELU)
-    assert not dispatch.is_fused(x.double(), 3, dispatch.Rho.RELU)
-    assert not dispatch.is_fused(x.to("meta"), 3, dispatch.Rho.RELU)
-
-
-def test_the_missing_operations_are_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "devices", frozenset())
-    monkeypatch.setattr(library, "problem", "nothing is compiled")
-    monkeypatch.setattr(dispatch, "_said", set())
-    inputs = (torch.randn(2, 8), *coefficients(3))
-    with pytest.warns(RuntimeWarning, match="slower: nothing is compiled"):
-        functional.poly_norm(*inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        functional.poly_norm(*inputs)
 
 
 @pytest.mark.parametrize(("value", "status"), [("eager", 0), ("quick", 1)])

@@ -1,35 +1,44 @@
-"""The one place that chooses between the fused operations and the eager ones.
+"""The one place that chooses between the fused operations, the compiled formula and plain operations.
 
 Fused: CPU and CUDA where compiled, float16, bfloat16 and float32, order 1 to 4, every rho but PReLU, outside
-of torch.func. The rest is eager. `POLYCOM_OPS=eager` in the environment, read at import, makes everything
-eager.
+of torch.func. A GPU that these do not serve takes the same formula by torch.compile instead, unless the call
+is itself being compiled. The rest is plain. `POLYCOM_OPS=eager` in the environment, read at import, makes
+everything plain.
 """
 
 from __future__ import annotations
 
 import warnings
+from enum import Enum
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polycom_ext.ops import eager, fused, library
-from polycom_ext.ops.eager import Rho
+from polycom_ext.ops import compiled, eager, fused, library
+from polycom_ext.ops.steps import Rho
 
 MAX_FUSED_ORDER = 4
 FUSED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+COMPILED_DEVICES = frozenset({"cuda"})
 
 _said: set[str] = set()
 
 
-def _say_once(device: str, problem: str) -> None:
+class Path(Enum):
+    """What runs a call."""
+
+    FUSED = "the fused operations"
+    COMPILED = "the formula by torch.compile"
+    PLAIN = "plain torch operations"
+
+
+def _say_once(device: str, path: Path, problem: str) -> None:
     """One warning a process and device, also when the call is being compiled."""
-    if device not in _said and problem:
+    if device not in _said:
         _said.add(device)
         warnings.warn(
-            f"PolyCom runs plain torch operations on {device}, which is slower: {problem}",
-            RuntimeWarning,
-            stacklevel=2,
+            f"PolyCom runs {path.value} on {device}, which is slower: {problem}", RuntimeWarning, stacklevel=2
         )
 
 
@@ -37,24 +46,21 @@ def _say_once(device: str, problem: str) -> None:
 _say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def is_fused(x: Tensor, order: int, rho: Rho) -> bool:
-    """Whether a call runs the fused operations; warns, once, if only their absence stands in the way."""
-    device = x.device.type
-    if (
-        x.dtype not in FUSED_DTYPES
-        or order > MAX_FUSED_ORDER
-        or rho is Rho.PRELU
-        or device not in ("cpu", "cuda")
-        or eager.transformed()
-    ):
-        return False
-    if device not in library.devices:
-        _say_once(device, library.problem)
-        return False
-    if device == "cuda" and (problem := library.gpu_problem(x.device.index)):
-        _say_once(f"cuda:{x.device.index}", problem)
-        return False
-    return True
+def choose(device: torch.device, dtype: torch.dtype, order: int, rho: Rho) -> Path:
+    """What runs a call; warns, once a device, if the fused operations are only missing."""
+    fusable = dtype in FUSED_DTYPES and order <= MAX_FUSED_ORDER and rho is not Rho.PRELU
+    if not fusable or device.type not in ("cpu", "cuda") or eager.transformed():
+        return Path.PLAIN
+    name, problem = device.type, library.problem
+    if device.type in library.devices:
+        name, problem = str(device), library.gpu_problem(device.index) if device.type == "cuda" else ""
+        if not problem:
+            return Path.FUSED
+    if not problem:  # plain operations are what was asked for
+        return Path.PLAIN
+    path = Path.COMPILED if device.type in COMPILED_DEVICES else Path.PLAIN
+    _say_once(name, path, problem)
+    return Path.PLAIN if torch.compiler.is_compiling() else path
 
 
 def polynomial(
@@ -72,12 +78,13 @@ def polynomial(
     offsets: Tensor | None = None,
 ) -> Tensor:
     """One member of the family, with its variants; arguments as in functional.py, already checked."""
-    if is_fused(x, weight.shape[-1], rho):
+    path = choose(x.device, x.dtype, weight.shape[-1], rho)
+    if path is Path.FUSED:
         return fused.polynomial(
             x, weight, bias, rho=rho, normalize=normalize, eps=eps, group=group, pre_bias=pre_bias,
             row_scale=row_scale, offsets=offsets,
         )  # fmt: skip
-    return eager.polynomial(
+    return (compiled if path is Path.COMPILED else eager).polynomial(
         x, weight, bias, rho=rho, normalize=normalize, slope=slope, eps=eps, group=group, pre_bias=pre_bias,
         row_scale=row_scale, offsets=offsets,
     )  # fmt: skip
@@ -100,7 +107,8 @@ def polynomial_linear(
     linear_type = linear_weight.dtype
     if torch.is_autocast_enabled(x.device.type):
         linear_type = torch.get_autocast_dtype(x.device.type)
-    if linear_type == x.dtype and is_fused(x, weight.shape[-1], rho):
+    path = choose(x.device, x.dtype, weight.shape[-1], rho)
+    if linear_type == x.dtype and path is Path.FUSED:
         return fused.polynomial_linear(
             x, weight, bias, linear_weight.to(linear_type),
             None if linear_bias is None else linear_bias.to(linear_type), rho=rho, normalize=normalize,

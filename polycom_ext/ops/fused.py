@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from polycom_ext.ops import library
-from polycom_ext.ops.eager import Rho, all_reduce, expert_of_rows, group_size
+from polycom_ext.ops.eager import expert_of_rows
 from polycom_ext.ops.library import pre_bias_gradient, split_coefficients
+from polycom_ext.ops.steps import Rho, all_reduce, group_size
 
 _ops = torch.ops.polycom
 

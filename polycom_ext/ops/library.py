@@ -16,7 +16,8 @@ from torch import Tensor
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.ops import build, eager
-from polycom_ext.ops.eager import Rho, expert_of_rows
+from polycom_ext.ops.eager import expert_of_rows
+from polycom_ext.ops.steps import Rho
 
 _HERE = Path(__file__).resolve().parent
 _gpu_problems: dict[int, str] = {}

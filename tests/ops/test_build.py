@@ -6,14 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
-import torch
-from torch._subclasses import FakeTensorMode
 
-from polycom_ext.ops import build, dispatch, library
+from polycom_ext.ops import build, library
 
 ROOT = Path(__file__).parents[2]
 OLD_NVCC = """#!/bin/sh
@@ -103,25 +100,3 @@ def test_a_build_of_the_cuda_operations_that_was_demanded_must_succeed(tmp_path:
     result = _install(tmp_path, POLYCOM_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="10.0")
     assert result.returncode == 1
     assert "POLYCOM_BUILD_CUDA is set, but TORCH_CUDA_ARCH_LIST names 10.0" in result.stderr
-
-
-def test_a_gpu_that_the_operations_cannot_serve_takes_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two GPUs of which the second is too old; fake tensors, as there may be none here."""
-    asked: list[int] = []
-
-    def gpu_problem(index: int) -> str:
-        asked.append(index)
-        return "_cuda.so holds no code for compute capability 7.5" if index else ""
-
-    monkeypatch.setattr(library, "devices", frozenset({"cpu", "cuda"}))
-    monkeypatch.setattr(library, "gpu_problem", gpu_problem)
-    monkeypatch.setattr(dispatch, "_said", set())
-    with FakeTensorMode():
-        served, too_old = (torch.empty(2, 8, device=f"cuda:{index}") for index in range(2))
-        assert dispatch.is_fused(served, 3, dispatch.Rho.IDENTITY)
-        with pytest.warns(RuntimeWarning, match=r"on cuda:1, which is slower: .* compute capability 7\.5"):
-            assert not dispatch.is_fused(too_old, 3, dispatch.Rho.IDENTITY)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert not dispatch.is_fused(too_old, 3, dispatch.Rho.IDENTITY)
-    assert asked == [0, 1, 1]
