@@ -340,6 +340,18 @@ def test_mistakes_in_the_linear_layer_are_named(change: dict[str, Tensor], messa
 
 
 @fused_only
+def test_a_call_is_one_node_of_the_graph(path: str) -> None:
+    """A cast of the coefficients, or another shape, as a node of its own would take as long as a few rows."""
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(3).bfloat16(), torch.randn(1).bfloat16()
+    inputs = leaves(x, weight, bias, torch.randn(8), torch.rand(2, 3))
+    y = functional.poly_norm(*inputs[:3], pre_bias=inputs[3], row_scale=inputs[4])
+    before = [node.name() for node, _ in y.grad_fn.next_functions if node is not None]
+    assert before == ["torch::autograd::AccumulateGrad"] * 5
+    y.sum().backward()
+    assert all((t.grad.shape, t.grad.dtype) == (t.shape, t.dtype) for t in inputs)
+
+
+@fused_only
 def test_compiles_in_one_graph(path: str) -> None:
     def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return functional.poly_norm(x * 2, weight, bias).sin()

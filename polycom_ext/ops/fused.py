@@ -15,22 +15,29 @@ from torch.autograd.function import once_differentiable
 
 from polycom_ext.ops import library
 from polycom_ext.ops.eager import expert_of_rows
-from polycom_ext.ops.library import pre_bias_gradient, split_coefficients
+from polycom_ext.ops.library import pre_bias_gradient, rows_and_parameters, split_coefficients
 from polycom_ext.ops.steps import Rho, all_reduce, group_size
 
 _ops = torch.ops.polycom
 
 
 class _Whole(torch.autograd.Function):
-    """polycom::forward, its gradient attached here: the registered one takes three times as long."""
+    """polycom::forward with its gradient, of tensors as they come: one node of the graph.
+
+    The gradient that is registered, for torch.compile, is called in Python, which takes longer than the
+    operation of a few rows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output: tuple[Tensor, Tensor] = _ops.forward(*inputs)
-        library.setup_context(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with library.below_autograd():
+            y, scales = _ops.forward(*rows_and_parameters(*inputs[:6]), *inputs[6:])
+        library.keep(ctx, inputs, scales)
+        return y.view(inputs[0].shape)
 
-    backward = staticmethod(library.backward)
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        return library.backward(ctx, grad_y, None)
 
 
 class _ThenLinear(torch.autograd.Function):
@@ -135,25 +142,6 @@ def _coefficient_gradients(
     return sums.flip(1).float()
 
 
-def _rows_and_parameters(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    pre_bias: Tensor | None,
-    row_scale: Tensor | None,
-    offsets: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """As the operations take them: (rows, width), and float32 or int32 parameters, all contiguous."""
-    return (
-        x.reshape(-1, x.shape[-1]).contiguous(),
-        weight.float().contiguous(),
-        bias.float().contiguous(),
-        None if pre_bias is None else pre_bias.float().contiguous(),
-        None if row_scale is None else row_scale.float().reshape(-1).contiguous(),
-        None if offsets is None else offsets.to(torch.int32).contiguous(),
-    )
-
-
 def polynomial(
     x: Tensor,
     weight: Tensor,
@@ -168,13 +156,15 @@ def polynomial(
     offsets: Tensor | None,
 ) -> Tensor:
     """One member of the family by the compiled operations; arguments as in functional.py, already checked."""
-    inputs = _rows_and_parameters(x, weight, bias, pre_bias, row_scale, offsets)
-    if group_size(group) > 1:
+    sharded, compiling = group_size(group) > 1, torch.compiler.is_compiling()
+    if not sharded and not compiling:
+        y = _Whole.apply(x, weight, bias, pre_bias, row_scale, offsets, int(rho), normalize, eps)
+        return y
+    inputs = rows_and_parameters(x, weight, bias, pre_bias, row_scale, offsets)
+    if sharded:
         y = _Sharded.apply(*inputs, int(rho), normalize, eps, group)
-    elif torch.compiler.is_compiling():
-        y, _ = _ops.forward(*inputs, int(rho), normalize, eps)
     else:
-        y, _ = _Whole.apply(*inputs, int(rho), normalize, eps)
+        y, _ = _ops.forward(*inputs, int(rho), normalize, eps)
     return y.view(x.shape)
 
 
@@ -192,6 +182,6 @@ def polynomial_linear(
     row_scale: Tensor | None,
 ) -> Tensor:
     """linear(polynomial(x)) without keeping the polynomial; whole rows, and x of linear_weight's type."""
-    inputs = _rows_and_parameters(x, weight, bias, pre_bias, row_scale, None)
+    inputs = rows_and_parameters(x, weight, bias, pre_bias, row_scale, None)
     y = _ThenLinear.apply(*inputs, int(rho), normalize, eps, linear_weight, linear_bias)
     return y.view(*x.shape[:-1], linear_weight.shape[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,31 @@ def _fake_row_dots(grad_y: Tensor, x: Tensor, scales: Tensor, *rest: Any) -> Ten
     return _floats(x, x.shape[0], scales.shape[-1] + 1)
 
 
+def below_autograd() -> AbstractContextManager[object]:
+    """For operations within an autograd function: theirs, in Python, would take longer than a few rows do."""
+    guard = None if torch.compiler.is_compiling() else getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+    return nullcontext() if guard is None else guard()  # a private name that a later torch may lack
+
+
+def rows_and_parameters(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor | None,
+    row_scale: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """As the operations take them: (rows, width), and float32 or int32 parameters, all contiguous."""
+    return (
+        x.reshape(-1, x.shape[-1]).contiguous(),
+        weight.float().contiguous(),
+        bias.float().contiguous(),
+        None if pre_bias is None else pre_bias.float().contiguous(),
+        None if row_scale is None else row_scale.float().reshape(-1).contiguous(),
+        None if offsets is None else offsets.to(torch.int32).contiguous(),
+    )
+
+
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """As autograd calls it; the second output, the scales, has no gradient."""
     ctx.mark_non_differentiable(output[1])
@@ -146,24 +172,19 @@ def keep(ctx: Any, inputs: Sequence[Any], scales: Tensor, *more: Tensor) -> None
 def gradients(ctx: Any, grad_y: Tensor, recompute: bool) -> tuple[tuple[Tensor | None, ...], Tensor]:
     """The gradient of every input of polycom::forward, and y if it is to be recomputed."""
     x, weight, bias, scales, pre_bias, row_scale, offsets = ctx.saved_tensors[:7]
-    grad_x, coefficients, grad_row_scale, y = torch.ops.polycom.backward(
-        grad_y.contiguous(),
-        x,
-        weight,
-        bias,
-        scales,
-        pre_bias,
-        row_scale,
-        offsets,
-        ctx.rho,
-        ctx.normalize,
-        recompute,
+    rows, *coefficients, bias_before, scale, ends = rows_and_parameters(
+        x, weight, bias, pre_bias, row_scale, offsets
     )
-    grad_weight, grad_bias = split_coefficients(coefficients, weight, bias)
+    grad_y = grad_y.reshape(-1, x.shape[-1]).contiguous()
+    with below_autograd():
+        grad_x, sums, grad_row_scale, y = torch.ops.polycom.backward(
+            grad_y, rows, *coefficients, scales, bias_before, scale, ends, ctx.rho, ctx.normalize, recompute
+        )
+    grad_weight, grad_bias = split_coefficients(sums, weight, bias)
     grad_pre_bias = pre_bias_gradient(grad_x, pre_bias, offsets) if ctx.needs_input_grad[3] else None
-    if row_scale is None:
-        grad_row_scale = None
-    return (grad_x, grad_weight, grad_bias, grad_pre_bias, grad_row_scale, None, None, None, None), y
+    grad_row_scale = None if row_scale is None else grad_row_scale.view(row_scale.shape)
+    gradients = (grad_x.view(x.shape), grad_weight, grad_bias, grad_pre_bias, grad_row_scale)
+    return (*gradients, None, None, None, None), y
 
 
 def backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
