@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import importlib.util
 import os
 import platform
 import shlex
@@ -33,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -127,8 +128,8 @@ def providers(names: list[str], device: torch.device, dtype: torch.dtype) -> Ite
     }
     modules = {"gelu": nn.GELU(), "swiglu": SwiGLU()}
     for name in names:
-        if name == "liger" and not _has_liger(device):
-            print("liger: skipped (needs a GPU and `pip install liger-kernel`)", file=sys.stderr)
+        if missing := _missing(name, device):
+            print(f"{name}: skipped ({missing})", file=sys.stderr)
             continue
         if name in functions:
             function, parameters = functions[name]
@@ -137,12 +138,17 @@ def providers(names: list[str], device: torch.device, dtype: torch.dtype) -> Ite
             yield name, modules[name]
 
 
-def _has_liger(device: torch.device) -> bool:
-    try:
-        import liger_kernel.ops.poly_norm  # noqa: F401
-    except ImportError:
-        return False
-    return device.type == "cuda"
+@cache
+def _missing(name: str, device: torch.device) -> str:
+    """Why a provider cannot run here; nothing if it can."""
+    if name == "liger" and (device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None):
+        return "needs a GPU and `pip install liger-kernel`"
+    if name == "compiled":
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        except Exception as error:  # of the compiler at hand, whichever that is
+            return " ".join(str(error).split("\n")[:2])
+    return ""
 
 
 class Timer:

@@ -15,6 +15,8 @@ import csv
 import datetime
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = (1536, 8192, 8256, 16384)
-TESTS = ("tests/test_functional.py", "tests/test_edges.py")
+TESTS = ("tests/test_functional.py", "tests/test_edges.py", "-k", "cuda")
 SECONDS = {"build": 150, "tests": 120, "benchmark": 120}
 """A step that takes longer is ended, so that the next ones have their turn."""
 
@@ -32,19 +34,30 @@ SECONDS = {"build": 150, "tests": 120, "benchmark": 120}
 def run(log: Path, step: str, command: list[str], environment: dict[str, str]) -> bool:
     """Run one step, its output to the log and its end to the screen; returns whether it succeeded."""
     start = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=SECONDS[step], check=False,
-        )  # fmt: skip
-        output, status = result.stdout, result.returncode
-    except subprocess.TimeoutExpired as error:
-        output, status = f"{error.stdout!r}", f"ended after {SECONDS[step]} s"
+        output, status = process.communicate(timeout=SECONDS[step])[0], str(process.returncode)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the compilers or workers that it started, too
+        output, status = process.communicate()[0], f"ended after {SECONDS[step]} s"
     said = f"{step}: status {status}, {time.monotonic() - start:.0f} s"
     with log.open("a") as file:
         file.write(f"$ {' '.join(command)}\n{output}\n{said}\n\n")
     print("\n".join([*output.splitlines()[-3:], said]), flush=True)
-    return status == 0
+    return status == "0"
+
+
+def driver() -> str:
+    """What nvidia-smi says, if it is there."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return "no nvidia-smi on PATH"
+    result = subprocess.run(
+        [program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    return result.stdout
 
 
 def beside_the_model(measured: Path, card: str) -> str:
@@ -78,24 +91,21 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     base = args.output / f"{datetime.date.today().isoformat()}-{name}"
     log = base.with_suffix(".log")
-    driver = subprocess.run(
-        ["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    log.write_text(f"{card}, torch {torch.__version__}, CUDA {torch.version.cuda}\n{driver.stdout}\n")
+    log.write_text(f"{card}, torch {torch.__version__}, CUDA {torch.version.cuda}\n{driver()}\n")
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     environment = os.environ | {"TORCH_CUDA_ARCH_LIST": capability, "PYTHONPATH": str(ROOT)}
     python = sys.executable
     steps = {
         "build": [python, "polycom_ext/ops/build.py", "--cuda"],
-        "tests": [python, "-m", "pytest", "-q", "-k", "cuda", "-p", "no:cacheprovider", *TESTS],
+        "tests": [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS],
         "benchmark": [
             python, "benchmarks/activations.py", "--widths", *map(str, WIDTHS), "--dtypes", "bfloat16",
             "--providers", "polycom", "compiled", "gelu", "liger", "--no-block", "--output", str(base),
         ],
     }  # fmt: skip
     succeeded = [run(log, step, command, environment) for step, command in steps.items()]
-    if succeeded[-1]:
-        table = beside_the_model(base.with_suffix(".csv"), card)
+    if (measured := base.with_suffix(".csv")).exists():  # as far as the benchmark came
+        table = beside_the_model(measured, card)
         with log.open("a") as file:
             file.write(f"{table}\n")
         print(table)

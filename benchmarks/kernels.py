@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -76,15 +76,7 @@ class Row:
     """One instance on one architecture; slots as in Slots, None where they are not counted."""
 
     architecture: str
-    direction: str
-    storage: str
-    order: int
-    rectified: bool
-    biased: bool
-    vectors: int
-    threads: int
-    asked: int
-    staged: bool
+    kernel: Kernel
     registers: int
     spilled: int
     shared: int
@@ -92,15 +84,11 @@ class Row:
     slots_beside: int | None
     slots_vector: int | None
 
-    @property
-    def kernel(self) -> Kernel:
-        return Kernel(*(getattr(self, field.name) for field in fields(Kernel)))
-
     def slots(self, width: int, threads_per_row: int) -> int:
         """Of all warps, for a row of that width."""
         assert self.slots_beside is not None
         assert self.slots_vector is not None
-        per_vector = 4 if self.storage == "FloatStorage" else 8
+        per_vector = 4 if self.kernel.storage == "FloatStorage" else 8
         vectors = -(-width // per_vector // 32)
         return threads_per_row // 32 * self.slots_beside + vectors * self.slots_vector
 
@@ -190,7 +178,7 @@ def rows_of(report: list[build.Resources], slots: dict[tuple[str, Kernel], Slots
         taken = (used.registers, used.spilled, used.shared, blocks)
         counted = slots.get((used.architecture, kernel))
         two = (None, None) if counted is None else (counted.beside, counted.vector)
-        rows.append(Row(used.architecture, *asdict(kernel).values(), *taken, *two))
+        rows.append(Row(used.architecture, kernel, *taken, *two))
     return sorted(rows, key=lambda row: (row.architecture, str(row.kernel)))
 
 
@@ -333,16 +321,16 @@ that cannot be avoided: {bytes}.
 
 def share_of_copy(card: Card, row: Row, shape: Shape, width: int) -> float:
     """By the model that ASSUMPTIONS describes."""
-    element = 4 if row.storage == "FloatStorage" else 2
-    moved = width * element * (3 if row.direction == "backward" else 2)
+    element = 4 if row.kernel.storage == "FloatStorage" else 2
+    moved = width * element * (3 if row.kernel.direction == "backward" else 2)
     memory = moved / (card.copy / card.processors / card.clock)
     warps = shape.threads_per_row // 32
     issued, usable = row.slots(width, shape.threads_per_row), 4 * 0.85
     alone = min(usable, 0.6 * warps)  # slots a cycle that one group can take
     wait = card.latency + (250 if warps == 1 else 400) + issued / alone - issued / usable
-    wait += 300 if row.direction == "forward" else 0
+    wait += 300 if row.kernel.direction == "forward" else 0
     blocks = resident_blocks(row.architecture, shape.threads, row.registers, row.shared + shape.shared)
-    groups = blocks * (shape.threads // shape.threads_per_row) * (2 if row.staged else 1)
+    groups = blocks * (shape.threads // shape.threads_per_row) * (2 if row.kernel.staged else 1)
     queues, throughput = [0.0, 0.0], 0.0
     for customers in range(1, groups + 1):
         times = [memory * (1 + queues[0]), issued / usable * (1 + queues[1])]
@@ -374,26 +362,35 @@ def worse(committed: Iterable[Row], measured: Iterable[Row]) -> list[str]:
 
 def write_csv(path: Path, rows: list[Row]) -> None:
     """One line a row, with names of columns."""
+    before, kernel, *after = [field.name for field in fields(Row)]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        names = [before, *(field.name for field in fields(Kernel)), *after]
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        for row in rows:
+            line = asdict(row)
+            writer.writerow(line | line.pop(kernel))
+
+
+_OF_TEXT: dict[object, Callable[[str], object]] = {
+    "str": str,
+    "int": int,
+    "bool": "True".__eq__,
+    "int | None": lambda text: int(text) if text else None,
+}
 
 
 def read_csv(path: Path) -> list[Row]:
     """What write_csv wrote."""
+
+    def values(kind: type[Row] | type[Kernel], line: dict[str, str]) -> dict[str, object]:
+        read = [field for field in fields(kind) if field.name in line]
+        return {field.name: _OF_TEXT[field.type](line[field.name]) for field in read}
+
     with path.open() as file:
-        lines = list(csv.DictReader(file))
-    text = ("architecture", "direction", "storage")
-    return [
-        Row(*(
-            line[field.name] if field.name in text
-            else line[field.name] == "True" if field.name in ("rectified", "biased", "staged")
-            else int(line[field.name]) if line[field.name] else None
-            for field in fields(Row)
-        ))
-        for line in lines
-    ]  # fmt: skip
+        return [
+            Row(**values(Row, line), kernel=Kernel(**values(Kernel, line))) for line in csv.DictReader(file)
+        ]
 
 
 def nvcc_release() -> str:

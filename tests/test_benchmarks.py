@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
 import runpy
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,61 @@ def test_the_command_for_a_gpu_sets_the_model_beside_the_measurement(output: Pat
     table = runpy.run_path(str(script))["beside_the_model"](measured, "NVIDIA H100 80GB HBM3")
     (line,) = [line for line in table.splitlines() if line.startswith("backward 8256 ")]
     assert float(line.split()[2]) >= 0.85
+
+
+def test_a_step_on_a_gpu_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    run = runpy.run_path(str(SCRIPT.parent / "gpu.py"))["run"]
+    run.__globals__["SECONDS"] = {"build": 1}
+    start = time.monotonic()
+    command = ["sh", "-c", "sleep 30 & echo $!; wait"]  # as nvcc starts its compilers
+    assert not run(tmp_path / "log", "build", command, dict(os.environ))
+    assert time.monotonic() - start < 20
+    _, pid, said, *_ = (tmp_path / "log").read_text().splitlines()
+    assert said == "" or said.startswith("build: status ended after 1 s")
+    with pytest.raises(ProcessLookupError):
+        _wait_for_the_end(int(pid))
+
+
+def _wait_for_the_end(pid: int) -> None:
+    for _ in range(100):
+        os.kill(pid, 0)
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            raise ProcessLookupError
+        time.sleep(0.05)
+
+
+REHEARSAL = """
+import sys
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_name = lambda: "NVIDIA H100 80GB HBM3"
+torch.cuda.get_device_capability = lambda: (9, 0)
+sys.path.insert(0, "benchmarks")
+import gpu
+gpu.WIDTHS, gpu.TESTS = (1536,), ("tests/test_functional.py", "-k", "mistakes")
+sys.exit(gpu.main())
+"""
+
+
+@pytest.mark.full
+def test_the_command_for_a_gpu_runs_from_end_to_end(tmp_path: Path) -> None:
+    """In a copy, on the CPU, which the benchmark takes by itself; nothing can be compiled there."""
+    root = tmp_path / "copy"
+    for name in ("polycom_ext", "benchmarks", "tests"):
+        shutil.copytree(SCRIPT.parents[1] / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(SCRIPT.parents[1] / name, root / name)
+    environment = os.environ | {"CXX": "false", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", REHEARSAL, "--output", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stderr
+    (log,) = (tmp_path / "out").glob("*-nvidia-h100-80gb-hbm3.log")
+    text = log.read_text()
+    assert "the fused operations were not built: false failed" in text
+    for said in ("build: status 2", "tests: status 0", "compiled: skipped", "benchmark: status 0"):
+        assert said in text
+    measured = [
+        line.split() for line in text.splitlines() if line.startswith(("forward 1536", "backward 1536"))
+    ]
+    assert [float(line[2]) for line in measured] == [1.0, 1.0]
+    assert all(float(line[3]) > 0 for line in measured)

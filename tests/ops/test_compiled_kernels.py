@@ -72,6 +72,11 @@ def test_slots_are_counted_within_the_loop_over_rows() -> None:
     assert kernels.row_loop_slots(sass) == {kernel: kernels.Slots(beside=1 + 4 + 1, vector=30)}
 
 
+def test_the_table_is_written_as_it_is_read(tmp_path: Path) -> None:
+    kernels.write_csv(tmp_path / "again.csv", kernels.read_csv(TABLE))
+    assert (tmp_path / "again.csv").read_bytes() == TABLE.read_bytes()
+
+
 def test_what_is_worse_than_the_table_is_named() -> None:
     row = next(row for row in kernels.read_csv(TABLE) if row.slots_vector is not None)
     assert (
