@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from polycom_ext import activations
 from polycom_ext.report.results import Result
-from polycom_ext.report.rundir import Series
+from polycom_ext.runs.record import Series
 
 _COLORS = {
     "swiglu": ("#000000", "s"),

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from polycom_ext import activations
 from polycom_ext.report.drawing import WIDTH, Look, Plot, legend, name_axes, save
-from polycom_ext.report.results import Result, mean
+from polycom_ext.report.results import Result
+from polycom_ext.runs.record import mean, parameters
 
 Learned = Sequence[tuple[Result, Look]]
 RANGE = 3.0
@@ -86,8 +87,8 @@ def shape_plot(learned: Learned, path: Path) -> Plot:
     colors = matplotlib.colormaps["viridis"].resampled(max(depth, 2))
     for ax, (result, look) in zip(panels, learned, strict=False):
         assert result.run.coefficients is not None
-        for (layer, _), parameters in zip(by_layer(result), result.run.coefficients["layers"], strict=True):
-            ax.plot(*shape(result, parameters), color=colors(layer), linewidth=1.2)
+        for (number, _), layer in zip(by_layer(result), result.run.coefficients["layers"], strict=True):
+            ax.plot(*shape(result, layer), color=colors(number), linewidth=1.2)
         ax.plot(*shape(result), color="black", linestyle="--", linewidth=1.1)
         ax.set_title(result.label, loc="left", color=look.color, fontweight="bold")
         ax.set_xlim(-RANGE, RANGE)
@@ -112,7 +113,7 @@ def shape_plot(learned: Learned, path: Path) -> Plot:
     return save(figure, path, "Shape of the learned activations", caption)
 
 
-def shape(result: Result, parameters: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
+def shape(result: Result, layer: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
     """(x, y(x)) in float64 with the coefficients of one layer, or as it is at the start of training.
 
     x is an even grid; for an activation that normalises, a row of the FFN's width with the quantiles of the
@@ -123,7 +124,7 @@ def shape(result: Result, parameters: dict[str, Any] | None = None) -> tuple[Ten
         x = torch.special.ndtri((torch.arange(width, dtype=torch.float64) + 0.5) / width)
     else:
         x = torch.linspace(-RANGE, RANGE, 601, dtype=torch.float64)
-    return x, _module(result, parameters)(x).detach()
+    return x, _module(result, layer)(x).detach()
 
 
 def _steps(learned: Learned) -> str:
@@ -131,19 +132,14 @@ def _steps(learned: Learned) -> str:
     return " and ".join(map(str, steps))
 
 
-def _module(result: Result, parameters: dict[str, Any] | None = None) -> torch.nn.Module:
+def _module(result: Result, layer: dict[str, Any] | None = None) -> torch.nn.Module:
     """The activation in float64, with the coefficients of one layer, or as it is at the start."""
     assert result.run.coefficients is not None
     order = len(result.run.coefficients["layers"][0]["weight"])
     module = activations.build(f"{result.spec.entry.name}-{order}", dtype=torch.float64)
-    if parameters is not None:
-        module.load_state_dict(
-            {
-                key: torch.tensor(value, dtype=torch.float64)
-                for key, value in parameters.items()
-                if key != "name"
-            }
-        )
+    if layer is not None:
+        values = parameters(layer).items()
+        module.load_state_dict({key: torch.tensor(value, dtype=torch.float64) for key, value in values})
     return module
 
 

@@ -26,7 +26,7 @@ from polycom_ext.report.drawing import (
 )
 from polycom_ext.report.learned import coefficient_plot, shape_plot
 from polycom_ext.report.results import Family, Result, last, perplexity
-from polycom_ext.report.rundir import Series
+from polycom_ext.runs.record import Series
 
 STEP = "training step"
 

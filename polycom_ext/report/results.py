@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePath
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from polycom_ext import activations
 from polycom_ext.report import published
-from polycom_ext.report.rundir import STEP_SECONDS, TRAIN_LOSS, Run, Series
-from polycom_ext.runs import adapter
+from polycom_ext.report.rundir import Run
+from polycom_ext.runs import adapter, record
 from polycom_ext.runs import spec as run_spec
+from polycom_ext.runs.record import STEP_SECONDS, TRAIN_LOSS, Series, mean
 
 FINAL_SHARE = 0.1
 """Losses of single batches scatter: the final training loss is the mean of this last share of the values."""
@@ -34,7 +35,7 @@ class Result:
     @classmethod
     def of(cls, run: Run) -> Result:
         """Raises PolycomError where run.yaml is not a spec."""
-        spec = run_spec.from_mapping(run.spec, str(run.path / "run.yaml"))
+        spec = run_spec.from_mapping(run.spec, str(record.Record(run.path).spec))
         entry, order = activations.parse(spec.activation)
         explicit = f" (order {order})" if entry.coefficients and order != activations.DEFAULT_ORDER else ""
         return cls(run, spec, adapter.find(spec.trainer).total_steps(spec), entry.title + explicit)
@@ -93,22 +94,19 @@ class Result:
     @cached_property
     def losses(self) -> dict[str, Series]:
         """Validation loss by text and step; a text that was logged without a label is called `validation`."""
-        losses = self.run.labelled("valid/", "/loss")
+        losses = record.labelled(self.run.metrics, record.VALID, record.LOSS)
         return {label or "validation": series for label, series in losses.items()}
 
     @cached_property
     def accuracies(self) -> dict[str, Series]:
         """Accuracy, in percent, by task and step."""
-        tasks = self.run.labelled("eval/", "/acc")
+        tasks = record.labelled(self.run.metrics, record.EVAL, record.ACCURACY)
         return {task: {step: 100 * value for step, value in series.items()} for task, series in tasks.items()}
 
     @cached_property
     def validation(self) -> Series:
         """Validation loss by step: the mean over the texts, at the steps at which all were evaluated."""
-        if not self.losses:
-            return {}
-        common = set.intersection(*(set(series) for series in self.losses.values()))
-        return {step: mean([series[step] for series in self.losses.values()]) for step in sorted(common)}
+        return record.validation(self.run.metrics)
 
     @property
     def validation_loss(self) -> float | None:
@@ -173,14 +171,6 @@ class Family:
     def rehearsal(self) -> bool:
         """Whether any run has a smaller model or fewer tokens than the paper's."""
         return not all(self.published.same_conditions(one.facts, one.run.step) for one in self.results)
-
-
-def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean; not a number where infinities of both signs meet."""
-    try:
-        return fmean(values)
-    except ValueError:
-        return math.nan
 
 
 def last(series: Series) -> float | None:

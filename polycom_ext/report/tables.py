@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from polycom_ext.report import published
-from polycom_ext.report.results import Family, Result, common_steps, last, mean
-from polycom_ext.report.rundir import Series
+from polycom_ext.report.results import Family, Result, common_steps, last
+from polycom_ext.runs.record import Series, mean
 
 DIFFERENCE_STEPS = 8
 """Columns of the table of differences, at most."""

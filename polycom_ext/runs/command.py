@@ -167,9 +167,9 @@ class _Follower:
 
     def __call__(self) -> None:
         with contextlib.suppress(OSError):  # what is only shown ends no run
-            for record in self._tail.records():
+            for step, metrics in self._tail.records():
                 self.records += 1
-                line = progress.format_record(record, self._total)
+                line = progress.format_line(step, metrics, self._total)
                 if line is not None:
                     print(f"  {line}", flush=True)
             waited = time.monotonic() - self.began
@@ -182,7 +182,8 @@ class _Follower:
 def _note_end(run: Run, outcome: local.Outcome) -> None:
     """Note how the attempt ended; a full disk must not hide how that was."""
     try:
-        run.directory.end_attempt(outcome.status)
+        complete = outcome.status == 0 and run.adapter.is_complete(run.spec, run.directory.path)
+        run.directory.end_attempt(outcome.status, signal=outcome.interrupted, complete=complete)
     except (OSError, PolycomError) as error:
         print(f"{run.spec.name}: the end of this attempt could not be noted: {error}", file=sys.stderr)
 
@@ -198,7 +199,9 @@ def _did_nothing(run: Run, follower: _Follower, from_step: int | None) -> bool:
 def _write_coefficients(run: Run) -> None:
     """Write what a complete run has learned; it is complete whether they can be read or not."""
     try:
-        run.directory.write_coefficients(run.adapter.coefficients(run.spec, run.directory.path))
+        learned = run.adapter.coefficients(run.spec, run.directory.path)
+        if learned is not None:  # else the trainer has written them
+            run.directory.write_coefficients(learned)
     except Exception as error:  # whatever reading a checkpoint raises: the training is done and saved
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"{run.spec.name}: complete, but without coefficients.json: {reason}", file=sys.stderr)

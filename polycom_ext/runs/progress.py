@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from polycom_ext.runs import record
 
 LAST_LINE_WIDTH = 160
 
@@ -18,7 +18,7 @@ class MetricsTail:
         self._path = path
         self._offset = path.stat().st_size if path.exists() else 0
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self) -> Iterator[tuple[int, dict[str, float]]]:
         """New whole lines since the last call; what a killed process left half-written is passed over."""
         if not self._path.exists():
             return
@@ -27,14 +27,7 @@ class MetricsTail:
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for line in whole.splitlines():
-            try:
-                record = json.loads(line)
-                step, metrics = int(record["step"]), record["metrics"]
-                values = {str(name): float(value) for name, value in metrics.items()}
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-                continue
-            yield {"step": step, "metrics": values}
+        yield from filter(None, map(record.parse, whole.splitlines()))
 
 
 def last_line(log: Path, start: int) -> str:
@@ -45,27 +38,25 @@ def last_line(log: Path, start: int) -> str:
     return next((line.strip()[:LAST_LINE_WIDTH] for line in reversed(lines) if line.strip()), "")
 
 
-def format_record(record: dict[str, Any], total_steps: int | None) -> str | None:
-    """`step  20/400  loss 6.512  …`, or None for a record that holds nothing to follow a run by."""
-    metrics = record["metrics"]
-    step = record["step"]
+def format_line(step: int, metrics: dict[str, float], total_steps: int | None) -> str | None:
+    """`step  20/400  loss 6.512  …`, or None for values by which nobody follows a run."""
     fields = []
-    if "train/loss" in metrics:
-        fields.append(f"loss {metrics['train/loss']:.4f}")
-    if "train/grad_norm" in metrics:
-        fields.append(f"grad norm {metrics['train/grad_norm']:.2f}")
-    if "train/learning_rate" in metrics:
-        fields.append(f"lr {metrics['train/learning_rate']:.2e}")
-    seconds = metrics.get("train/step_seconds")
+    if record.TRAIN_LOSS in metrics:
+        fields.append(f"loss {metrics[record.TRAIN_LOSS]:.4f}")
+    if record.GRAD_NORM in metrics:
+        fields.append(f"grad norm {metrics[record.GRAD_NORM]:.2f}")
+    if record.LEARNING_RATE in metrics:
+        fields.append(f"lr {metrics[record.LEARNING_RATE]:.2e}")
+    seconds = metrics.get(record.STEP_SECONDS)
     if seconds is not None:
         fields.append(f"{seconds:.2f} s/step")
     for name, value in metrics.items():
-        kind, *label = name.split("/")
-        if kind == "valid" and label[-1:] == ["loss"]:
-            of = f" {'/'.join(label[:-1])}" if label[:-1] else ""
+        text = record.label_of(name, record.VALID, record.LOSS)
+        if text is not None:
+            of = f" {text}" if text else ""
             fields.append(f"validation{of} loss {value:.4f} (perplexity {math.exp(min(value, 20)):.1f})")
-        elif kind == "eval":
-            fields.append(f"{'/'.join(label)} {value:.4f}")
+        elif name.startswith(f"{record.EVAL}/"):
+            fields.append(f"{name.partition('/')[2]} {value:.4f}")
     if not fields:
         return None
     if seconds is not None and math.isfinite(seconds) and total_steps is not None and total_steps > step:

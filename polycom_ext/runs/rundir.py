@@ -9,7 +9,6 @@ import platform
 import re
 import time
 from collections.abc import Iterator
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,21 +21,14 @@ from polycom_ext.files import holders, lock, write_text
 from polycom_ext.runs import document, local, secrets
 from polycom_ext.runs import spec as specs
 from polycom_ext.runs.adapter import Adapter, trees
+from polycom_ext.runs.record import Record
 from polycom_ext.runs.rendering import Command
 from polycom_ext.runs.spec import Spec
 from polycom_ext.upstream import git
 
 
-class RunDirectory:
-    """The files of one run that this room writes: run.yaml, command.sh, versions.json, log.txt, and those
-    that the trainer's adapter names."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.log = path / "log.txt"
-        self.metrics = path / "metrics.jsonl"
-        self._spec = path / "run.yaml"
-        self._versions = path / "versions.json"
+class RunDirectory(Record):
+    """The record of a run, with what it takes to start one there."""
 
     def check_resumable(self, spec: Spec, adapter: Adapter) -> None:
         """Raise PolycomError if the run could not go on from what is there.
@@ -47,10 +39,10 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise PolycomError(f"{self.path} is a file, not a folder: give another --output")
         latest = adapter.latest_step(spec, self.path)
-        self._attempts()
-        if latest is None or not self._spec.exists():
+        self.attempts()
+        if latest is None or not self.spec.exists():
             return
-        before = specs.load(self._spec)
+        before = specs.load(self.spec)
         if before.trainer != spec.trainer:
             changed = ["trainer"]
         else:
@@ -81,20 +73,20 @@ class RunDirectory:
         Where there is no checkpoint, old metrics are forgotten: this start writes all of them. Where there is
         one from which the trainer cannot go on, half-written perhaps, they are set aside.
         """
-        record = spec.as_mapping()
-        if "environment" in record:
-            record["environment"] = secrets.masked(spec.environment)
-        write_text(self._spec, document.dump(record))
+        resolved = spec.as_mapping()
+        if "environment" in resolved:
+            resolved["environment"] = secrets.masked(spec.environment)
+        write_text(self.spec, document.dump(resolved))
         for name, text in adapter.files(spec, self.path).items():
             write_text(self.path / name, text)
-        write_text(self.path / "command.sh", command.script(), executable=True)
-        attempts = self._attempts()
+        write_text(self.command, command.script(), executable=True)
+        attempts = self.attempts()
         versions = {**_versions(spec, adapter), "attempts": attempts}
-        write_text(self._versions, json.dumps(versions, indent=2) + "\n")
+        write_text(self.versions, json.dumps(versions, indent=2) + "\n")
         if adapter.latest_step(spec, self.path) is not None:
             self._end_last_line()
             return
-        for path in (self.metrics, self.path / "coefficients.json"):
+        for path in (self.metrics, self.coefficients):
             if path.exists() and self._has_checkpoints():
                 path.replace(path.with_name(f"{path.stem}.before-attempt-{len(attempts) + 1}{path.suffix}"))
             path.unlink(missing_ok=True)
@@ -102,8 +94,7 @@ class RunDirectory:
     def _has_checkpoints(self) -> bool:
         """Whether there is a folder of a checkpoint, whole or not."""
         return any(
-            path.is_dir() and re.match(r"(iter_|step)\d", path.name)
-            for path in (self.path / "checkpoints").glob("*")
+            path.is_dir() and re.match(r"(iter_|step)\d", path.name) for path in self.checkpoints.glob("*")
         )
 
     def _end_last_line(self) -> None:
@@ -114,42 +105,10 @@ class RunDirectory:
                 if file.read(1) != b"\n":
                     file.write(b"\n")
 
-    def write_coefficients(self, learned: dict[str, Any] | None) -> None:
-        """Write what the activations have learned, unless the trainer has done it."""
-        if learned is not None:
-            write_text(self.path / "coefficients.json", json.dumps(learned, indent=2) + "\n")
-
-    def begin_attempt(self, log: BinaryIO, from_step: int | None) -> None:
-        """Note in versions.json and the log that the trainer is started, and from which checkpoint."""
-        attempt = {"started": _now(), "from_step": from_step}
-        self._write_attempts([*self._attempts(), attempt])
-        log.write(f"==== {attempt['started']}: attempt {len(self._attempts())} ====\n".encode())
-        log.flush()
-
-    def end_attempt(self, status: int) -> None:
-        """Note the exit status of the attempt that was begun last."""
-        *earlier, last = self._attempts()
-        self._write_attempts([*earlier, {**last, "ended": _now(), "status": status}])
-
     def is_finished(self, spec: Spec, adapter: Adapter) -> bool:
         """Whether the last step is saved and the trainer also came through what it does after it."""
-        attempts = self._attempts()
+        attempts = self.attempts()
         return bool(attempts) and attempts[-1].get("status") == 0 and adapter.is_complete(spec, self.path)
-
-    def _attempts(self) -> list[dict[str, Any]]:
-        try:
-            return list(json.loads(self._versions.read_text(encoding="utf-8"))["attempts"])
-        except FileNotFoundError:
-            return []
-        except (ValueError, KeyError, TypeError):
-            raise PolycomError(
-                f"{self._versions} cannot be read as the versions and attempts of a run; "
-                "move it away to go on without the attempts before"
-            ) from None
-
-    def _write_attempts(self, attempts: list[dict[str, Any]]) -> None:
-        versions = json.loads(self._versions.read_text(encoding="utf-8"))
-        write_text(self._versions, json.dumps({**versions, "attempts": attempts}, indent=2) + "\n")
 
 
 def _versions(spec: Spec, adapter: Adapter) -> dict[str, Any]:
@@ -169,7 +128,3 @@ def _locks_soon(log: BinaryIO) -> bool:
     while not (got := lock(log)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return got
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -13,6 +13,7 @@ from polycom_ext.integrations.megatron import blends, checks, model, options, to
 from polycom_ext.integrations.megatron.coefficients import from_megatron
 from polycom_ext.integrations.megatron.native import FLAGS
 from polycom_ext.runs.adapter import Facts, Upstream, integer
+from polycom_ext.runs.record import Record
 from polycom_ext.runs.spec import Spec
 
 RESERVED = {
@@ -51,12 +52,12 @@ class MegatronAdapter:
         tokens.check(spec)
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
-        checkpoints = str(run_dir / "checkpoints")
+        record = Record(run_dir)
         given = {
             **blends.arguments(_resolved(spec), run_dir),
-            "save": checkpoints,
-            "load": checkpoints,
-            "polycom-metrics": str(run_dir / "metrics.jsonl"),
+            "save": str(record.checkpoints),
+            "load": str(record.checkpoints),
+            "polycom-metrics": str(record.metrics),
         }
         arguments = ["-m", "polycom_ext.integrations.megatron.pretrain"]
         for name, value in given.items():
@@ -103,14 +104,14 @@ class MegatronAdapter:
         return checks.integer(spec, "train-iters", None)
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
-        return _latest_iteration(run_dir / "checkpoints")
+        return _latest_iteration(Record(run_dir).checkpoints)
 
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
         latest, total = self.latest_step(spec, run_dir), self.total_steps(spec)
         return latest is not None and total is not None and latest >= total
 
     def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
-        return from_megatron(run_dir / "checkpoints", spec.activation)
+        return from_megatron(Record(run_dir).checkpoints, spec.activation)
 
 
 def _latest_iteration(checkpoints: Path) -> int | None:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError
+from polycom_ext.runs import record
 
 _KEY = re.compile(r"(?P<module>.+)\.activation_func\.(?P<parameter>weight|bias|slope)")
 _OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
@@ -39,9 +40,8 @@ def from_megatron(checkpoint_dir: str | Path, activation: str) -> dict[str, Any]
         checkpoint_dir: an `iter_XXXXXXX` folder, or the folder above it, of which the latest is taken.
         activation: NAME[-ORDER] of the registry.
 
-    Returns: {"step": int, "activation": str, "layers": [{"name": str, "weight": [r floats],
-        "bias": [1 float], "slope": [1 float, PolyPReLU only]}]}, weight in descending powers, layers in the
-        model's order. `layers` is empty for an activation without coefficients.
+    Returns: what `record.coefficients` makes, weight in descending powers; without layers for an activation
+        without coefficients.
 
     Raises PolycomError where there is no such checkpoint, or none with coefficients of that order.
     """
@@ -64,11 +64,10 @@ def from_megatron(checkpoint_dir: str | Path, activation: str) -> dict[str, Any]
                 f"checkpoint {directory} does not hold {activation!r}: {name} has "
                 + ", ".join(f"{key} of {len(values)}" for key, values in sorted(parameters.items()))
             )
-    return {
-        "step": int(directory.name.removeprefix("iter_")),
-        "activation": activation,
-        "layers": [{"name": name, **layers[name]} for name in sorted(layers, key=_natural)],
-    }
+    step = int(directory.name.removeprefix("iter_"))
+    return record.coefficients(
+        step, activation, [(name, layers[name]) for name in sorted(layers, key=_natural)]
+    )
 
 
 def _iteration_directory(directory: Path) -> Path:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
+from polycom_ext.runs import record
+
 NAMES = {
-    "lm loss": "train/loss",
-    "grad-norm": "train/grad_norm",
-    "learning-rate": "train/learning_rate",
-    "iteration-time": "train/step_seconds",
-    "load_balancing_loss": "train/load_balancing_loss",
-    "z_loss": "train/z_loss",
-    "lm loss validation": "{split}/loss",
+    "lm loss": record.TRAIN_LOSS,
+    "grad-norm": record.GRAD_NORM,
+    "learning-rate": record.LEARNING_RATE,
+    "iteration-time": record.STEP_SECONDS,
+    "load_balancing_loss": record.LOAD_BALANCING_LOSS,
+    "z_loss": record.Z_LOSS,
 }
-"""Megatron's tag -> the name in metrics.jsonl; the tag does not tell the split, `valid` or `test`."""
-EVALUATIONS = ("valid/loss", "test/loss")
+"""Megatron's tag -> the record's name."""
+EVALUATED = "lm loss validation"
+"""Megatron's tag of the loss on either split, which it does not tell."""
 
 
 class MetricsWriter:
@@ -30,13 +30,15 @@ class MetricsWriter:
     there is one.
     """
 
-    split = "valid"
-    """The set that is being evaluated."""
+    split = record.VALID
+    """The set that is being evaluated, or record.TEST."""
 
     def __init__(self, path: Path, tensorboard: Any = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._evaluated = _evaluations(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        logged, _ = record.read_metrics(path)
+        names = [record.evaluated(split, "", record.LOSS) for split in (record.VALID, record.TEST)]
+        self._evaluated = {(step, name) for name in names for step in logged.get(name, {})}
+        self._path = path
         self._tensorboard = tensorboard
         self._step = -1
         self._metrics: dict[str, float] = {}
@@ -47,21 +49,21 @@ class MetricsWriter:
 
     def add_scalar(self, tag: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
         """Collect one value; a new step writes the line of the one before."""
-        if tag in NAMES:
+        name = record.evaluated(self.split, "", record.LOSS) if tag == EVALUATED else NAMES.get(tag)
+        if name is not None:
             if step != self._step:
                 self._write()
                 self._step = step
-            name = NAMES[tag].format(split=self.split)
             if (step, name) not in self._evaluated:
                 self._metrics[name] = float(value)
-            if name in EVALUATIONS:
+            if tag == EVALUATED:
                 self._evaluated.add((step, name))
         if self._tensorboard is not None:
             self._tensorboard.add_scalar(tag, value, step, *args, **kwargs)
 
     def _write(self) -> None:
         if self._metrics:
-            self._file.write(json.dumps({"step": self._step, "metrics": self._metrics}) + "\n")
+            record.append(self._path, self._step, self._metrics)
             self._metrics = {}
 
     def flush(self) -> None:
@@ -73,7 +75,6 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close."""
         self.flush()
-        self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -82,14 +83,3 @@ class MetricsWriter:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._tensorboard, name, lambda *args, **kwargs: None)
-
-
-def _evaluations(path: Path) -> set[tuple[int, str]]:
-    """(step, name) of every evaluation that a file of metrics holds; half-written lines are passed over."""
-    found: set[tuple[int, str]] = set()
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            record = json.loads(line)
-            found.update((int(record["step"]), name) for name in record["metrics"] if name in EVALUATIONS)
-    return found

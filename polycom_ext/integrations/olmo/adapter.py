@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from polycom_ext.integrations.olmo import options, tokens
 from polycom_ext.integrations.olmo.activation import NATIVE
 from polycom_ext.runs import document
 from polycom_ext.runs.adapter import Facts, Upstream, integer, trees
+from polycom_ext.runs.record import Record
 from polycom_ext.runs.spec import Spec
 
 SECTION = "olmo"
@@ -150,7 +151,7 @@ class OLMoAdapter:
             "run_name": spec.name,
             **_as_written(spec.options, texts),
             "model": _as_written(model, texts),
-            "save_folder": _literal(str(run_dir / "checkpoints")),
+            "save_folder": _literal(str(Record(run_dir).checkpoints)),
             "save_overwrite": True,
             "try_load_latest_save": True,
         }
@@ -188,7 +189,7 @@ class OLMoAdapter:
         return min((count for count in steps if count is not None), default=None)
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
-        folders = (run_dir / "checkpoints").glob("step*")
+        folders = Record(run_dir).checkpoints.glob("step*")
         names = (
             re.fullmatch(r"step(\d+)(-unsharded)?", folder.name) for folder in folders if folder.is_dir()
         )
@@ -198,7 +199,7 @@ class OLMoAdapter:
         latest, total = self.latest_step(spec, run_dir), self.total_steps(spec)
         if latest is None or total is None or latest < total:
             return False
-        return not spec.entry.coefficients or _written_step(run_dir / "coefficients.json") == latest
+        return not spec.entry.coefficients or _written_step(run_dir) == latest
 
     def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
         return None  # the entry gathers them from its ranks
@@ -221,12 +222,11 @@ def _steps(spec: Spec, duration: Any) -> int | None:
     return None
 
 
-def _written_step(path: Path) -> int | None:
-    try:
-        step: int = json.loads(path.read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return step
+def _written_step(run_dir: Path) -> int | None:
+    """The step of the coefficients that the entry has written; None where these are none."""
+    with contextlib.suppress(OSError, PolycomError):
+        return integer((Record(run_dir).read_coefficients() or {}).get("step"))
+    return None
 
 
 def _section(spec: Spec, name: str) -> dict[str, Any]:

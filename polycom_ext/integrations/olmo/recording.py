@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,15 +14,16 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from polycom_ext.integrations.olmo.activation import coefficient_modules
+from polycom_ext.runs import record
 
 TRAIN_NAMES = {
-    "train/CrossEntropyLoss": "train/loss",
-    "optim/total_grad_norm": "train/grad_norm",
-    "train/ZLoss": "train/z_loss",
-    "train/LoadBalancingLoss": "train/load_balancing_loss",
-    "train/MoEZLoss": "train/router_z_loss",
+    "train/CrossEntropyLoss": record.TRAIN_LOSS,
+    "optim/total_grad_norm": record.GRAD_NORM,
+    "train/ZLoss": record.Z_LOSS,
+    "train/LoadBalancingLoss": record.LOAD_BALANCING_LOSS,
+    "train/MoEZLoss": record.ROUTER_Z_LOSS,
 }
-"""OLMo's names -> ours."""
+"""OLMo's names -> the record's."""
 ACCURACIES = ("acc", "len_norm", "pmi_dc")
 """OLMo scores a downstream task in one way; these are accuracies, by likelihoods compared in some way."""
 
@@ -45,11 +44,11 @@ class RecordingTrainer(Trainer):
         self._seconds += time.perf_counter() - start
         self._steps += 1
         if reduce_global_loss:
-            record = {TRAIN_NAMES[name]: value for name, value in metrics.items() if name in TRAIN_NAMES}
-            record["train/learning_rate"] = self.optim.param_groups[0]["lr"]
-            record["train/step_seconds"] = self._seconds / self._steps
+            values = {TRAIN_NAMES[name]: value for name, value in metrics.items() if name in TRAIN_NAMES}
+            values[record.LEARNING_RATE] = self.optim.param_groups[0]["lr"]
+            values[record.STEP_SECONDS] = self._seconds / self._steps
             self._seconds, self._steps = 0.0, 0
-            self._record(record)
+            self._record(values)
         return metrics
 
     def eval(self) -> dict[str, Any]:
@@ -59,44 +58,38 @@ class RecordingTrainer(Trainer):
             for evaluator in self.evaluators
             if hasattr(evaluator.eval_metric, "metric_type")
         }
-        record = {}
+        values = {}
         for name, value in metrics.items():
             if name in tasks:
                 metric = tasks[name].eval_metric.metric_type
-                record[f"eval/{tasks[name].label}/{'acc' if metric in ACCURACIES else metric}"] = value
+                what = record.ACCURACY if metric in ACCURACIES else metric
+                values[record.evaluated(record.EVAL, tasks[name].label, what)] = value
             elif name.endswith("/CrossEntropyLoss"):
                 label = name.removeprefix("eval/").removesuffix("/CrossEntropyLoss")
-                record[f"valid/{label}/loss"] = value
-        groups = [f"eval/mmlu_{group}_var/acc" for group in MMLU]
-        if all(group in record for group in groups):
-            record["eval/mmlu/acc"] = fmean(record[group] for group in groups)
-        self._record(record)
+                values[record.evaluated(record.VALID, label, record.LOSS)] = value
+        groups = [record.evaluated(record.EVAL, f"mmlu_{group}_var", record.ACCURACY) for group in MMLU]
+        if all(group in values for group in groups):
+            mmlu = record.evaluated(record.EVAL, "mmlu", record.ACCURACY)
+            values[mmlu] = fmean(values[group] for group in groups)
+        self._record(values)
         return metrics
 
     def _record(self, metrics: dict[str, float]) -> None:
         if self.output is None or not metrics or get_global_rank() != 0:
             return
-        with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.global_step, "metrics": metrics}) + "\n")
+        record.append(record.Record(self.output).metrics, self.global_step, metrics)
 
     def write_coefficients(self) -> None:
         """Write the learned coefficients, if any, to coefficients.json; called on all ranks."""
         layers = gather_coefficients(self.model, self.dist_model)
         if self.output is None or get_global_rank() != 0 or not layers:
             return
-        content = {
-            "step": self.global_step,
-            "activation": str(self.cfg.model.activation_type),
-            "layers": layers,
-        }
-        path = self.output / "coefficients.json"
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        learned = record.coefficients(self.global_step, str(self.cfg.model.activation_type), layers)
+        record.Record(self.output).write_coefficients(learned)
 
 
-def gather_coefficients(model: nn.Module, dist_model: nn.Module) -> list[dict[str, Any]]:
-    """[{"name": …, "weight": [r floats], "bias": [1 float], …}], in the model's order, on every rank.
+def gather_coefficients(model: nn.Module, dist_model: nn.Module) -> list[tuple[str, dict[str, list[float]]]]:
+    """[(module, {parameter: its values})], in the model's order, on every rank.
 
     FSDP units are unsharded one at a time, so that never more than one block is whole.
     """
@@ -111,6 +104,6 @@ def gather_coefficients(model: nn.Module, dist_model: nn.Module) -> list[dict[st
                     for name, parameter in activation.named_parameters()
                 }
     return [
-        {"name": name.replace("_fsdp_wrapped_module.", ""), **values[activation]}
+        (name.replace("_fsdp_wrapped_module.", ""), values[activation])
         for name, activation in coefficient_modules(model).items()
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from polycom_ext.integrations.megatron.metrics import MetricsWriter
-from polycom_ext.report.rundir import _read_metrics
+from polycom_ext.runs.record import read_metrics
 
 
 def test_a_step_keeps_its_first_evaluation_and_test_is_not_valid(tmp_path: Path) -> None:
@@ -55,5 +55,5 @@ def test_a_process_that_goes_on_evaluates_anew_what_it_trains_anew_and_nothing_e
             second.flush()
     second.add_scalar("lm loss validation", 0.4 if resumed_from < 40 else 9.0, 40)
     second.close()
-    series, _ = _read_metrics(path)
+    series, _ = read_metrics(path)
     assert series["valid/loss"] == expected
