@@ -95,7 +95,7 @@ class Command:
 
 def render(spec: Spec, adapter: Adapter, run_dir: Path) -> Command:
     """The command for this machine. Writes nothing."""
-    stated = {**LAUNCHER, "nproc-per-node": str(spec.processes)}
+    stated = {**LAUNCHER, "nproc-per-node": str(spec.processes_per_node)}
     launcher = ["-m", "torch.distributed.run"]
     launcher += [part for name, value in stated.items() for part in (f"--{name}", value)]
     environment = {**LAUNCH_ENVIRONMENT, **adapter.environment(spec, run_dir), **spec.environment}

@@ -15,7 +15,8 @@ from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.runs import document
 
 SHARED_KEYS = (
-    *("name", "trainer", "upstream", "activation", "ffn_width", "processes", "environment", "sources"),
+    *("name", "trainer", "upstream", "activation", "ffn_width", "nodes", "processes_per_node"),
+    *("environment", "sources"),
 )
 """Top-level keys of every spec; the one more is the section of the trainer's options."""
 
@@ -30,7 +31,7 @@ class Spec:
     """NAME or NAME-ORDER of the registry."""
     ffn_width: int | None
     """Width of the FFN if it is not gated; a gated activation gets `matched_ffn_width`."""
-    processes: int
+    processes_per_node: int
     environment: dict[str, str]
     options: dict[str, Any]
     """The trainer's section: upstream's own option names."""
@@ -38,6 +39,12 @@ class Spec:
     """Where the numbers come from; read by people only."""
     upstream: str | None = None
     """The pinned version of the trainer; None where there is but one, or none."""
+    nodes: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all nodes together."""
+        return self.nodes * self.processes_per_node
 
     @property
     def entry(self) -> activations.Activation:
@@ -68,7 +75,8 @@ class Spec:
             "upstream": self.upstream,
             "activation": self.activation,
             "ffn_width": self.ffn_width,
-            "processes": self.processes,
+            "nodes": self.nodes,
+            "processes_per_node": self.processes_per_node,
             "environment": self.environment,
             trainers.find(self.trainer).section: self.options,
             "sources": self.sources,
@@ -135,8 +143,9 @@ def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:
         name=name,
         trainer=trainer,
         activation=activation,
-        ffn_width=_count(mapping, "ffn_width", origin) if "ffn_width" in mapping else None,
-        processes=_count(mapping, "processes", origin) if "processes" in mapping else 1,
+        ffn_width=_count(mapping, "ffn_width", origin, 1) if "ffn_width" in mapping else None,
+        nodes=_count(mapping, "nodes", origin, 1),
+        processes_per_node=_count(mapping, "processes_per_node", origin, 1),
         environment=_environment(mapping, origin),
         options=_section(mapping, adapter.section, origin),
         sources=mapping.get("sources"),
@@ -229,8 +238,8 @@ def _text(mapping: dict[str, Any], key: str, origin: str, what: str) -> str:
     return str(value)
 
 
-def _count(mapping: dict[str, Any], key: str, origin: str) -> int:
-    value = mapping[key]
+def _count(mapping: dict[str, Any], key: str, origin: str, default: int) -> int:
+    value = mapping.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PolycomError(f"{origin}: {key} must be an integer of at least 1, not {value!r}")
     return int(value)

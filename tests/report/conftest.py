@@ -95,7 +95,7 @@ def make_run(tmp_path: Path) -> RunMaker:
             "trainer": "megatron",
             "activation": activation,
             "ffn_width": 768,
-            "processes": 1,
+            "processes_per_node": 1,
             "environment": {"OMP_NUM_THREADS": "2"},
             "megatron": DENSE if options is None else options,
             **spec,

@@ -26,7 +26,7 @@ def test_runs_that_differ_only_in_activation_are_one_family_with_the_baseline_fi
     make_run: RunMaker,
 ) -> None:
     runs = [
-        make_run("m-polynorm", "polynorm", metrics(4.4), options=MOE, ffn_width=192, processes=2),
+        make_run("m-polynorm", "polynorm", metrics(4.4), options=MOE, ffn_width=192, processes_per_node=2),
         make_run("d-polynorm", "polynorm", metrics(4.3)),
         make_run(
             "d-order4", "polyrelu-4", metrics(4.3), options={**DENSE, "tensorboard-dir": "x/d-order4/tb"}

@@ -58,7 +58,7 @@ def write_spec(name: str, processes: int, options: dict[str, Any]) -> str:
     spec = {
         "trainer": "toy",
         "activation": "polynorm",
-        "processes": processes,
+        "processes_per_node": processes,
         "environment": {"TOY_SPEC": "a b"},
         "toy": toy,
     }

@@ -28,15 +28,15 @@ def test_extends_merges_mappings_replaces_values_and_null_deletes(tmp_path: Path
     write(
         tmp_path, "shared/root.yaml", "trainer: megatron\nmegatron: {seed: 1, bf16: true, split: [90, 10]}\n"
     )
-    write(tmp_path, "base.yaml", "extends: shared/root.yaml\nprocesses: 4\nmegatron: {seed: 2}\n")
+    write(tmp_path, "base.yaml", "extends: shared/root.yaml\nprocesses_per_node: 4\nmegatron: {seed: 2}\n")
     path = write(
         tmp_path,
         "run.yaml",
-        "extends: base.yaml\nactivation: gelu\nprocesses: null\n"
+        "extends: base.yaml\nactivation: gelu\nprocesses_per_node: null\n"
         "megatron: {bf16: null, split: [1], lr: 2e-3}\n",
     )
     spec = specs.load(path)
-    assert spec.processes == 1
+    assert spec.processes_per_node == 1
     assert spec.options == {"seed": 2, "split": [1], "lr": 0.002}
 
 
@@ -83,16 +83,25 @@ def test_a_variable_and_a_name_are_the_text_that_was_written(tmp_path: Path) -> 
 
 
 def test_a_count_is_decimal(tmp_path: Path) -> None:
-    path = write(tmp_path, "run.yaml", MINIMAL + "processes: 010\nffn_width: 1_536\n")
+    path = write(tmp_path, "run.yaml", MINIMAL + "processes_per_node: 010\nffn_width: 1_536\n")
     spec = specs.load(path)
-    assert (spec.processes, spec.ffn_width) == (10, 1536)
+    assert (spec.processes_per_node, spec.ffn_width) == (10, 1536)
+
+
+def test_the_world_is_the_processes_of_all_nodes(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.yaml", MINIMAL + "nodes: 3\nprocesses_per_node: 8\n")
+    assert specs.load(path).world_size == 24
+    with pytest.raises(
+        PolycomError, match=r"unknown key 'processes' \(did you mean 'processes_per_node'\?\)"
+    ):
+        specs.load(path, ["processes=8"])
 
 
 def test_a_resolved_spec_reads_back_equal(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "run.yaml",
-        MINIMAL + "ffn_width: 96\nprocesses: 2\nenvironment: {OMP_NUM_THREADS: 1}\n"
+        MINIMAL + "ffn_width: 96\nprocesses_per_node: 2\nenvironment: {OMP_NUM_THREADS: 1}\n"
         "megatron: {seed: 1, data-path: [a, b]}\nsources: {seed: our choice}\n",
     )
     spec = specs.load(path)
@@ -110,13 +119,19 @@ def test_a_gated_activation_gets_two_thirds_of_the_width(tmp_path: Path, activat
     [
         ("activation: polynorm\n", "run.yaml has no `trainer:`"),
         ("trainer: megatron\n", "run.yaml has no `activation:`"),
-        (MINIMAL + "proceses: 2\n", "unknown key 'proceses' (did you mean 'processes'?)"),
+        (MINIMAL + "proceses: 2\n", "unknown key 'proceses' (did you mean 'processes_per_node'?)"),
         (MINIMAL + "olmo: {a: 1}\n", "unknown key 'olmo'"),
         ("trainer: megatron\nactivation: polynrom\n", "unknown activation 'polynrom'"),
         ("trainer: megatron\nactivation: gelu-3\n", "has no polynomial"),
         ("trainer: megatron\nactivation: [gelu]\n", "activation must be a text"),
-        (MINIMAL + "processes: two\n", "processes must be an integer of at least 1, not 'two'"),
-        (MINIMAL + "processes: true\n", "processes must be an integer of at least 1, not True"),
+        (
+            MINIMAL + "processes_per_node: two\n",
+            "processes_per_node must be an integer of at least 1, not 'two'",
+        ),
+        (
+            MINIMAL + "processes_per_node: true\n",
+            "processes_per_node must be an integer of at least 1, not True",
+        ),
         (MINIMAL + "ffn_width: 0\n", "ffn_width must be an integer of at least 1, not 0"),
         (MINIMAL + "environment: {A: true}\n", "environment.A must be a text or a number"),
         (MINIMAL + "megatron: [a]\n", "megatron must be a mapping"),
@@ -125,9 +140,15 @@ def test_a_gated_activation_gets_two_thirds_of_the_width(tmp_path: Path, activat
         (MINIMAL + "megatron: {seed: [}\n", "is not valid YAML: line 3"),
         (MINIMAL + "extends: [a, b]\n", "extends must be the name of one file"),
         ("just text\n", "must be a mapping"),
-        (MINIMAL + "processes: 1:30\n", "processes must be an integer of at least 1, not '1:30'"),
-        (MINIMAL + "processes: 0x10\n", "processes must be an integer of at least 1, not '0x10'"),
-        (MINIMAL + "processes: !!int 0x10\n", "line 3: '0x10' is not of type int"),
+        (
+            MINIMAL + "processes_per_node: 1:30\n",
+            "processes_per_node must be an integer of at least 1, not '1:30'",
+        ),
+        (
+            MINIMAL + "processes_per_node: 0x10\n",
+            "processes_per_node must be an integer of at least 1, not '0x10'",
+        ),
+        (MINIMAL + "processes_per_node: !!int 0x10\n", "line 3: '0x10' is not of type int"),
         (MINIMAL + "megatron: {seed: !!timestamp 2026-01-01}\n", "a spec has nothing of type"),
         (MINIMAL + "environment: {A=B: c}\n", "environment: 'A=B' is no name of a variable"),
         (MINIMAL + "environment: {'': c}\n", "environment: '' is no name of a variable"),

@@ -101,7 +101,7 @@ def _check_layout(spec: Spec, resolved: dict[str, Any]) -> None:
             )
 
     divides(
-        tensor * pipeline * context, "tensor x pipeline x context parallel size", spec.processes, "processes"
+        tensor * pipeline * context, "tensor x pipeline x context parallel size", spec.world_size, "processes"
     )
     divides(tensor, "tensor-model-parallel-size", resolved.get("ffn-hidden-size"), "the FFN width")
     divides(tensor, "tensor-model-parallel-size", resolved.get("num-attention-heads"), "num-attention-heads")
@@ -114,7 +114,7 @@ def _check_layout(spec: Spec, resolved: dict[str, Any]) -> None:
     divides(
         expert_tensor * expert * pipeline,
         "expert-tensor x expert x pipeline parallel size",
-        spec.processes,
+        spec.world_size,
         "processes",
     )
     if expert == 1 and expert_tensor != tensor:
@@ -139,7 +139,7 @@ def _check_batch(spec: Spec) -> None:
     model = 1
     for dimension in ("tensor", "pipeline"):
         model *= _size(spec, f"{dimension}-model-parallel-size")
-    replicas = spec.processes // (model * _size(spec, "context-parallel-size"))
+    replicas = spec.world_size // (model * _size(spec, "context-parallel-size"))
     if batch % (micro * replicas):
         raise PolycomError(
             f"{spec.name}: global-batch-size {batch} is not a multiple of micro-batch-size {micro} times "

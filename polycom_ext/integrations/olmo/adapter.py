@@ -81,10 +81,10 @@ class OLMoAdapter:
             self._check_options(spec, options.known(tree))
             self._check_numbers(spec.options, options.texts(tree), f"{spec.name}: {SECTION}")
         batch = spec.options.get("global_train_batch_size")
-        if isinstance(batch, int) and batch % spec.processes:
+        if isinstance(batch, int) and batch % spec.world_size:
             raise PolycomError(
                 f"{spec.name}: global_train_batch_size {batch} is not a multiple of "
-                f"{spec.processes} processes"
+                f"{spec.world_size} processes"
             )
 
     def _check_options(self, spec: Spec, known: set[str]) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -231,6 +232,11 @@ def test_a_layout_that_does_not_divide_is_refused(
 )
 def test_a_layout_that_divides_is_accepted(options: dict[str, Any]) -> None:
     MegatronAdapter().validate(make(**options))
+
+
+def test_a_layout_may_span_nodes() -> None:
+    spec = replace(make(processes=2, tensor_model_parallel_size=4), nodes=2)
+    MegatronAdapter().validate(spec)
 
 
 @pytest.mark.parametrize(
