@@ -51,7 +51,7 @@ class Facts:
 
 
 class Adapter(Protocol):
-    """One trainer. A run is `python -m torch.distributed.run … arguments(spec, run_dir)`."""
+    """One trainer. A run is `torchrun … arguments(spec, run_dir)`."""
 
     name: str
     """As in `trainer:` of a spec."""
@@ -73,7 +73,7 @@ class Adapter(Protocol):
         """Raise PolycomError for an input file that is not there; asked before a start, not for a dry run."""
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
-        """What follows `python -m torch.distributed.run … --nproc-per-node N`."""
+        """What follows torchrun's own options: `-m MODULE …`, or a script."""
 
     def environment(self, spec: Spec, run_dir: Path) -> dict[str, str]:
         """Variables that every run of this trainer needs; the spec's own `environment` wins."""

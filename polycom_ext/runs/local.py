@@ -97,7 +97,7 @@ def launch(command: Command, log: BinaryIO, tick: Tick) -> Outcome:
             _kill_all(f"{MARKER}={marker}".encode())
     tick()
     text = _read_from(Path(log.name), start)
-    return Outcome(_worker_status(process.returncode, text), received[0] if received else None, text)
+    return Outcome(process.returncode, received[0] if received else None, text)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -230,9 +230,3 @@ def _read_from(path: Path, start: int) -> str:
     with path.open("rb") as file:
         file.seek(max(start, path.stat().st_size - LOG_BYTES))
         return file.read().decode("utf-8", errors="replace")
-
-
-def _worker_status(status: int, log: str) -> int:
-    """The launcher exits with 1 whatever its workers did; its report names the first one's status."""
-    reported = re.findall(r"^\s*exitcode\s*: (-?\d+) \(pid", log, re.MULTILINE)
-    return int(reported[-1]) if status and reported else status

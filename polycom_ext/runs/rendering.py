@@ -96,7 +96,7 @@ class Command:
 def render(spec: Spec, adapter: Adapter, run_dir: Path) -> Command:
     """The command for this machine. Writes nothing."""
     stated = {**LAUNCHER, "nproc-per-node": str(spec.processes_per_node)}
-    launcher = ["-m", "torch.distributed.run"]
+    launcher = ["-m", "polycom_ext.runs.torchrun"]
     launcher += [part for name, value in stated.items() for part in (f"--{name}", value)]
     environment = {**LAUNCH_ENVIRONMENT, **adapter.environment(spec, run_dir), **spec.environment}
     # The trees first, so that neither the spec nor the caller can hide them.

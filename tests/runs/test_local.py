@@ -91,6 +91,16 @@ def test_workers_die_with_a_killed_launcher(
     assert "was killed by SIGKILL" in capfd.readouterr().err
 
 
+def test_a_run_ends_as_its_first_failed_worker_did(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    in_the_background(lambda pids: os.kill(pids[1], signal.SIGKILL), workers=2)
+    assert main(["run", toy_spec(processes=2, steps=500, seconds=0.05)]) == 1
+    assert "the trainer was killed by SIGKILL" in capfd.readouterr().err
+    [attempt] = json.loads((RUN / "versions.json").read_text())["attempts"]
+    assert attempt["status"] == -signal.SIGKILL
+
+
 def test_a_failure_shows_the_trainers_last_lines_and_not_the_launchers(
     toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,10 +299,3 @@ def test_a_signal_that_is_ignored_stays_ignored(toy_spec: Callable[..., str]) ->
 def test_a_refusal_is_found_however_the_ranks_lines_fall(log: str) -> None:
     assert local.Outcome(2, None, log).refusal == "it: cannot be"
     assert local.Outcome(1, None, log).refusal is None
-
-
-def test_the_root_cause_is_the_status_of_a_run() -> None:
-    log = "  exitcode  : -15 (pid: 8)\nRoot Cause (first observed failure):\n  exitcode  : 2 (pid: 7) \n"
-    assert local._worker_status(1, log) == 2
-    assert local._worker_status(0, log) == 0
-    assert local._worker_status(-9, "") == -9

@@ -69,7 +69,7 @@ def kill_the_trainer_after_its_first_save(run_dir: Path, killed: list[int]) -> N
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if str(run_dir / "checkpoints").encode() in words and b"torch.distributed.run" not in words:
+        if str(run_dir / "checkpoints").encode() in words and b"polycom_ext.runs.torchrun" not in words:
             killed.append(int(path.parent.name))
             os.kill(killed[-1], signal.SIGKILL)
 
