@@ -1,11 +1,13 @@
-"""The trainers that a run spec may name, and where the adapter of each one lives.
+"""The trainers that a run spec may name, the forms of token files, and where the adapter of each one lives.
 
-Another package adds its own under the entry point `polycom_ext.trainers`, as NAME = "MODULE:CLASS"; what the
-class must offer is `runs/adapter.py`'s contract.
+Another package adds its own as entry points: NAME = "MODULE:CLASS" under `polycom_ext.trainers`, a class that
+keeps the contract of `runs/adapter.py`, and NAME = "MODULE:OBJECT" under `polycom_ext.token_formats`, a
+`TokenFormat` of `data/formats.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -18,20 +20,44 @@ OURS = {
 }
 """`trainer:` of a spec -> the class of its adapter, imported when a spec asks for it."""
 
+FORMAT_GROUP = "polycom_ext.token_formats"
+OUR_FORMATS = {
+    "megatron": "polycom_ext.integrations.megatron.token_format:INDEXED",
+    "olmo": "polycom_ext.integrations.olmo.token_format:FLAT",
+}
+"""`--format` of `polycom data prepare` -> the form of token files."""
+DEFAULT_FORMAT = "megatron"
+
 
 def names() -> list[str]:
     """The trainers there are, ours first."""
-    return list(_known())
+    return list(_known(GROUP, OURS))
 
 
 def find(name: str) -> Any:
-    """The adapter of `trainer: NAME`; raises PolycomError for a name that has none."""
-    known = _known()
+    """The adapter of `trainer: NAME`; raises PolycomError where there is none that can be imported."""
+    return _load("trainer", name, _known(GROUP, OURS))()
+
+
+def format_names() -> list[str]:
+    """The forms of token files there are, ours first."""
+    return list(_known(FORMAT_GROUP, OUR_FORMATS))
+
+
+def token_format(name: str) -> Any:
+    """The form of token files of that name; raises PolycomError as `find`."""
+    return _load("token format", name, _known(FORMAT_GROUP, OUR_FORMATS))
+
+
+def _known(group: str, ours: Mapping[str, str]) -> dict[str, EntryPoint]:
+    first = {name: EntryPoint(name, value, group) for name, value in ours.items()}
+    return {**first, **{one.name: one for one in entry_points(group=group) if one.name not in ours}}
+
+
+def _load(what: str, name: str, known: Mapping[str, EntryPoint]) -> Any:
     if name not in known:
-        raise PolycomError(f"unknown trainer {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
-    return known[name].load()()
-
-
-def _known() -> dict[str, EntryPoint]:
-    ours = {name: EntryPoint(name, value, GROUP) for name, value in OURS.items()}
-    return {**ours, **{one.name: one for one in entry_points(group=GROUP) if one.name not in ours}}
+        raise PolycomError(f"unknown {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    try:
+        return known[name].load()
+    except Exception as error:
+        raise PolycomError(f"{what} {name!r} cannot be imported from {known[name].value}: {error}") from error

@@ -1,1 +1,1 @@
-"""Text in, token files out: `prepare` for Megatron-LM and OLMo, and a public-domain corpus to try it on."""
+"""Text in, token files out: `prepare` for every trainer, and a public-domain corpus to try it on."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 
-from polycom_ext import files
-from polycom_ext.errors import MissingDependencyError
+from polycom_ext import files, trainers
+from polycom_ext.errors import MissingDependencyError, PolycomError
 
 DESCRIPTION = """\
 Turn documents into token files. Inputs: .txt, .jsonl or .json (one object a line), each plain, .gz or .zst,
@@ -28,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prepare.add_argument(
         "--format",
-        choices=("megatron", "olmo"),
-        default="megatron",
-        help="megatron: indexed dataset, PREFIX.bin and .idx (default); olmo: flat 16-bit PREFIX.npy",
+        choices=trainers.format_names(),
+        default=trainers.DEFAULT_FORMAT,
+        help=_formats(),
     )
     source = prepare.add_mutually_exclusive_group(required=True)
     source.add_argument("--tokenizer", type=Path, metavar="FILE", help="a Hugging Face tokenizer.json")
@@ -116,6 +117,16 @@ def _corpus(args: argparse.Namespace) -> int:
     for path, size in corpus(args.name, args.output).items():
         print(f"{path}: {size} bytes")
     return 0
+
+
+def _formats() -> str:
+    """What each `--format` is; one that cannot be imported says so when it is asked for."""
+    said = []
+    for name in trainers.format_names():
+        with suppress(PolycomError):
+            default = " (default)" if name == trainers.DEFAULT_FORMAT else ""
+            said.append(f"{name}: {trainers.token_format(name).summary}{default}")
+    return "; ".join(said).replace("%", "%%")
 
 
 def _cpus() -> int:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -84,7 +85,7 @@ def _prepare(settings: Settings, wanted: dict[str, str]) -> manifest.Manifest:
 
     tokenizer_file = settings.tokenizer or _trained_tokenizer(settings)
     encoder = tokenizer.Encoder(tokenizer_file, wanted["eos"])
-    dtype = formats.token_dtype(settings.format, encoder.vocab_size)
+    dtype = formats.find(settings.format).dtype(encoder.vocab_size)
     job = shards.Job(settings.work, tokenizer_file, encoder.eos, settings.text_key, dtype)
     totals = _tokenize(settings, job)
     now = {**identity, "inputs": manifest.fingerprints(settings.inputs, [identity])}
@@ -157,7 +158,7 @@ def _begin(settings: Settings, begun: manifest.Manifest | None, identity: manife
     elif not settings.overwrite:
         also = [".tokenizer.json"] if settings.train_tokenizer is not None else []
         also += [".skipped.txt"] if settings.on_bad_line == "skip" else []
-        for suffix in (*formats.SUFFIXES[settings.format], *also):
+        for suffix in (*formats.find(settings.format).files, *also):
             if settings.path(suffix).exists():
                 raise PolycomError(
                     f"{settings.path(suffix)} is in the way; add --overwrite or choose another --output"
@@ -232,12 +233,15 @@ def _publish(
     Files of a data set that is `replaced` go first, its metadata before all: it never vouches for others.
     """
     paths = [job.path(index) for index in range(totals.shards)]
-    writers: dict[str, Callable[[BinaryIO], object]] = {}
-    if settings.format == "olmo":
-        writers[".npy"] = lambda file: formats.write_tokens(file, paths)
-    else:
-        writers[".bin"] = lambda file: formats.write_tokens(file, paths)
-        writers[".idx"] = lambda file: formats.write_megatron_index(file, paths, job.dtype, totals.documents)
+    tokens = formats.Tokens(
+        job.dtype,
+        totals.documents,
+        pieces=lambda: (shards.read_array(path, "tokens") for path in paths),
+        lengths=lambda: (shards.read_array(path, "lengths") for path in paths),
+    )
+    writers: dict[str, Callable[[BinaryIO], object]] = {
+        suffix: partial(write, tokens) for suffix, write in formats.find(settings.format).files.items()
+    }
     if settings.train_tokenizer is not None:
         writers[".tokenizer.json"] = lambda file: file.write(job.tokenizer.read_bytes())
     if totals.skipped:

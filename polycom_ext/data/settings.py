@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from polycom_ext import trainers
 from polycom_ext.data import formats, tokenizer
 from polycom_ext.data.sources import check_input
 from polycom_ext.errors import PolycomError
@@ -26,8 +27,9 @@ class Settings:
 
     inputs: Sequence[Path]
     output: Path
-    """The prefix: `OUTPUT.bin`, `OUTPUT.idx`, `OUTPUT.json`, …"""
-    format: Literal["megatron", "olmo"] = "megatron"
+    """The prefix: `OUTPUT.json` and so on."""
+    format: str = trainers.DEFAULT_FORMAT
+    """As in `--format`."""
     tokenizer: Path | None = None
     train_tokenizer: int | None = None
     eos: str | None = None
@@ -64,7 +66,7 @@ def check(settings: Settings) -> dict[str, str]:
         check_input(path)
     _check_output(settings)
     origin, eos, vocab_size = _tokenizer(settings)
-    formats.token_dtype(settings.format, vocab_size)
+    formats.find(settings.format).dtype(vocab_size)
     return {
         "format": settings.format,
         "tokenizer": origin,
@@ -78,10 +80,12 @@ def _check_output(settings: Settings) -> None:
     output = settings.output
     if output.name in ("", ".."):
         raise PolycomError(f"--output {output} names no files; it is a prefix, such as {output / 'train'}")
-    if output.is_dir() and not settings.path(".json").exists():  # Megatron keeps an index beside what is made
+    if (
+        output.is_dir() and not settings.path(".json").exists()
+    ):  # a trainer may keep its own beside what is made
         raise PolycomError(f"{output} is a directory; --output is a prefix, such as {output / 'train'}")
     read = {path.resolve() for path in (*settings.inputs, settings.tokenizer) if path is not None}
-    for suffix in (*formats.SUFFIXES[settings.format], ".json", ".tokenizer.json", ".skipped.txt"):
+    for suffix in (*formats.find(settings.format).files, ".json", ".tokenizer.json", ".skipped.txt"):
         path = settings.path(suffix)
         if path.resolve() in read:
             raise PolycomError(f"the output {path} would replace an input; choose another --output")

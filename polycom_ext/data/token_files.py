@@ -10,23 +10,16 @@ nothing heavier.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
-MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-"""`megatron.core.datasets.indexed_dataset.DType`, without its floating-point types"""
-NUMPY_MAGIC = b"\x93NUMPY"
-_HEADER = struct.Struct("<9sQBQQ")
-"""magic, version, type, sequences S, document indices D; then S int32, S int64, D int64"""
+from polycom_ext.files import sha256
 
 SAMPLE_BYTES, PIECE_BYTES = 256 << 20, 64 << 10
 MANIFEST_BYTES = 256 << 20
@@ -49,8 +42,8 @@ class Model:
 
 
 @dataclass(frozen=True)
-class _File:
-    """The tokens of one data set."""
+class TokenFile:
+    """The tokens of one data set, in a file that exists."""
 
     prefix: str
     suffix: str
@@ -67,103 +60,25 @@ class _File:
         return Path(self.prefix + suffix)
 
 
-def flat_problem(files: Mapping[str, str], dtype_name: str, model: Model) -> str:
-    """What is wrong with OLMo's flat files, as a sentence for the user; empty if nothing is.
+def problem(files: Sequence[TokenFile], model: Model) -> str:
+    """What is wrong with the files for the model, as a sentence for the user; empty if nothing is.
 
-    Args:
-        files: path of a file that exists -> NumPy's name of the type as which it will be read.
-        dtype_name: what the user sets that type with.
-        model: what will be trained on them.
+    Of each, what its manifest says or a sample shows; then all against each other.
     """
-    found = []
-    for name, dtype in files.items():
-        if not isinstance(getattr(np, dtype, None), type) or not issubclass(getattr(np, dtype), np.integer):
-            return f"{dtype_name} {dtype} is no integer type of NumPy's, such as uint16"
-        suffix = Path(name).suffix
-        file = _File(name.removesuffix(suffix), suffix, dtype, dtype_name)
-        problem = _flat_problem(file)
-        if problem:
-            return problem
-        found.append(file)
-    return _problem(found, model)
-
-
-def indexed_problem(prefixes: Iterable[str], model: Model) -> str:
-    """What is wrong with Megatron's indexed data sets, as a sentence for the user; empty if nothing is.
-
-    Args:
-        prefixes: of `.bin` and `.idx` files that exist.
-        model: what will be trained on them.
-    """
-    found = []
-    for prefix in dict.fromkeys(prefixes):
-        file, problem = _indexed(prefix)
-        if problem:
-            return problem
-        found.append(file)
-    return _problem(found, model)
-
-
-def _problem(files: Sequence[_File], model: Model) -> str:
-    """What the manifest of each file says or a sample shows, then all against each other."""
     manifests = {file: _manifest(file) for file in files}
     others = sum(manifest is None for manifest in manifests.values())
     budget = max(SAMPLE_BYTES // max(others, 1), PIECE_BYTES)
     for file, manifest in manifests.items():
         if manifest is None:
-            problem = _sample_problem(file, budget, model)
+            sentence = _sample_problem(file, budget, model)
         else:
-            problem = _manifest_problem(file, manifest, model)
-        if problem:
-            return problem
+            sentence = _manifest_problem(file, manifest, model)
+        if sentence:
+            return sentence
     return _tokenizer_problem({file: found for file, found in manifests.items() if found is not None}, model)
 
 
-def _flat_problem(file: _File) -> str:
-    size = file.path.stat().st_size
-    if size % np.dtype(file.dtype).itemsize:
-        return f"{file.path} has {size} bytes, which are not whole tokens of {file.dtype}"
-    with file.path.open("rb") as stored:
-        if stored.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
-            return f"{file.path} has a NumPy header, which would be read as tokens; write it with `tofile`"
-    return ""
-
-
-def _indexed(prefix: str) -> tuple[_File, str]:
-    """The tokens that an index speaks of, and what it says against itself or its `.bin`."""
-    file = _File(prefix, ".bin", "")
-    index = file.beside(".idx")
-    with index.open("rb") as stored:
-        header = stored.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(MEGATRON_MAGIC):
-            return file, f"{index} is no index of a Megatron data set"
-        _, version, code, sequences, documents = _HEADER.unpack(header)
-        dtype = MEGATRON_TYPES.get(code)
-        if version != 1 or dtype is None:
-            return file, f"{index} is of version {version} and token type {code}, which hold no tokens"
-        if not sequences or not documents:
-            return file, f"{index} holds no documents"
-        size = _HEADER.size + 12 * sequences + 8 * documents
-        if index.stat().st_size not in (size, size + sequences):  # the latter with a mode a sequence
-            return file, f"{index} has {index.stat().st_size} bytes where its header asks for {size}"
-        length = _number(stored, _HEADER.size + 4 * (sequences - 1), "<i")
-        offset = _number(stored, _HEADER.size + 12 * sequences - 8, "<q")
-    size, expected = file.path.stat().st_size, offset + length * np.dtype(dtype).itemsize
-    if size != expected:
-        return file, (
-            f"{file.path} has {size} bytes where {index} asks for {expected}; "
-            "one is damaged, or they do not belong together"
-        )
-    return _File(prefix, ".bin", dtype), ""
-
-
-def _number(file: BinaryIO, offset: int, format_: str) -> int:
-    file.seek(offset)
-    number: int = struct.unpack(format_, file.read(struct.calcsize(format_)))[0]
-    return number
-
-
-def _manifest(file: _File) -> dict[str, Any] | None:
+def _manifest(file: TokenFile) -> dict[str, Any] | None:
     """What `polycom data prepare` wrote beside the tokens, None for those that it did not make."""
     path = file.beside(".json")
     try:
@@ -178,7 +93,7 @@ def _manifest(file: _File) -> dict[str, Any] | None:
     return manifest if file.suffix in manifest["files"] else None
 
 
-def _manifest_problem(file: _File, manifest: dict[str, Any], model: Model) -> str:
+def _manifest_problem(file: TokenFile, manifest: dict[str, Any], model: Model) -> str:
     path, size, expected = file.path, file.path.stat().st_size, manifest["files"][file.suffix]
     if size != expected:
         return (
@@ -198,7 +113,7 @@ def _manifest_problem(file: _File, manifest: dict[str, Any], model: Model) -> st
     return ""
 
 
-def _sample_problem(file: _File, budget: int, model: Model) -> str:
+def _sample_problem(file: TokenFile, budget: int, model: Model) -> str:
     path, greatest, smallest, even, odd = file.path, 0, 0, 0, 0
     for tokens in _pieces(path, np.dtype(file.dtype).newbyteorder("<"), budget):
         greatest, smallest = max(greatest, int(tokens.max())), min(smallest, int(tokens.min()))
@@ -229,7 +144,7 @@ def _pieces(path: Path, dtype: np.dtype[Any], budget: int) -> Iterator[npt.NDArr
             yield np.frombuffer(stored.read(PIECE_BYTES), dtype)
 
 
-def _tokenizer_problem(manifests: dict[_File, dict[str, Any]], model: Model) -> str:
+def _tokenizer_problem(manifests: dict[TokenFile, dict[str, Any]], model: Model) -> str:
     """Whether files, or the files and the trainer, have different tokenizers."""
     if not manifests:
         return ""
@@ -243,6 +158,6 @@ def _tokenizer_problem(manifests: dict[_File, dict[str, Any]], model: Model) -> 
         path = path / "tokenizer.json"
     if path is None or path.suffix != ".json" or not path.is_file():
         return ""
-    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+    if sha256(path) != expected:
         return f"{first.path} was prepared with another tokenizer than {path}{_SAME}"
     return ""

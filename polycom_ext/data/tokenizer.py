@@ -123,9 +123,8 @@ class Encoder:
 def train(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a byte-level BPE (the pre-tokenizer of GPT-2) and return its `tokenizer.json`.
 
-    The same texts give the same bytes. The last id is `<|endoftext|>`, as in GPT-2, so that Megatron's
-    `NullTokenizer` with `--vocab-size` one less than the vocabulary ends documents with the same id. A text
-    too small for `vocab_size` merges gives a smaller vocabulary.
+    The same texts give the same bytes. The last id is `<|endoftext|>`, as in GPT-2, which trainers take for
+    granted that load no tokenizer. A text too small for `vocab_size` merges gives a smaller vocabulary.
 
     Raises:
         PolycomError: as `check_vocabulary`.

@@ -27,6 +27,7 @@ from polycom_ext.data.settings import Settings
 from polycom_ext.data.sources import read_records
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import exclusive
+from polycom_ext.integrations.megatron import token_format
 
 from .conftest import read_documents, write_jsonl
 
@@ -468,5 +469,5 @@ def test_names_that_are_not_utf8_are_names_like_others(
     assert [item["path"] for item in manifest["inputs"]] == list(map(str, inputs))
     assert manifest["tokenizer"] == str(own_tokenizer)
     model = token_files.Model(320, "", tokenizer=own_tokenizer)
-    assert token_files.indexed_problem([str(output)], model) == ""
+    assert token_format.problem([str(output)], model) == ""
     assert prepare_directly(Settings(inputs, output, tokenizer=own_tokenizer, on_bad_line="skip")) == manifest

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from polycom_ext.data.formats import token_dtype
+from polycom_ext.data import formats
 from polycom_ext.data.tokenizer import EOS, Encoder, train
 from polycom_ext.errors import PolycomError
 
@@ -145,8 +145,9 @@ def test_tokenizer_that_cannot_be_used_gets_one_sentence(prepare: Prepare, tmp_p
 
 
 def test_token_types_hold_the_vocabulary() -> None:
-    assert token_dtype("megatron", 65499) == "<u2"
-    assert token_dtype("megatron", 65500) == "<i4"
-    assert token_dtype("olmo", 65536) == "<u2"
+    megatron, olmo = formats.find("megatron"), formats.find("olmo")
+    assert megatron.dtype(65499) == "<u2"
+    assert megatron.dtype(65500) == "<i4"
+    assert olmo.dtype(65536) == "<u2"
     with pytest.raises(PolycomError, match="65537 does not fit into the 16-bit tokens"):
-        token_dtype("olmo", 65537)
+        olmo.dtype(65537)

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from polycom_ext.data import token_files
+from polycom_ext.data.token_files import Model
 from polycom_ext.errors import PolycomError
-from polycom_ext.integrations.megatron import blends
+from polycom_ext.integrations.megatron import blends, token_format
 from polycom_ext.runs.spec import Spec
 
 EOD_OPTIONS = ("reset-position-ids", "reset-attention-mask", "eod-mask-loss")
@@ -31,7 +31,7 @@ def check(spec: Spec) -> None:
                 f"{spec.name}: megatron.{name}: {' and '.join(missing)} not found "
                 f"(looked in {Path.cwd()}); `polycom data` makes token files"
             )
-    problem = token_files.indexed_problem([prefix for _, prefix in prefixes], _tokens(spec))
+    problem = token_format.problem([prefix for _, prefix in prefixes], _tokens(spec))
     if problem:
         raise PolycomError(f"{spec.name}: {problem}")
 
@@ -58,18 +58,22 @@ def _listed(spec: Spec, name: str) -> list[list[str]]:
         raise PolycomError(f"{spec.name}: megatron.{name}: {path} cannot be read ({error})") from None
 
 
-def _tokens(spec: Spec) -> token_files.Model:
-    """What the trainer is told of tokens; a tokenizer that it loads says the rest."""
+def _tokens(spec: Spec) -> Model:
+    """What the trainer is told of tokens; a tokenizer that it loads says the rest.
+
+    NullTokenizer ends documents with `vocab-size`, which it adds to the vocabulary: the last id, as in the
+    tokenizers that `polycom data prepare` trains.
+    """
     options = spec.options
     size, tokenizer = options.get("vocab-size"), options.get("tokenizer-model")
     if options.get("tokenizer-type") not in ("NullTokenizer", "NullMultimodalTokenizer"):
         path = Path(tokenizer) if isinstance(tokenizer, str) else None
         padded = options.get("padded-vocab-size")
-        return token_files.Model(
+        return Model(
             padded if isinstance(padded, int) else None, "megatron.padded-vocab-size", tokenizer=path
         )
     if not isinstance(size, int):
-        return token_files.Model(None, "")
+        return Model(None, "")
     asks_for_eod = any(options.get(name) for name in EOD_OPTIONS)
     name = "NullTokenizer's megatron.vocab-size"
-    return token_files.Model(size + 1, f"{name} + 1 =", size if asks_for_eod else None, name)
+    return Model(size + 1, f"{name} + 1 =", size if asks_for_eod else None, name)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polycom_ext.data import token_files
+from polycom_ext.data.token_files import Model
+from polycom_ext.integrations.olmo import token_format
 
 FIELDS = ("vocab_size", "eos_token_id", "pad_token_id")
 """Of OLMo's ModelConfig, what is said of tokens."""
@@ -28,10 +29,10 @@ def problem(section: str, files: Mapping[str, str], model: Mapping[str, Any], to
         id_ = ids[name]
         if id_ is not None and vocab_size is not None and id_ >= vocab_size:
             return f"{section}.model.{name} {id_} is not below vocab_size {vocab_size}"
-    return token_files.flat_problem(
+    return token_format.problem(
         files,
         "memmap_dtype",
-        token_files.Model(
+        Model(
             vocab_size,
             f"{section}.model.vocab_size",
             ids["eos_token_id"],
