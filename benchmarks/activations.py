@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 import polycom_ext
 from polycom_ext import functional
-from polycom_ext.activations import SwiGLU
+from polycom_ext.modules import SwiGLU
 from polycom_ext.ops import eager, library
 from polycom_ext.ops.steps import Rho
 

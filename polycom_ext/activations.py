@@ -1,133 +1,29 @@
-"""The activations as modules, and the registry: one name, one entry, everything else is derived from it."""
+"""The registry of activations: one name, one entry, and everything else is derived from it.
+
+No torch is needed to read it: an entry's module is imported when one is built. Another package adds its own
+activations under the entry point `polycom_ext.activations`, as NAME = "MODULE:ENTRY", ENTRY being an
+`Activation`; see docs/adding-an-activation.md.
+"""
 
 from __future__ import annotations
 
-import copy
+import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-
-from polycom_ext import functional
 from polycom_ext.errors import PolycomError
 
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+
+GROUP = "polycom_ext.activations"
 DEFAULT_ORDER = 3
-
-
-class _Polynomial(nn.Module):
-    """Holds `weight` (order,), descending powers, and `bias` (1,); initialised to 1/order and 0 as in the
-    paper.
-
-    A copy, shallow or deep, shares the process group. A pickled module (torch.save of it, not of its state)
-    has none: who loads it sets `group` again where rows are sharded.
-    """
-
-    def __init__(
-        self,
-        order: int = DEFAULT_ORDER,
-        *,
-        group: dist.ProcessGroup | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if order < 1:
-            raise ValueError(f"order must be at least 1, got {order}")
-        self.order = order
-        self.group = group
-        self.weight = nn.Parameter(torch.empty(order, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """weight = 1/order, bias = 0 (paper, section 4.1)."""
-        nn.init.constant_(self.weight, 1.0 / self.order)
-        nn.init.zeros_(self.bias)
-
-    def extra_repr(self) -> str:
-        return f"order={self.order}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "group": None}
-
-    def __copy__(self) -> _Polynomial:
-        twin = self.__class__.__new__(self.__class__)
-        twin.__dict__.update(self.__dict__)
-        return twin
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Polynomial:
-        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
-        state = {key: value for key, value in self.__dict__.items() if key != "group"}
-        twin.__dict__.update(copy.deepcopy(state, memo), group=self.group)
-        return twin
-
-
-class PolyReLU(_Polynomial):
-    """sum_i a_i ReLU(x)^i + a_0; see `functional.poly_relu`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.poly_relu(x, self.weight, self.bias, group=self.group)
-
-
-class PolyPReLU(_Polynomial):
-    """sum_i a_i PReLU(x)^i + a_0 with a learnable negative slope, 0.25 at the start; see
-    `functional.poly_prelu`.
-    """
-
-    def __init__(
-        self,
-        order: int = DEFAULT_ORDER,
-        *,
-        group: dist.ProcessGroup | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(order, group=group, device=device, dtype=dtype)
-        self.slope = nn.Parameter(torch.full((1,), 0.25, device=device, dtype=dtype))
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if hasattr(self, "slope"):
-            nn.init.constant_(self.slope, 0.25)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.poly_prelu(x, self.weight, self.bias, self.slope, group=self.group)
-
-
-class PolyNorm(_Polynomial):
-    """sum_i a_i x^i / rms(x^i) + a_0 over the last dimension; see `functional.poly_norm`."""
-
-    eps = 1e-6
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.poly_norm(x, self.weight, self.bias, self.eps, group=self.group)
-
-
-class PolyReLUNorm(_Polynomial):
-    """PolyNorm of ReLU(x); see `functional.poly_relu_norm`."""
-
-    eps = 1e-6
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.poly_relu_norm(x, self.weight, self.bias, self.eps, group=self.group)
-
-
-class SquaredReLU(nn.Module):
-    """ReLU(x)^2."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.relu(x).square()
-
-
-class SwiGLU(nn.Module):
-    """SiLU(x_1) * x_2, where x = [x_1, x_2] are the halves of the last dimension."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = x.chunk(2, dim=-1)
-        return nn.functional.silu(gate) * value
 
 
 @dataclass(frozen=True)
@@ -135,50 +31,82 @@ class Activation:
     """One entry of the registry."""
 
     name: str
+    """Letters and digits, in lower case."""
     title: str
     """As written in the paper's tables."""
-    module: type[nn.Module]
+    target: str
+    """MODULE:NAME of an nn.Module or, for an activation without parameters, of a function of one tensor."""
     gated: bool = False
     """The first linear layer gives twice the width; at equal parameters that width is 2/3 of an ungated
     one.
     """
-    coefficients: bool = False
-    """Has learnable coefficients, and so an order."""
+    learnable: bool = False
+    """Has parameters of its own: one-dimensional, whole on every rank, float32 masters, no weight decay."""
+    ordered: bool = False
+    """Is a polynomial, whose order a spec may give."""
     normalizes: bool = False
     """Reads whole rows: a row sharded over ranks needs a reduction."""
 
+    def load(self) -> Callable[..., Any]:
+        """The module's class, or the function."""
+        module, _, name = self.target.partition(":")
+        loaded: Callable[..., Any] = getattr(import_module(module), name)
+        return loaded
 
+
+_MODULES = "polycom_ext.modules"
+_POLYNOMIAL = {"learnable": True, "ordered": True}
 _ENTRIES = (
-    Activation("swiglu", "SwiGLU", SwiGLU, gated=True),
-    Activation("gelu", "GELU", nn.GELU),
-    Activation("relu", "ReLU", nn.ReLU),
-    Activation("relu2", "ReLU²", SquaredReLU),
-    Activation("silu", "SiLU", nn.SiLU),
-    Activation("polyrelu", "PolyReLU", PolyReLU, coefficients=True),
-    Activation("polyprelu", "PolyPReLU", PolyPReLU, coefficients=True),
-    Activation("polynorm", "PolyNorm", PolyNorm, coefficients=True, normalizes=True),
-    Activation("polyrelunorm", "PolyReLUNorm", PolyReLUNorm, coefficients=True, normalizes=True),
+    Activation("swiglu", "SwiGLU", f"{_MODULES}:SwiGLU", gated=True),
+    Activation("gelu", "GELU", "torch.nn:GELU"),
+    Activation("relu", "ReLU", "torch.nn:ReLU"),
+    Activation("relu2", "ReLU²", f"{_MODULES}:SquaredReLU"),
+    Activation("silu", "SiLU", "torch.nn:SiLU"),
+    Activation("polyrelu", "PolyReLU", f"{_MODULES}:PolyReLU", **_POLYNOMIAL),
+    Activation("polyprelu", "PolyPReLU", f"{_MODULES}:PolyPReLU", **_POLYNOMIAL),
+    Activation("polynorm", "PolyNorm", f"{_MODULES}:PolyNorm", normalizes=True, **_POLYNOMIAL),
+    Activation("polyrelunorm", "PolyReLUNorm", f"{_MODULES}:PolyReLUNorm", normalizes=True, **_POLYNOMIAL),
 )
 
 REGISTRY: dict[str, Activation] = {entry.name: entry for entry in _ENTRIES}
+"""Ours; `find` knows those of other packages too."""
 
 
-def parse(spec: str) -> tuple[Activation, int]:
-    """Resolve NAME or NAME-ORDER, as in `polynorm` and `polyrelu-4`, to an entry and an order (3 unless
-    given).
+def names() -> list[str]:
+    """The activations there are, ours first."""
+    return [*REGISTRY, *_others()]
 
-    Raises PolycomError for an unknown name, an order below 1, or an order for an activation without
-    coefficients.
+
+def find(name: str) -> Activation:
+    """The entry of a name; raises PolycomError for a name that has none."""
+    if name in REGISTRY:
+        return REGISTRY[name]
+    if name not in _others():
+        raise PolycomError(
+            f"unknown activation {name!r}; known: {', '.join(names())} (NAME-ORDER for an order)"
+        )
+    point = _others()[name]
+    entry = point.load()
+    if not isinstance(entry, Activation) or entry.name != name:
+        raise PolycomError(f"the entry point {name} = {point.value!r} of {GROUP} is no Activation {name!r}")
+    return entry
+
+
+def _others() -> dict[str, EntryPoint]:
+    return {one.name: one for one in entry_points(group=GROUP) if one.name not in REGISTRY}
+
+
+def parse(spec: str) -> tuple[Activation, int | None]:
+    """Resolve NAME or NAME-ORDER, as in `polynorm` and `polyrelu-4`, to an entry and an order: 3 unless
+    given, None where the activation has none.
+
+    Raises PolycomError for an unknown name, an order below 1, or an order for what is no polynomial.
     """
     match = re.fullmatch(r"(?P<name>[a-z0-9]+?)(?:-(?P<order>\d+))?", spec)
-    entry = REGISTRY.get(match["name"]) if match else None
-    if match is None or entry is None:
-        raise PolycomError(
-            f"unknown activation {spec!r}; known: {', '.join(REGISTRY)} (NAME-ORDER for an order)"
-        )
-    if match["order"] is None:
-        return entry, DEFAULT_ORDER
-    if not entry.coefficients:
+    entry = find(match["name"] if match else spec)
+    if match is None or match["order"] is None:
+        return entry, DEFAULT_ORDER if entry.ordered else None
+    if not entry.ordered:
         raise PolycomError(f"activation {entry.name!r} has no polynomial, so no order can be given: {spec!r}")
     order = int(match["order"])
     if order < 1:
@@ -186,9 +114,55 @@ def parse(spec: str) -> tuple[Activation, int]:
     return entry, order
 
 
-def build(spec: str, **kwargs: Any) -> nn.Module:
-    """Make the module for NAME or NAME-ORDER; `group`, `device`, `dtype` go to activations with
-    coefficients.
+def build(
+    spec: str,
+    *,
+    width: int | None = None,
+    hidden: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Make the module for NAME or NAME-ORDER. It is given those of these that its constructor names, and
+    `order`.
+
+    Args:
+        width: of the activation's result on this rank.
+        hidden: width of the model.
+        group: process group over which the width is sharded.
+        device, dtype: of its parameters.
+
+    Raises PolycomError as `parse` does, for a width or a hidden size that the activation needs and is not
+    given, and for parameters that are not what the entry says.
     """
+    from polycom_ext.modules import Elementwise
+
     entry, order = parse(spec)
-    return entry.module(order, **kwargs) if entry.coefficients else entry.module()
+    target = entry.load()
+    if not isinstance(target, type):
+        return Elementwise(target)
+    offered: dict[str, Any] = {"order": order, "width": width, "hidden": hidden}
+    offered |= {"group": group, "device": device, "dtype": dtype}
+    taken = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        if offered.get(name) is not None:
+            taken[name] = offered[name]
+        elif name in offered and parameter.default is parameter.empty:
+            raise PolycomError(f"activation {entry.name!r} needs `{name}`, which build was not given")
+    module: nn.Module = target(**taken)
+    _check(entry, module)
+    return module
+
+
+def _check(entry: Activation, module: nn.Module) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    if bool(shapes) is not entry.learnable:
+        raise PolycomError(
+            f"activation {entry.name!r} says learnable={entry.learnable} and has parameters {list(shapes)}"
+        )
+    for name, shape in shapes.items():
+        if len(shape) != 1:
+            raise PolycomError(
+                f"activation {entry.name!r}: parameter {name} must be one-dimensional, as what trainers "
+                f"exempt from weight decay is, and has shape {shape}"
+            )

@@ -22,7 +22,7 @@ def test_every_entry_builds_and_trains(name: str) -> None:
     assert y.shape == (3, 4 if entry.gated else 8)
     y.square().sum().backward()
     assert x.grad is not None
-    assert bool(list(module.parameters())) is entry.coefficients
+    assert bool(list(module.parameters())) is entry.learnable
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
@@ -51,6 +51,7 @@ def test_parameters_have_the_released_layout() -> None:
 def test_orders_in_names() -> None:
     assert parse("polynorm") == (REGISTRY["polynorm"], 3)
     assert parse("polyrelu-4") == (REGISTRY["polyrelu"], 4)
+    assert parse("gelu") == (REGISTRY["gelu"], None)
     assert build("polyrelu-2").weight.shape == (2,)  # type: ignore[union-attr]
 
 

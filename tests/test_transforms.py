@@ -14,7 +14,8 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.optim.swa_utils import AveragedModel
 
 from polycom_ext import functional, reference
-from polycom_ext.activations import REGISTRY, PolyNorm, build
+from polycom_ext.activations import REGISTRY, build
+from polycom_ext.modules import PolyNorm
 from polycom_ext.ops import library
 
 DEFINITIONS = {

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +32,11 @@ _COLORS = {
     "polynorm": ("#0072B2", "o"),
     "polyrelunorm": ("#D55E00", "X"),
 }
-"""Okabe and Ito's colours (yellow darkened for white paper, one grey), each with a marker of its own."""
-_SPARE = (("#882255", "*"), ("#332288", "h"), ("#8C6D46", "p"), ("#66A61E", "d"), ("#B39DDB", "H"))
-"""For activations that have none above, in the registry's order."""
+"""Okabe and Ito's colours (yellow darkened for white paper, one grey), each with a marker of its
+own.
+"""
+_SPARE = (("#E7298A", "1"), ("#A6761D", "2"), ("#1B7837", "3"), ("#7570B3", "4"))
+"""For those of other packages, in the registry's order."""
 Dashes = Literal["-", "--", "-.", ":"]
 _DASHES: tuple[Dashes, ...] = ("-", "--", "-.", ":")
 _STYLE: Any = {
@@ -91,8 +94,8 @@ def style() -> Iterator[None]:
 
 def looks(results: Sequence[Result]) -> list[Look]:
     """Colour and marker by activation, the same in every report; dashes tell runs of one activation apart."""
-    others = [name for name in activations.REGISTRY if name not in _COLORS]
-    palette = {**_COLORS, **dict(zip(others, _SPARE, strict=False))}
+    others = [name for name in activations.names() if name not in _COLORS]
+    palette = {**_COLORS, **dict(zip(others, cycle(_SPARE), strict=False))}
     drawn: dict[str, int] = {}
     made = []
     for result in results:

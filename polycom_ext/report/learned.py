@@ -17,27 +17,28 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from polycom_ext import activations
+from polycom_ext.errors import PolycomError
+from polycom_ext.modules import coefficients
 from polycom_ext.report.drawing import WIDTH, Look, Plot, legend, name_axes, save
 from polycom_ext.report.results import Result
-from polycom_ext.runs.record import mean, parameters
+from polycom_ext.runs.record import Record, mean, parameters
 
 Learned = Sequence[tuple[Result, Look]]
 RANGE = 3.0
 """The shapes are drawn for x from -RANGE to RANGE."""
-_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 DEFAULT_ROW = 4096
 """Length of the standard-normal row where the spec gives no FFN width."""
 
 
 def by_layer(result: Result) -> list[tuple[int, dict[str, float]]]:
-    """(layer, {a_0 … a_r, and `slope` where there is one}) for each entry of coefficients.json.
+    """(layer, {title: value of each coefficient}) for each entry of coefficients.json.
 
     Experts with coefficients of their own give several entries a layer.
     """
     entries = []
     for position, layer in enumerate((result.run.coefficients or {})["layers"]):
         number = re.search(r"\.(\d+)(\.|$)", layer["name"])
-        entries.append((int(number[1]) if number else position, _ascending(layer)))
+        entries.append((int(number[1]) if number else position, coefficients(_module(result, layer))))
     return entries
 
 
@@ -56,23 +57,23 @@ def coefficient_plot(learned: Learned, path: Path) -> Plot:
                 continue
             layers = sorted({layer for layer, _ in points})
             means = [mean([value for at, value in points if at == layer]) for layer in layers]
-            ax.axhline(_initial(result)[name], color="#555555", linestyle=":", linewidth=0.9)
+            ax.axhline(coefficients(_module(result))[name], color="#555555", linestyle=":", linewidth=0.9)
             ax.plot(layers, means, color=look.color, marker=look.marker, linestyle=look.dashes)
             if len(points) > len(layers):
                 several = True
                 ax.plot(*zip(*points, strict=True), ".", color=look.color, alpha=0.35, markersize=2)
-        ax.set_title(
-            "negative slope" if name == "slope" else name.replace("_", "").translate(_SUBSCRIPTS), loc="left"
-        )
+        ax.set_title(name, loc="left")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     name_axes(panels, columns, len(names), "layer")
     figure.supylabel("coefficient", fontsize=8)
     start = Line2D([], [], color="#555555", linestyle=":", linewidth=0.9, label="at the start")
     legend(figure, [result.label for result, _ in learned], [look for _, look in learned], [start])
+    notes = dict.fromkeys(getattr(_module(result), "note", "") for result, _ in learned)
+    said = ["Each panel has its own scale.", *notes]
+    if several:
+        said.append("Small points: several sets in one layer; lines: their mean.")
     caption = (
-        f"After {_steps(learned)} steps, by layer, the first layer being 0. Each panel has its own scale; "
-        "aᵢ multiplies the i-th power, a₀ is the constant."
-        + (" Small points: several sets in one layer; lines: their mean." if several else "")
+        f"After {_steps(learned)} steps, by layer, the first layer being 0. {' '.join(filter(None, said))}"
     )
     return save(figure, path, "Learned coefficients", caption)
 
@@ -133,24 +134,21 @@ def _steps(learned: Learned) -> str:
 
 
 def _module(result: Result, layer: dict[str, Any] | None = None) -> torch.nn.Module:
-    """The activation in float64, with the coefficients of one layer, or as it is at the start."""
-    assert result.run.coefficients is not None
-    order = len(result.run.coefficients["layers"][0]["weight"])
-    module = activations.build(f"{result.spec.entry.name}-{order}", dtype=torch.float64)
+    """The activation in float64, with the coefficients of one layer, or as it is at the start.
+
+    Raises PolycomError where the coefficients are another activation's.
+    """
+    width, hidden = result.spec.matched_ffn_width or DEFAULT_ROW, result.facts.hidden or 1
+    module = activations.build(result.spec.activation, width=width, hidden=hidden, dtype=torch.float64)
     if layer is not None:
-        values = parameters(layer).items()
-        module.load_state_dict({key: torch.tensor(value, dtype=torch.float64) for key, value in values})
+        values = parameters(layer)
+        try:
+            module.load_state_dict(
+                {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+            )
+        except RuntimeError:
+            raise PolycomError(
+                f"{Record(result.run.path).coefficients} does not hold {result.spec.activation!r}: it has "
+                + ", ".join(f"{name} of {len(value)}" for name, value in sorted(values.items()))
+            ) from None
     return module
-
-
-def _initial(result: Result) -> dict[str, float]:
-    state = {key: value.tolist() for key, value in _module(result).state_dict().items()}
-    return _ascending(state)
-
-
-def _ascending(parameters: dict[str, Any]) -> dict[str, float]:
-    """a_0 … a_r, and the slope, from the descending layout of modules and files: a_i = weight[r - i]."""
-    named = {
-        f"a_{power}": value for power, value in enumerate([*parameters["bias"], *parameters["weight"][::-1]])
-    }
-    return named | ({"slope": parameters["slope"][0]} if "slope" in parameters else {})

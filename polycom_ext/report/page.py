@@ -12,8 +12,8 @@ from typing import Any
 
 import jinja2
 
+from polycom_ext import activations
 from polycom_ext._version import __version__
-from polycom_ext.activations import REGISTRY
 from polycom_ext.errors import PolycomError
 from polycom_ext.report import rundir, tables
 from polycom_ext.report.drawing import Plot
@@ -140,7 +140,7 @@ def _render(title: str, sentence: str, sections: list[Section]) -> str:
         published=list(
             {section.family.facts.kind: section.family.published for section in sections}.values()
         ),
-        titles={name: entry.title for name, entry in REGISTRY.items()},
+        titles={name: activations.find(name).title for name in activations.names()},
         runs=list(zip(results, individual, strict=True)),
         shared_versions=shared,
         final_share=FINAL_SHARE,

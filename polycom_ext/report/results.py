@@ -37,13 +37,13 @@ class Result:
         """Raises PolycomError where run.yaml is not a spec."""
         spec = run_spec.from_mapping(run.spec, str(record.Record(run.path).spec))
         entry, order = activations.parse(spec.activation)
-        explicit = f" (order {order})" if entry.coefficients and order != activations.DEFAULT_ORDER else ""
+        explicit = f" (order {order})" if order not in (None, activations.DEFAULT_ORDER) else ""
         return cls(run, spec, adapter.find(spec.trainer).total_steps(spec), entry.title + explicit)
 
     @property
     def order(self) -> int | None:
-        """Of the polynomial; None for an activation without coefficients."""
-        return activations.parse(self.spec.activation)[1] if self.spec.entry.coefficients else None
+        """Of the polynomial; None for what is none."""
+        return activations.parse(self.spec.activation)[1]
 
     @property
     def in_paper(self) -> str | None:
@@ -248,7 +248,7 @@ def _distinction(settings: dict[str, Any], rivals: list[dict[str, Any]]) -> str:
 
 def _label(group: list[Result]) -> list[Result]:
     """In the registry's order, then by polynomial order; a title that occurs twice gets the run's name."""
-    order = list(activations.REGISTRY)
+    order = activations.names()
     titles = [result.label for result in group]
     labelled = [
         replace(result, label=f"{result.label} · {result.run.name}")

@@ -147,7 +147,7 @@ def _start(run: Run) -> int:
     if not complete and _did_nothing(run, follower, step):
         _show_end_of_log(run, outcome, "the trainer ended without a step and without an error")
         return 1
-    if complete and spec.entry.coefficients:
+    if complete and spec.entry.learnable:
         _write_coefficients(run)
     how = "finished in" if complete else "ended before its last step, after"
     print(f"{name}: {how} {seconds} ({directory.path})", flush=True)

@@ -134,7 +134,7 @@ def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:
         raise PolycomError(
             f"{origin}: name {name!r} must be a plain folder name: letters, digits, '_', '.', '+', '-'"
         )
-    activation = _text(mapping, "activation", origin, f"one of {', '.join(activations.REGISTRY)}")
+    activation = _text(mapping, "activation", origin, f"one of {', '.join(activations.names())}")
     try:
         activations.parse(activation)
     except PolycomError as error:

@@ -146,7 +146,7 @@ def test_coefficients_are_named_by_power(make_run: RunMaker) -> None:
         "p", "polyprelu", metrics(4.3), learned={"step": 400, "activation": "polyprelu", "layers": layers}
     )
     assert learned.by_layer(result_of(run)) == [
-        (7, {"a_0": -1.0, "a_1": 0.1, "a_2": 0.2, "a_3": 0.3, "slope": 0.5})
+        (7, {"a₀": -1.0, "a₁": 0.1, "a₂": 0.2, "a₃": 0.3, "negative slope": 0.5})
     ]
 
 

@@ -24,7 +24,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from polycom_ext.activations import parse
+from polycom_ext.activations import build
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -69,12 +69,16 @@ def build_activation(config: TransformerConfig, tp_group: ProcessGroup, is_exper
 
     Returns a module with `forward(x)` and `sharded_state_dict`; x is [..., width / tp_group.size()].
     """
-    activation, order = parse(config.polycom_activation)
-    cls = type(activation.module.__name__, (_Replicated, activation.module), {})
-    if not activation.coefficients:
-        return cls()
-    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-    module = cls(order, group=tp_group, device=device, dtype=torch.float32)
+    width = config.moe_ffn_hidden_size if is_expert else config.ffn_hidden_size
+    module: Any = build(
+        config.polycom_activation,
+        width=width // tp_group.size(),
+        hidden=config.hidden_size,
+        group=tp_group,
+        device="cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
+        dtype=torch.float32,
+    )
+    module.__class__ = type(type(module).__name__, (_Replicated, type(module)), {})
     if is_expert:
         copies = tp_group.size()  # ranks that each have the complete gradient, over which it will be summed
         for parameter in module.parameters():

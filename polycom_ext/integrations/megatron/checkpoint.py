@@ -32,8 +32,9 @@ class _Function:
 def constants(activation: str) -> dict[str, Any]:
     """What fixes the function that NAME or NAME-ORDER stands for, besides its coefficients."""
     entry, order = parse(activation)
-    fixed = {"order": order} if entry.coefficients else {}
-    return {**fixed, "eps": entry.module.eps} if hasattr(entry.module, "eps") else fixed
+    target = entry.load()
+    fixed = {name: getattr(target, name) for name in getattr(target, "constants", ())}
+    return {"order": order, **fixed} if entry.ordered else fixed
 
 
 def _function(args: Namespace) -> _Function:

@@ -27,7 +27,7 @@ from polycom_ext import activations
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import record
 
-_KEY = re.compile(r"(?P<module>.+)\.activation_func\.(?P<parameter>weight|bias|slope)")
+_KEY = re.compile(r"(?P<module>.+)\.activation_func\.(?P<parameter>.+)")
 _OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
 """Moments and master copies repeat the parameters' names behind this prefix."""
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -40,15 +40,15 @@ def from_megatron(checkpoint_dir: str | Path, activation: str) -> dict[str, Any]
         checkpoint_dir: an `iter_XXXXXXX` folder, or the folder above it, of which the latest is taken.
         activation: NAME[-ORDER] of the registry.
 
-    Returns: what `record.coefficients` makes, weight in descending powers; without layers for an activation
-        without coefficients.
+    Returns: what `record.coefficients` makes, under the names of the module's parameters; without layers for
+        an activation that learns nothing.
 
-    Raises PolycomError where there is no such checkpoint, or none with coefficients of that order.
+    Raises PolycomError where there is no such checkpoint, or none with parameters of that activation.
     """
-    entry, order = activations.parse(activation)
+    entry, _ = activations.parse(activation)
     directory = _iteration_directory(Path(checkpoint_dir))
     layers: dict[str, dict[str, list[float]]] = {}
-    if entry.coefficients:
+    if entry.learnable:
         for key, tensor in sorted(_load_coefficients(directory).items()):
             match = _KEY.fullmatch(key)
             assert match is not None
@@ -58,8 +58,9 @@ def from_megatron(checkpoint_dir: str | Path, activation: str) -> dict[str, Any]
             raise PolycomError(
                 f"checkpoint {directory} holds no coefficients: it was not trained with {activation!r}"
             )
+    expected = _lengths(activation) if layers else {}
     for name, parameters in layers.items():
-        if len(parameters.get("weight", [])) != order or len(parameters.get("bias", [])) != 1:
+        if {key: len(values) for key, values in parameters.items()} != expected:
             raise PolycomError(
                 f"checkpoint {directory} does not hold {activation!r}: {name} has "
                 + ", ".join(f"{key} of {len(values)}" for key, values in sorted(parameters.items()))
@@ -68,6 +69,12 @@ def from_megatron(checkpoint_dir: str | Path, activation: str) -> dict[str, Any]
     return record.coefficients(
         step, activation, [(name, layers[name]) for name in sorted(layers, key=_natural)]
     )
+
+
+def _lengths(activation: str) -> dict[str, int]:
+    """Of its parameters, which depend on no width."""
+    module = activations.build(activation, width=1, hidden=1, device="meta")
+    return {name: parameter.numel() for name, parameter in module.named_parameters()}
 
 
 def _iteration_directory(directory: Path) -> Path:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polycom_ext.activations import Activation, parse
 from polycom_ext.errors import PolycomError
+from polycom_ext.integrations.megatron.native import FLAGS
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -28,8 +29,10 @@ class _BuiltByTheMLP:
 
 def _reason_against(config: TransformerConfig, activation: Activation) -> str | None:
     """Why this configuration cannot be right with the activation; None when it can."""
-    if activation.gated:
+    if activation.name in FLAGS and activation.gated:
         return f"{activation.name} is Megatron's own: pass its flag (--{activation.name}) instead"
+    if activation.gated:
+        return "it is gated, and Megatron's MLP has a place for its own gate only: take an ungated one"
     if config.gated_linear_unit:
         return "it takes the place of the gated unit: remove --swiglu or --quick-geglu"
     if config.activation_func is not F.gelu and not isinstance(config.activation_func, _BuiltByTheMLP):
@@ -82,7 +85,7 @@ def check_arguments(args: Any, config: TransformerConfig) -> None:
     if reason is None and name is not None:
         if args.moe_use_upcycling:
             reason = "--moe-use-upcycling copies a dense model's fixed activation into the experts"
-        elif parse(name)[0].coefficients:
+        elif parse(name)[0].learnable:
             if args.use_torch_fsdp2 and args.bf16:
                 reason = "its coefficients are float32, and --use-torch-fsdp2 wants one type, so not --bf16"
             elif args.use_megatron_fsdp:

@@ -199,7 +199,7 @@ class OLMoAdapter:
         latest, total = self.latest_step(spec, run_dir), self.total_steps(spec)
         if latest is None or total is None or latest < total:
             return False
-        return not spec.entry.coefficients or _written_step(run_dir) == latest
+        return not spec.entry.learnable or _written_step(run_dir) == latest
 
     def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
         return None  # the entry gathers them from its ranks

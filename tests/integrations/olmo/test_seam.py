@@ -26,13 +26,16 @@ def config(**changes: Any) -> Any:
 def test_every_activation_builds_in_every_block(block: str, name: str) -> None:
     from olmo.model import OLMo
 
+    from polycom_ext.integrations.olmo.activation import coefficient_names
+
     model = OLMo(config(activation_type=name, block_type=block))
     model(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
     entry = REGISTRY[name.partition("-")[0]]
     act = model.transformer.blocks[1].act
-    assert [parameter for parameter, _ in act.named_parameters()][:2] == (
-        ["weight", "bias"] if entry.coefficients else []
-    )
+    own = dict(act.named_parameters())
+    assert bool(own) is entry.learnable
+    assert [*own][:2] == ["weight", "bias"] or not entry.ordered
+    assert coefficient_names(model) == {f"transformer.blocks.{i}.act.{n}" for i in range(2) for n in own}
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert act.output_multiplier == (0.5 if entry.gated else 1.0)
 
