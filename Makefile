@@ -15,7 +15,7 @@ OLMO_DATA := build/demo-olmo
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-olmo test test-full lint clean
+.PHONY: demo demo-olmo test test-full lint wheel clean
 
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -53,5 +53,11 @@ test: lint
 test-full: $(READY)
 	$(BIN)/pytest -m full -n 2 --dist loadfile
 
+# CPU operations for every instruction set, CUDA operations for sm_80, sm_90, sm_100 and PTX; needs nvcc, takes minutes.
+wheel: $(READY)
+	rm -rf build/lib build/bdist.* build/wheel
+	POLYCOM_BUILD_CUDA=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+
 clean:
-	rm -rf $(VENV) .upstream build outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .upstream build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -14,6 +14,7 @@ from types import ModuleType
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 
 def _load_build() -> ModuleType:
@@ -28,6 +29,28 @@ def _load_build() -> ModuleType:
 
 
 build = _load_build()
+
+
+class Package(build_py):
+    """Takes the folders at the top that users work with into the package; an editable one finds them there."""
+
+    FOLDERS = ("patches", "configs")
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for source, target in self._shipped():
+                self.mkpath(str(Path(target).parent))
+                self.copy_file(source, target)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), *(target for _, target in self._shipped())]
+
+    def _shipped(self) -> list[tuple[str, str]]:
+        top = Path(__file__).parent
+        found = sorted(path for name in self.FOLDERS for path in (top / name).rglob("*") if path.is_file())
+        inside = Path(self.build_lib, "polycom_ext")
+        return [(str(path), str(inside / path.relative_to(top))) for path in found]
 
 
 class BuildOperations(build_ext):
@@ -68,4 +91,7 @@ def _extensions() -> list[Extension]:
     return [Extension(f"polycom_ext.ops.{name}", sources=[], optional=True) for name in names]
 
 
-setup(ext_modules=_extensions(), cmdclass={"build_ext": BuildOperations, "bdist_wheel": AnyPythonWheel})
+setup(
+    ext_modules=_extensions(),
+    cmdclass={"build_py": Package, "build_ext": BuildOperations, "bdist_wheel": AnyPythonWheel},
+)

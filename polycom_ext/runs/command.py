@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from polycom_ext import files, upstream
+from polycom_ext import files, shipped, upstream
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import local, progress
 from polycom_ext.runs.adapter import Adapter, find, trees
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _plan(config: Path, args: argparse.Namespace) -> Run:
-    spec = load(config, args.set)
+    spec = load(shipped.find(config), args.set)
     if args.output is None:
         path = Path("outputs") / spec.name
     else:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polycom_ext import shipped
 from polycom_ext.errors import PolycomError
 
 if sys.version_info >= (3, 11):
@@ -96,18 +97,24 @@ class Pin:
 
 
 def patches_dir() -> Path:
-    """`patches/` of the checkout that this package is installed from, or $POLYCOM_PATCHES."""
-    folder = Path(os.environ.get("POLYCOM_PATCHES") or Path(__file__).parents[2] / "patches").absolute()
+    """The `patches/` that came with this package, or $POLYCOM_PATCHES."""
+    folder = Path(os.environ.get("POLYCOM_PATCHES") or shipped.folder("patches")).absolute()
     if not (folder / "pins.toml").is_file():
-        raise PolycomError(
-            f"no pins.toml in {folder}: run from a checkout, or set POLYCOM_PATCHES to its patches/"
-        )
+        raise PolycomError(f"no pins.toml in {folder}: set POLYCOM_PATCHES to a folder of patches")
     return folder
 
 
 def trees_dir() -> Path:
-    """Where the trees are: $POLYCOM_UPSTREAM_DIR, or `.upstream` beside `patches/`."""
-    return Path(os.environ.get("POLYCOM_UPSTREAM_DIR") or patches_dir().parent / ".upstream").absolute()
+    """Where the trees are: $POLYCOM_UPSTREAM_DIR, or `.upstream` beside `patches/`.
+
+    An installed wheel keeps them in $XDG_DATA_HOME/polycom (default: ~/.local/share/polycom).
+    """
+    if given := os.environ.get("POLYCOM_UPSTREAM_DIR"):
+        return Path(given).absolute()
+    if shipped.CHECKOUT is None and not os.environ.get("POLYCOM_PATCHES"):
+        data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+        return Path(data).absolute() / "polycom" / "upstream"
+    return patches_dir().parent / ".upstream"
 
 
 def load() -> dict[str, Pin]:
