@@ -32,7 +32,7 @@ build = _load_build()
 
 
 class Package(build_py):
-    """Takes the folders at the top that users work with into the package; an editable one finds them there."""
+    """Takes the folders at the top into the package; an editable one finds them where they are."""
 
     FOLDERS = ("patches", "configs")
 

@@ -1,9 +1,9 @@
 """Megatron-LM 0.17.1 on a CPU: the few places where torch's names are not enough, and nothing else.
 
-    torchrun --nproc-per-node N -m polycom_ext.integrations.megatron.rehearsal pretrain_gpt.py MEGATRON-OPTIONS
+    torchrun --nproc-per-node N -m polycom_ext.integrations.megatron.rehearsal pretrain_gpt.py OPTIONS
 
-runs a script of Megatron's own under it, in a checkout that is on PYTHONPATH; where CUDA is available, as if the
-script had been named alone.
+runs a script of Megatron's own under it, in a checkout that is on PYTHONPATH; where CUDA is available, as if
+the script had been named alone.
 
 Each function below mends one upstream place and says which. The last three are faults of the distributed
 optimizer that show only with torch's AdamW, that is, without Transformer Engine and Apex.
