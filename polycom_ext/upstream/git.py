@@ -1,9 +1,10 @@
 """git as this package needs it: nothing that a user, a machine or a tree says about git changes what it does.
 
 Settings and attributes come from the system, the user, the environment and the repository itself, and git
-has hundreds of them; so they are not overridden one by one. Each call gets a git directory of its own, of
-links to the repository's objects and references and of settings and attributes of ours. As the call names it,
-neither GIT_DIR, nor a repository around the folder, nor the folder's owner has a say in which one is meant.
+has hundreds of them; so they are not overridden one by one. As a linked working tree shares another's git
+directory, each call gets one to share that is made for it: of links to the repository's objects and
+references, and of settings and attributes of ours; HEAD and the index are where they always are. As the call
+names both, neither GIT_DIR, nor a repository around the folder, nor its owner has a say in which is meant.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from polycom_ext.errors import PolycomError
 IDENTITY = ("PolyCom", "polycom@users.noreply.github.com")
 """Author and committer of every commit made here."""
 EPOCH = "2000-01-01T00:00:00+00:00"
-"""Committer date of every commit made here, so that equal content has equal ids."""
+"""Date of every commit made here that has none of its own, so that equal content has equal ids."""
 IGNORED = ("__pycache__/", "*.py[co]", "*.so", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/")
 """Files that appear in a tree by using it; compiled files that upstream ships are committed all the same."""
 KEEP_BYTES = "* -text -eol -ident -filter -working-tree-encoding !diff !whitespace\n"
@@ -39,8 +40,8 @@ _SETTINGS = {
 }
 _ANYBODYS = {"core.hooksPath": os.devnull, "core.fsmonitor": "false", "safe.directory": "*"}
 """For a checkout under its user's settings: nothing of it is run, and it may be another user's."""
-_LINKED = ("objects", "refs", "packed-refs", "logs", "shallow")
-"""Of a repository's own git directory, what a call sees of it; besides, HEAD and the index."""
+_SHARED = ("objects", "refs", "packed-refs", "logs", "shallow")
+"""What a call sees of that which all working trees of a repository share."""
 _ON_SETTINGS = ("init", "config", "remote", "fetch")
 """Commands that make or write a repository's own settings, and so need the real ones."""
 _NETWORK = ("GIT_ASKPASS", "GIT_SSH", "GIT_SSL", "GIT_PROXY", "GIT_HTTP", "GIT_ALLOW_PROTOCOL")
@@ -142,8 +143,7 @@ def _start(
 @contextmanager
 def _repository(folder: Path, command: str) -> Iterator[dict[str, str]]:
     """The environment that says which repository a call is about and by which settings."""
-    folder = folder.absolute()
-    own = folder / ".git" if (folder / ".git").is_dir() else folder
+    own = directory(folder)
     says = {
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",
@@ -158,45 +158,63 @@ def _repository(folder: Path, command: str) -> Iterator[dict[str, str]]:
         "GIT_COMMITTER_EMAIL": IDENTITY[1],
         "GIT_COMMITTER_DATE": EPOCH,
     }
+    if command == "init":
+        yield says
+        return
+    says["GIT_DIR"] = str(own or folder.absolute())
     if command in _ON_SETTINGS:
-        yield says if command == "init" else {**says, "GIT_DIR": str(own)}
+        yield says
         return
     with tempfile.TemporaryDirectory(prefix="polycom-git-") as scratch:
-        seen = Path(scratch)
-        head = _assemble(own, seen, bare=own == folder)
-        says["GIT_DIR"] = scratch
-        if own != folder:
-            says |= {"GIT_WORK_TREE": str(folder), "GIT_INDEX_FILE": str(own / "index")}
+        _assemble(own, Path(scratch), bare=own == folder.absolute())
+        if own is None:
+            says["GIT_DIR"] = scratch
+        else:
+            says["GIT_COMMON_DIR"] = scratch
+            if own != folder.absolute():
+                says["GIT_WORK_TREE"] = str(folder.absolute())
         yield says
-        if (seen / "HEAD").read_bytes() != head:  # the commit itself, where the user is on no branch
-            (seen / "HEAD").replace(own / "HEAD")
 
 
-def _assemble(own: Path, seen: Path, *, bare: bool) -> bytes:
-    """Make the git directory that a call sees of a repository, and return its HEAD."""
-    head = b"ref: refs/heads/none\n"
+def directory(folder: Path) -> Path | None:
+    """The git directory of a working tree (where `git worktree` and submodules have a file, the one that it
+    names) or of a bare repository; None for a folder that is the top of neither.
+    """
+    folder = folder.absolute()
+    own = folder / ".git"
+    if own.is_file():
+        named = own.read_bytes().decode("utf-8", "surrogateescape").rstrip("\n")
+        own = folder / named.removeprefix("gitdir: ")
+    elif not own.is_dir():
+        own = folder
+    return own if (own / "HEAD").is_file() else None
+
+
+def _assemble(own: Path | None, seen: Path, *, bare: bool) -> None:
+    """Make the part of a git directory that all its working trees share: theirs, under our settings."""
     settings = f"[core]\n\trepositoryformatversion = 0\n\tbare = {str(bare).lower()}\n"
-    if (own / "HEAD").is_file() and (own / "objects").is_dir():
-        head = (own / "HEAD").read_bytes()
-        for path in (*(own / name for name in _LINKED), *own.glob("sharedindex.*")):
-            if path.exists() or path.name == "packed-refs":  # which git may have to write
-                (seen / path.name).symlink_to(path)
+    if own is None:
+        (seen / "objects").mkdir()
+        (seen / "refs").mkdir()
+        (seen / "HEAD").write_text("ref: refs/heads/none\n")
+    else:
+        common = own
+        if (own / "commondir").is_file():
+            common = own / os.fsdecode((own / "commondir").read_bytes()).rstrip("\n")
+        for name in _SHARED:
+            if (common / name).exists() or name == "packed-refs":  # which git may have to write
+                (seen / name).symlink_to(common.resolve() / name)
         # What `git init` found out about the file system.
         if re.search(
-            rb"^\s*filemode\s*=\s*false\s*$", (own / "config").read_bytes(), re.MULTILINE | re.IGNORECASE
+            rb"^\s*filemode\s*=\s*false\s*$", (common / "config").read_bytes(), re.MULTILINE | re.IGNORECASE
         ):
             settings += "\tfilemode = false\n"
         if bare:  # a clone in the cache, which is without the files that nobody wants
             settings += '[remote "origin"]\n\tpromisor = true\n'
-    else:
-        (seen / "objects").mkdir()
-        (seen / "refs").mkdir()
-    (seen / "HEAD").write_bytes(head)
     (seen / "config").write_text(settings)
     (seen / "info").mkdir()
     (seen / "info" / "attributes").write_text(KEEP_BYTES)
     (seen / "info" / "exclude").write_text("\n".join(IGNORED) + "\n")
-    return head
 
 
 @contextmanager

@@ -4,6 +4,8 @@ import os
 import shutil
 import stat
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -255,6 +257,25 @@ def test_a_user_on_no_branch_gets_the_commit(small: Small) -> None:
     assert trees.apply(small.pin).settled
     assert conftest.git(tree, "rev-parse", "HEAD") == patched
     assert not conftest.git(tree, "status", "--porcelain")
+
+
+@pytest.fixture
+def elsewhere(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A temporary folder on another file system, as in most containers."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == small.folder.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    with tempfile.TemporaryDirectory(dir=memory) as scratch:
+        monkeypatch.setattr("tempfile.tempdir", scratch)
+        yield
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_temporary_folder_may_be_on_another_file_system(small: Small) -> None:
+    tree = upstream.ensure_applied("small")
+    conftest.git(tree, "checkout", "--quiet", "--detach")
+    assert trees.unapply(small.pin).settled
+    assert trees.apply(small.pin).settled
 
 
 def test_nothing_is_left_in_the_temporary_folder(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
