@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from polycom_ext.upstream import fetch, maintain, pins, trees
+from polycom_ext.errors import PolycomError
+from polycom_ext.upstream import checkout, fetch, maintain, pins, trees
 from polycom_ext.upstream.pins import Pin
 from polycom_ext.upstream.trees import State, Status
 
@@ -20,7 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if names is not None:
             about = "upstreams of patches/pins.toml" + ("" if names == "+" else "; all unless given")
             command.add_argument("names", metavar="NAME", nargs=names, help=about)
-        command.set_defaults(only_prints=name in ("list", "status", "verify"))
+        command.set_defaults(only_prints=name in ("list", "status", "verify"), tree=None)
+        if name in ("apply", "status", "verify", "unapply"):
+            about = "a checkout of your own of that version, instead of the one kept here"
+            command.add_argument("--tree", metavar="PATH", type=Path, help=about)
+        if name == "apply":
+            about = "with --tree: commit the patches there, on a new branch"
+            command.add_argument("--branch", metavar="NAME", help=about)
         if name == "status":
             command.add_argument(
                 "--json",
@@ -32,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Do it; exit status 0 when all is well, 2 for an error; `status` and `verify` have their own besides."""
     names = getattr(args, "names", [])
+    if args.tree is not None and len(names) != 1:
+        raise PolycomError("--tree is a checkout of one upstream: name that one")
     chosen = [pins.get(name) for name in names] if names else list(pins.load().values())
     action, _, _ = COMMANDS[args.command]
     return action(chosen, args)
@@ -50,20 +60,25 @@ def _fetch(chosen: list[Pin], args: argparse.Namespace) -> int:
 
 
 def _apply(chosen: list[Pin], args: argparse.Namespace) -> int:
+    if args.branch is not None and args.tree is None:
+        raise PolycomError("--branch is of a checkout of your own: name that with --tree")
     for pin in chosen:
-        fetch.fetch(pin)
-        _print(trees.apply(pin))
+        if args.tree is None:
+            fetch.fetch(pin)
+            _print(trees.apply(pin))
+        else:
+            _print(checkout.apply(pin, args.tree, args.branch))
     return 0
 
 
 def _unapply(chosen: list[Pin], args: argparse.Namespace) -> int:
     for pin in chosen:
-        _print(trees.unapply(pin))
+        _print(trees.unapply(pin) if args.tree is None else checkout.unapply(pin, args.tree))
     return 0
 
 
 def _status(chosen: list[Pin], args: argparse.Namespace) -> int:
-    found = [trees.status(pin) for pin in chosen]
+    found = [trees.status(pin) if args.tree is None else checkout.status(pin, args.tree) for pin in chosen]
     if args.json:
         told = [status.as_json() for status in found]
         print(json.dumps(told[0] if len(args.names) == 1 else told, indent=2))
@@ -76,12 +91,13 @@ def _status(chosen: list[Pin], args: argparse.Namespace) -> int:
 def _verify(chosen: list[Pin], args: argparse.Namespace) -> int:
     wrong = False
     for pin in chosen:
-        problems = maintain.verify(pin)
+        problems = maintain.verify(pin) if args.tree is None else checkout.verify(pin, args.tree)
         wrong = wrong or bool(problems)
         for problem in problems:
             print(f"{pin.name}: {problem}", file=sys.stderr)
         if not problems:
-            print(f"{pin.name} {pin.version}: source and series are right")
+            what = "source" if args.tree is None else "checkout"
+            print(f"{pin.name} {pin.version}: {what} and series are right")
     return 1 if wrong else 0
 
 

@@ -28,6 +28,7 @@ class Change:
     path: str
     before: str | None
     after: str | None
+    diff: str
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,22 @@ def _change(patch: Path, section: str) -> Change:
     if index is None:
         raise PolycomError(f"{patch} does not give whole blob ids for {file} (git format-patch --full-index)")
     before, after = (None if blob == _NO_BLOB else blob for blob in index.groups()[:2])
-    return Change(file, before, after)
+    return Change(file, before, after, section)
+
+
+def chains(patches: list[Patch]) -> dict[str, list[str | None]]:
+    """The blob ids of every file that the patches change: upstream's, and after each patch that changes it.
+
+    Raises PolycomError where a patch does not begin at what the one before it has made.
+    """
+    steps: dict[str, list[str | None]] = {}
+    for patch in patches:
+        for change in patch.changes:
+            chain = steps.setdefault(change.path, [change.before])
+            if chain[-1] != change.before:
+                raise PolycomError(f"{patch.path.name} was made for another version of {change.path}")
+            chain.append(change.after)
+    return steps
 
 
 def check_series(folder: Path | None) -> list[str]:
@@ -164,7 +180,8 @@ def apply_series(
             wrong = _differing(tree, index, {change.path: change.after for change in patch.changes})
             if wrong:
                 raise PolycomError(f"{patch.path.name} does not make of {', '.join(wrong)} what it says")
-            content = git.output(tree, "write-tree", environment=index)
+            # A user's partial clone is without the files that nobody has asked for.
+            content = git.output(tree, "write-tree", "--missing-ok", environment=index)
             commits.append(commit(tree, content, commits[-1], patch.message, patch.date, environment))
     return commits
 
@@ -177,8 +194,8 @@ def commit(
     date: str,
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Make a commit by the neutral identity, with only its author date kept, and return its id."""
-    dated = {**(environment or {}), "GIT_AUTHOR_DATE": date}
+    """Make a commit by the neutral identity, with only its date kept, and return its id."""
+    dated = {**(environment or {}), "GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
     return git.run(
         tree, "commit-tree", content, "-p", parent, environment=dated, stdin=message
     ).stdout.strip()

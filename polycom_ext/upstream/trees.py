@@ -87,12 +87,12 @@ def status(pin: Pin) -> Status:
     if not fetch.is_of(pin, fetch.first_message(tree)):
         return Status(pin, tree, State.DRIFTED, titles, outdated=True)
     with _scratch_objects(tree) as objects:
-        steps = [_committed(tree, step, objects) for step in apply_series(tree, base(tree), patches, objects)]
+        steps = [committed(tree, step, objects) for step in apply_series(tree, base(tree), patches, objects)]
         interrupted = _has(tree, _MOVING_REF)
-        known = [*steps, *(_committed(tree, ref) for ref in (APPLIED_REF, _MOVING_REF) if _has(tree, ref))]
+        known = [*steps, *(committed(tree, ref) for ref in (APPLIED_REF, _MOVING_REF) if _has(tree, ref))]
         current = _worktree(tree, objects)
         upstream, wanted = steps[0], steps[-1]
-        head, index = _committed(tree, "HEAD"), _indexed(tree)
+        head, index = committed(tree, "HEAD"), indexed(tree)
         edited = _unknown(current, known)
         if interrupted:
             edited -= {path for path in edited if _is_half_written(tree, path, known, objects)}
@@ -151,10 +151,10 @@ def base(tree: Path) -> str:
 
 def differing(tree: Path, treeish: str) -> list[str]:
     """Files of the working tree or the index that are not as a commit has them."""
-    expected = _committed(tree, treeish)
+    expected = committed(tree, treeish)
     with _scratch_objects(tree) as objects:
         current = _worktree(tree, objects)
-    index = _indexed(tree)
+    index = indexed(tree)
     paths = {*expected, *current, *index}
     return sorted(path for path in paths if not expected.get(path) == current.get(path) == index.get(path))
 
@@ -214,13 +214,13 @@ def _quoted(path: Path) -> str:
     return '"' + os.fspath(path).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _committed(tree: Path, treeish: str, environment: dict[str, str] | None = None) -> _Files:
+def committed(tree: Path, treeish: str, environment: dict[str, str] | None = None) -> _Files:
     listing = git.output(tree, "ls-tree", "-r", "-z", "--full-tree", treeish, environment=environment)
     entries = (entry.partition("\t") for entry in listing.split("\0") if entry)
     return {path: " ".join(about.split()[::2]) for about, _, path in entries}
 
 
-def _indexed(tree: Path, environment: dict[str, str] | None = None) -> _Files:
+def indexed(tree: Path, environment: dict[str, str] | None = None) -> _Files:
     listing = git.output(tree, "ls-files", "--stage", "-z", environment=environment)
     entries = (entry.partition("\t") for entry in listing.split("\0") if entry)
     return {path: " ".join(about.split()[:2]) for about, _, path in entries}
@@ -242,7 +242,7 @@ def _worktree(tree: Path, objects: dict[str, str]) -> _Files:
         files = "".join(f"{path}\0" for path in others if not path.endswith("/"))
         git.run(tree, "update-index", "--add", "-z", "--stdin", stdin=files, environment=environment)
         repositories = {path: _UNKNOWN for path in others if path.endswith("/")}
-        return {**_indexed(tree, environment), **repositories}
+        return {**indexed(tree, environment), **repositories}
 
 
 def _unknown(files: _Files, known: list[_Files]) -> set[str]:
