@@ -185,6 +185,19 @@ def test_variants_are_what_they_say(path: str, name: str) -> None:
         assert error(actual.grad, wanted.grad) <= 1e-5
 
 
+@every_function
+def test_parameters_in_another_type_have_gradients_of_that_type(path: str, name: str) -> None:
+    tensors = (torch.randn(4, 8), torch.randn(2, 3), torch.randn(2, 1), torch.randn(2, 8), torch.rand(4))
+    inputs = leaves(*(tensor.bfloat16() for tensor in tensors))
+    exact = leaves(*(tensor.double() for tensor in inputs))
+    for x, weight, bias, pre_bias, row_scale in (inputs, exact):
+        variants = {"pre_bias": pre_bias, "row_scale": row_scale, "offsets": torch.tensor([1, 4])}
+        FUNCTIONS[name][0](x, weight, bias, **variants).sum().backward()
+    for actual, wanted in zip(inputs, exact, strict=True):
+        assert actual.grad.dtype == torch.bfloat16
+        assert error(actual.grad, wanted.grad) <= 2e-2
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(FUNCTIONS)),

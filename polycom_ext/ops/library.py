@@ -229,8 +229,8 @@ def pre_bias_gradient(grad_x: Tensor, pre_bias: Tensor, offsets: Tensor | None) 
         return grad_x.sum(dim=0, dtype=torch.float32)
     assert offsets is not None
     expert = expert_of_rows(offsets, grad_x.shape[0])
-    sums = pre_bias.new_zeros((offsets.numel() + 1, pre_bias.shape[1]))  # the last of rows that are nobody's
-    return sums.index_add_(0, expert, grad_x.float())[:-1]
+    sums = grad_x.new_zeros((offsets.numel() + 1, pre_bias.shape[1]), dtype=torch.float32)
+    return sums.index_add_(0, expert, grad_x.float())[:-1]  # the last of rows that are nobody's
 
 
 devices, problem = _load(_HERE)
