@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from polycom_ext import trainers
+from polycom_ext import trainers, upstream
 from polycom_ext.runs.spec import Spec
 
 
@@ -122,6 +122,11 @@ def trees(adapter: Adapter, spec: Spec) -> tuple[str, ...]:
     """Names of the trees that the run has on PYTHONPATH."""
     version = chosen(adapter, spec)
     return version.trees if version else ()
+
+
+def chosen_tree(adapter: Adapter, spec: Spec) -> Path:
+    """Where the trainer itself is, or will be: the first of `trees`."""
+    return upstream.tree(trees(adapter, spec)[0])
 
 
 def integer(value: Any) -> int | None:

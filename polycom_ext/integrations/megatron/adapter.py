@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polycom_ext import activations, upstream
+from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.integrations.megatron import blends, checks, model, options, tokens
 from polycom_ext.integrations.megatron.coefficients import from_megatron
 from polycom_ext.integrations.megatron.native import FLAGS
-from polycom_ext.runs.adapter import Facts, Upstream, integer
+from polycom_ext.runs.adapter import Facts, Upstream, chosen_tree, integer
 from polycom_ext.runs.record import Record
 from polycom_ext.runs.spec import Spec
 
@@ -41,7 +41,7 @@ class MegatronAdapter:
 
     def validate(self, spec: Spec) -> None:
         _check_reserved(spec)
-        tree = upstream.tree("megatron")
+        tree = chosen_tree(self, spec)
         if tree.exists():
             _check_options(spec, options.known(tree))
         blends.check(spec.name, spec.options)
@@ -80,7 +80,7 @@ class MegatronAdapter:
     def model(self, spec: Spec) -> dict[str, Any]:
         """Without Megatron's tree, which only a dry run does without, the activation alone."""
         entry, order = activations.parse(spec.activation)
-        tree = upstream.tree("megatron")
+        tree = chosen_tree(self, spec)
         given = {name: value for name, value in _resolved(spec).items() if name not in RESERVED}
         fixed = model.fixed(given, options.known(tree)) if tree.exists() else {}
         return {"activation": (entry.name, order), **{f"megatron.{name}": fixed[name] for name in fixed}}

@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from polycom_ext import activations, upstream
+from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.integrations.olmo import options, tokens
 from polycom_ext.integrations.olmo.activation import NATIVE
 from polycom_ext.runs import document
-from polycom_ext.runs.adapter import Facts, Upstream, integer, trees
+from polycom_ext.runs.adapter import Facts, Upstream, chosen_tree, integer, trees
 from polycom_ext.runs.record import Record
 from polycom_ext.runs.spec import Spec
 
@@ -76,7 +76,7 @@ class OLMoAdapter:
             raise PolycomError(
                 f"{spec.name}: give either ffn_width or {SECTION}.model.mlp_hidden_size, not both"
             )
-        tree = _tree(self, spec)
+        tree = chosen_tree(self, spec)
         if tree.exists():
             self._check_options(spec, options.known(tree))
             self._check_numbers(spec.options, options.texts(tree), f"{spec.name}: {SECTION}")
@@ -126,7 +126,7 @@ class OLMoAdapter:
                         f"{spec.name}: {SECTION}.{where}: {path} not found (looked in {Path.cwd()}); "
                         "`polycom data prepare --format olmo` makes token files"
                     )
-        tree = _tree(self, spec)
+        tree = chosen_tree(self, spec)
         defaults = options.model_defaults(tree) if tree.exists() else {}
         model, tokenizer = _section(spec, "model"), _section(spec, "tokenizer").get("identifier")
         problem = tokens.problem(SECTION, files, {**defaults, **model}, tokenizer)
@@ -145,7 +145,7 @@ class OLMoAdapter:
         width = spec.matched_ffn_width
         if width is not None:  # OLMo's is that of the first linear layer
             model["mlp_hidden_size"] = 2 * width if spec.entry.gated else width
-        tree = _tree(self, spec)
+        tree = chosen_tree(self, spec)
         texts = options.texts(tree) if tree.exists() else set()
         config = {
             "run_name": spec.name,
@@ -203,10 +203,6 @@ class OLMoAdapter:
 
     def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
         return None  # the entry gathers them from its ranks
-
-
-def _tree(adapter: OLMoAdapter, spec: Spec) -> Path:
-    return upstream.tree(trees(adapter, spec)[0])
 
 
 def _steps(spec: Spec, duration: Any) -> int | None:

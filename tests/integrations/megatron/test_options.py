@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,6 +20,7 @@ from polycom_ext.integrations.megatron import model as megatron_model
 from polycom_ext.integrations.megatron import options as megatron_options
 from polycom_ext.integrations.megatron.adapter import MegatronAdapter
 from polycom_ext.runs import document
+from polycom_ext.runs.adapter import Upstream, trees
 from polycom_ext.runs.spec import Spec
 
 PARSER = """
@@ -174,6 +176,37 @@ def test_a_tree_whose_parser_cannot_be_imported_is_named(tmp_path: Path) -> None
     commit(broken)
     with pytest.raises(PolycomError, match="No module named 'a_package_that_is_not_there'"):
         megatron_options.known(broken)
+
+
+def test_the_options_are_those_of_the_version_that_a_spec_names(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pins = (pinned := upstream.pins.patches_dir() / "pins.toml").read_text()
+    patches = tmp_path / "patches"
+    patches.mkdir()
+    [table] = re.findall(r"^\[megatron\]$.*?(?=^\[olmo\])", pins, re.DOTALL | re.MULTILINE)
+    (patches / pinned.name).write_text(table + table.replace("[megatron", "[megatron-next"))
+    shutil.copytree(small, small.with_name("megatron-next"))
+    for name in ("training/arguments.py", "core/transformer/transformer_config.py"):
+        path = small.with_name("megatron-next") / "megatron" / name
+        path.write_text(
+            path.read_text().replace("of-tomorrow", "of-today").replace("of_tomorrow", "of_today")
+        )
+    monkeypatch.setenv("POLYCOM_PATCHES", str(patches))
+    monkeypatch.setenv("POLYCOM_UPSTREAM_DIR", str(small.parent))
+    versions = {name: Upstream(name, (name,)) for name in ("megatron", "megatron-next")}
+    monkeypatch.setattr(MegatronAdapter, "upstreams", versions)
+    adapter, field = MegatronAdapter(), "a-field-of-today"
+    first, following = (
+        Spec("run", "megatron", "gelu", None, 1, {}, {field: 5}, upstream=name)
+        for name in (None, "megatron-next")
+    )
+    assert trees(adapter, first) == ("megatron",)
+    with pytest.raises(PolycomError, match="has no option megatron\\.a-field-of-today"):
+        adapter.validate(first)
+    with pytest.raises(PolycomError, match="how long to train"):  # what is looked at next
+        adapter.validate(following)
+    assert adapter.model(following)["megatron.a-field-of-today"] == 5
 
 
 def test_options_are_described_as_upstream_has_them(known: dict[str, megatron_options.Option]) -> None:
