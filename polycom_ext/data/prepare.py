@@ -8,7 +8,6 @@ killed goes on when the same command is given again.
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -257,5 +256,5 @@ def _publish(
             settings.path(suffix).unlink(missing_ok=True)
     sizes = {suffix: path.stat().st_size for suffix, path in made.items()}
     for suffix, path in made.items():
-        os.replace(path, settings.path(suffix))
+        path.replace(settings.path(suffix))
     return sizes

@@ -116,9 +116,7 @@ def make_shard(chunk: Chunk, job: Job, encode: Encoder) -> Summary:
         lengths=lengths,
         summary=np.frombuffer(json.dumps(asdict(summary)).encode(), dtype=np.uint8),
     )
-    path = job.path(chunk.index)
-    # With the process id: a worker may outlive a killed run for a moment, and meet the next one's.
-    with atomic(path, path.with_suffix(f".{os.getpid()}.partial")) as file:
+    with atomic(job.path(chunk.index)) as file:
         file.write(archive.getbuffer())
     return summary
 

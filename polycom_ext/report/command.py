@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from polycom_ext import files
+from polycom_ext import arguments
 from polycom_ext.errors import MissingDependencyError
 
 
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the verb takes."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's output directory")
     parser.add_argument(
-        "--output", required=True, type=files.output, metavar="DIR", help="where the report goes"
+        "--output", required=True, type=arguments.output, metavar="DIR", help="where the report goes"
     )
     parser.add_argument("--title", default="PolyCom activations in pre-training", help="heading of the page")
 

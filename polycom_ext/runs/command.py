@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from polycom_ext import files, shipped, upstream
+from polycom_ext import arguments, shipped, upstream
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import local, progress
 from polycom_ext.runs.adapter import Adapter, find, trees
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        type=files.output,
+        type=arguments.output,
         metavar="DIR",
         help="run directory (default: outputs/NAME); with several CONFIGs the folder of their directories",
     )

@@ -11,7 +11,6 @@ import ast
 import contextlib
 import dataclasses
 import enum
-import hashlib
 import inspect
 import json
 import os
@@ -97,7 +96,7 @@ def known(tree: Path) -> dict[str, Option]:
 def _known(tree: Path, commit: str | None) -> dict[str, Option]:
     if commit is None or not commit.isalnum():  # COMMIT+changes
         return _options(_ask(tree))
-    asker = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    asker = files.sha256(Path(__file__))
     cache = tree.parent / f".options-{tree.name}-{commit[:12]}-{asker[:8]}.json"
     with contextlib.suppress(
         OSError, ValueError, TypeError, AttributeError

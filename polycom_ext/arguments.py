@@ -1,0 +1,15 @@
+"""Types of command-line arguments that several verbs take; their complaints end argparse's sentence."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def output(text: str) -> Path:
+    """The path that a user gave as --output, with a name."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a folder or file")
+    if not Path(text).resolve().name:
+        raise argparse.ArgumentTypeError(f"{text} is the root folder; name one of your own")
+    return Path(text) if Path(text).name else Path(text).resolve()
