@@ -55,6 +55,7 @@ class Activation:
 
 
 _MODULES = "polycom_ext.modules"
+_FUNCTIONS = "polycom_ext.functional"
 _POLYNOMIAL = {"learnable": True, "ordered": True}
 _ENTRIES = (
     Activation("swiglu", "SwiGLU", f"{_MODULES}:SwiGLU", gated=True),
@@ -62,6 +63,11 @@ _ENTRIES = (
     Activation("relu", "ReLU", "torch.nn:ReLU"),
     Activation("relu2", "ReLU²", f"{_MODULES}:SquaredReLU"),
     Activation("silu", "SiLU", "torch.nn:SiLU"),
+    Activation("mish", "Mish", f"{_FUNCTIONS}:mish"),
+    Activation("hardswish", "HardSwish", f"{_FUNCTIONS}:hardswish"),
+    Activation("prelu", "PReLU", f"{_MODULES}:PReLU", learnable=True),
+    Activation("swish", "Swish-β", f"{_MODULES}:Swish", learnable=True),
+    Activation("xielu", "xIELU", f"{_MODULES}:XIELU", learnable=True),
     Activation("polyrelu", "PolyReLU", f"{_MODULES}:PolyReLU", **_POLYNOMIAL),
     Activation("polyprelu", "PolyPReLU", f"{_MODULES}:PolyPReLU", **_POLYNOMIAL),
     Activation("polynorm", "PolyNorm", f"{_MODULES}:PolyNorm", normalizes=True, **_POLYNOMIAL),

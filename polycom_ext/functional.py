@@ -27,6 +27,9 @@ every rank. The gradient of `row_scale` is the rank's own share, as that of any 
 
 torch.func (grad, vmap, jvp, jacrev, …) and gradients of gradients work by the plain formula, which is slower
 and keeps more memory; not with `group`.
+
+Other activations stand at the end, for comparison: formed in float32 too, with learnable scalars of shape
+(1,), whose gradients come out complete on every rank of `group`.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from polycom_ext.ops import dispatch
+from polycom_ext.ops.elementwise import elementwise
 from polycom_ext.ops.steps import Rho
 
 MIN_EPS = 1e-30
@@ -243,3 +247,62 @@ def poly_norm_linear(
         x, weight, bias, linear_weight, linear_bias, rho=Rho.IDENTITY, normalize=True, eps=eps,
         pre_bias=pre_bias, row_scale=row_scale,
     )  # fmt: skip
+
+
+def mish(x: Tensor) -> Tensor:
+    """Mish: y = x tanh(softplus(x)), softplus(x) = log(1 + e^x).
+
+    Source: Misra, "Mish: A Self Regularized Non-Monotonic Activation Function" (BMVC 2020), Eq. 1.
+    """
+    return torch.nn.functional.mish(x)
+
+
+def hardswish(x: Tensor) -> Tensor:
+    """HardSwish: y = x min(max(x + 3, 0), 6) / 6.
+
+    Source: Howard et al., "Searching for MobileNetV3" (ICCV 2019), section 5.2.
+    """
+    # Not torch's own, which overflows where it multiplies before it divides by 6.
+    return elementwise(lambda u: u * ((u + 3).clamp(0, 6) / 6), x)
+
+
+def prelu(x: Tensor, slope: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """PReLU with one slope for all channels: y = x for x > 0 and slope * x elsewhere; slope: (1,).
+
+    Source: He et al., "Delving Deep into Rectifiers" (ICCV 2015), Eq. 1, channel-shared.
+    """
+    return elementwise(lambda u, slope: torch.where(u > 0, u, slope * u), x, slope, group=group)
+
+
+def swish(x: Tensor, beta: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Swish-beta: y = x sigmoid(beta x); beta: (1,).
+
+    Source: Ramachandran et al., "Searching for Activation Functions" (2017), section 4.
+    """
+    return elementwise(lambda u, beta: u * torch.sigmoid(beta * u), x, beta, group=group)
+
+
+def xielu(
+    x: Tensor,
+    alpha_p: Tensor,
+    alpha_n: Tensor,
+    beta: float = 0.5,
+    eps: float = -1e-6,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """xIELU: y = softplus(alpha_p) x^2 + beta x for x > 0, and elsewhere
+    (beta + softplus(alpha_n)) (e^min(x, eps) - 1 - x) + beta x; alpha_p, alpha_n: (1,).
+
+    Source: Huang and Schlag, "Deriving Activation Functions Using Integration" (2024, arXiv 2411.13010);
+    Apertus's parameters and constants.
+    """
+
+    def formula(u: Tensor, alpha_p: Tensor, alpha_n: Tensor) -> Tensor:
+        softplus = torch.nn.functional.softplus
+        # Each branch on its own half only: what overflows in the other one would be NaN in the gradients.
+        positive = softplus(alpha_p) * u.relu().square()
+        negative = (beta + softplus(alpha_n)) * (torch.expm1(u.clamp(max=eps)) - u.clamp(max=0))
+        return torch.where(u > 0, positive, negative) + beta * u
+
+    return elementwise(formula, x, alpha_p, alpha_n, group=group)

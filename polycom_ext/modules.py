@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -161,6 +162,51 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = x.chunk(2, dim=-1)
         return nn.functional.silu(gate) * value
+
+
+class PReLU(Learnable):
+    """x for x > 0 and slope * x elsewhere, one slope for the whole width, 0.25 at the start; see
+    `functional.prelu`.
+    """
+
+    slope: nn.Parameter
+    scalars: ClassVar = {"slope": 0.25}
+    titles: ClassVar = {"slope": "negative slope"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.prelu(x, self.slope, group=self.group)
+
+
+class Swish(Learnable):
+    """x sigmoid(beta x), beta 1 at the start; see `functional.swish`."""
+
+    beta: nn.Parameter
+    scalars: ClassVar = {"beta": 1.0}
+    titles: ClassVar = {"beta": "β"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.swish(x, self.beta, group=self.group)
+
+
+class XIELU(Learnable):
+    """xIELU with alpha_p and alpha_n 0.8 at the start, as in the paper; see `functional.xielu`.
+
+    The parameters are kept before the softplus, in the layout of Apertus.
+    """
+
+    alpha_p: nn.Parameter
+    alpha_n: nn.Parameter
+    beta, eps = 0.5, -1e-6
+    constants = ("beta", "eps")
+    scalars: ClassVar = {"alpha_p": math.log(math.expm1(0.8)), "alpha_n": math.log(math.expm1(0.8 - beta))}
+    note = "αₚ and αₙ are shown as they enter the formula."
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.xielu(x, self.alpha_p, self.alpha_n, self.beta, self.eps, group=self.group)
+
+    def coefficients(self) -> dict[str, float]:
+        alpha_p, alpha_n = nn.functional.softplus(torch.cat((self.alpha_p, self.alpha_n))).tolist()
+        return {"αₚ": alpha_p, "αₙ": self.beta + alpha_n}
 
 
 class Elementwise(nn.Module):

@@ -54,3 +54,39 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Ten
 def poly_relu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """sum_i a_i ReLU(x)^i / rms(ReLU(x)^i) + a_0, computed in float64."""
     return poly_norm(x.double().clamp(min=0), weight, bias, eps)
+
+
+def mish(x: Tensor) -> Tensor:
+    """x tanh(log(1 + e^x)), computed in float64; log(1 + e^x) as max(x, 0) + log(1 + e^-|x|)."""
+    x = x.double()
+    return x * torch.tanh(x.clamp(min=0) + torch.log1p(torch.exp(-x.abs())))
+
+
+def hardswish(x: Tensor) -> Tensor:
+    """x min(max(x + 3, 0), 6) / 6, computed in float64."""
+    x = x.double()
+    return x * (x + 3).clamp(0, 6) / 6
+
+
+def prelu(x: Tensor, slope: Tensor) -> Tensor:
+    """x for x > 0 and slope * x elsewhere, computed in float64."""
+    x = x.double()
+    return torch.where(x > 0, x, slope.double() * x)
+
+
+def swish(x: Tensor, beta: Tensor) -> Tensor:
+    """x / (1 + e^(-beta x)), computed in float64."""
+    x = x.double()
+    return x * torch.sigmoid(beta.double() * x)
+
+
+def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float = 0.5, eps: float = -1e-6) -> Tensor:
+    """a_p x^2 + beta x for x > 0, a_n (e^min(x, eps) - 1 - x) + beta x elsewhere, computed in float64, with
+    a_p = log(1 + e^alpha_p) and a_n = beta + log(1 + e^alpha_n).
+    """
+    x = x.double()
+    a_p = torch.log1p(torch.exp(alpha_p.double()))
+    a_n = beta + torch.log1p(torch.exp(alpha_n.double()))
+    left, right = x.clamp(max=0), x.clamp(min=0)
+    negative = a_n * (torch.expm1(left.clamp(max=eps)) - left)
+    return beta * x + torch.where(x > 0, a_p * right**2, negative)

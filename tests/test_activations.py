@@ -56,7 +56,7 @@ def test_orders_in_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["polynom", "", "polynorm-", "polynorm-0", "gelu-2", "PolyNorm", "polynorm-3-3"]
+    "name", ["polynom", "", "polynorm-", "polynorm-0", "gelu-2", "swish-2", "PolyNorm", "polynorm-3-3"]
 )
 def test_wrong_names_are_refused(name: str) -> None:
     with pytest.raises(PolycomError):

@@ -23,6 +23,7 @@ DEFINITIONS = {
     "polyprelu": reference.poly_prelu,
     "polynorm": reference.poly_norm,
     "polyrelunorm": reference.poly_relu_norm,
+    **{name: getattr(reference, name) for name in ("mish", "hardswish", "prelu", "swish", "xielu")},
 }
 every_activation = pytest.mark.parametrize("name", REGISTRY)
 

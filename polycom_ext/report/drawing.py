@@ -27,13 +27,18 @@ _COLORS = {
     "relu": ("#E69F00", "v"),
     "relu2": ("#8A8A8A", "<"),
     "silu": ("#B7A800", ">"),
+    "mish": ("#882255", "*"),
+    "hardswish": ("#B39DDB", "H"),
+    "prelu": ("#8C6D46", "p"),
+    "swish": ("#332288", "h"),
+    "xielu": ("#66A61E", "d"),
     "polyrelu": ("#009E73", "D"),
     "polyprelu": ("#56B4E9", "P"),
     "polynorm": ("#0072B2", "o"),
     "polyrelunorm": ("#D55E00", "X"),
 }
-"""Okabe and Ito's colours (yellow darkened for white paper, one grey), each with a marker of its
-own.
+"""Okabe and Ito's colours (yellow darkened for white paper, one grey) and five more, each with a marker of
+its own.
 """
 _SPARE = (("#E7298A", "1"), ("#A6761D", "2"), ("#1B7837", "3"), ("#7570B3", "4"))
 """For those of other packages, in the registry's order."""
