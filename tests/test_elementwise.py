@@ -107,6 +107,7 @@ def test_only_x_is_kept_and_hooks_see_a_gradient_once(name: str) -> None:
     assert len(seen) == len(parameters)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", LEARNABLE)
 def test_compiles_in_one_graph(name: str) -> None:
     inputs = leaves(torch.randn(5, 24), *scalars(name))

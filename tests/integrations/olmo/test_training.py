@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from polycom_ext.activations import build
+
 FSDP2 = {"processes": 2, "save_interval": 3}
 UNSHARDED = {"save_interval": None, "save_interval_unsharded": 3, "save_num_checkpoints_to_keep": 0}
 DDP2 = {"processes": 2, "distributed_strategy": "ddp", "ddp": {"grad_sync_mode": "batch"}} | UNSHARDED
@@ -77,12 +79,33 @@ def test_coefficients_are_trained_complete_and_saved(train, wrapping):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "activation", ["gelu", "relu2", "polyrelu", "polyprelu", "polyrelunorm", "polynorm-4"]
+    "activation",
+    [
+        *("gelu", "relu2", "mish", "hardswish", "prelu", "swish", "xielu"),
+        *("polyrelu", "polyprelu", "polyrelunorm", "polynorm-4"),
+    ],
 )
 @pytest.mark.parametrize("moe", [False, True])
 def test_every_activation_trains(train, activation, moe):
     losses = train(moe=moe, model={"activation_type": activation}).series("train/loss")
     assert losses[6] < losses[1] - 0.3
+
+
+@pytest.mark.parametrize(
+    ("activation", "moe"),
+    [("xielu", True), *(pytest.param(name, False, marks=FULL) for name in ("swish", "prelu"))],
+)
+def test_learnable_scalars_are_trained_complete_and_saved(train, activation, moe):
+    settings = {"model": {"activation_type": activation, "init_device": "meta"}, "processes": 2}
+    run = train(moe=moe, **settings, **UNSHARDED)
+    saved = torch.load(run.folder / "checkpoints" / "step6-unsharded" / "model.pt")
+    start = {name: value.tolist() for name, value in build(activation).state_dict().items()}
+    assert len(run.coefficients["layers"]) == 2
+    for layer in run.coefficients["layers"]:
+        assert set(layer) == {"name", *start}
+        for name, (value,) in start.items():
+            assert layer[name] == saved[f"{layer['name']}.{name}"].tolist()
+            assert 1e-3 < abs(layer[name][0] - value) < 0.1
 
 
 @pytest.mark.full
