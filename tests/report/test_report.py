@@ -200,7 +200,7 @@ def test_the_first_descent_is_cut_from_the_frame() -> None:
 
 
 def test_every_activation_has_a_look_of_its_own(make_run: RunMaker) -> None:
-    """Also one that is added later, until somebody gives it a colour."""
+    assert list(drawing._COLORS) == list(REGISTRY)
     results = [Result.of(read(make_run(name, name, {1: {"train/loss": 1.0}}))) for name in REGISTRY]
     looks = drawing.looks(results)
     assert len({look.color for look in looks}) == len({look.marker for look in looks}) == len(REGISTRY)
