@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_READY := $(VENV)/.demo
 READY := $(VENV)/.ready
-SOURCES := requirements.txt pyproject.toml setup.py polycom_ext/ops/build.py $(wildcard polycom_ext/ops/csrc/*)
+OPERATIONS := $(VENV)/.operations
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
 DENSE := swiglu gelu relu polyrelu polynorm
 MOE := swiglu polynorm
@@ -17,13 +19,25 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo demo-olmo test test-full lint wheel clean
 
-$(READY): $(SOURCES)
+$(DEMO_READY): requirements.txt pyproject.toml setup.py
+	@echo "== set-up: a virtual environment in $(VENV), torch and what the demo needs (some minutes, once)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PIP) --requirement requirements.txt
+	POLYCOM_BUILD_OPERATIONS=0 $(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-demo: $(READY)
+# A change in the sources of the operations rebuilds them and nothing else.
+$(OPERATIONS): $(DEMO_READY) polycom_ext/ops/build.py $(shell find polycom_ext/ops -path '*csrc/*')
+	@echo "== set-up: the fused operations are compiled"
+	$(BIN)/python polycom_ext/ops/build.py
+	touch $@
+
+$(READY): requirements-dev.txt $(OPERATIONS)
+	@echo "== set-up: what the tests and OLMo need beside it"
+	$(PIP) --requirement requirements-dev.txt
+	touch $@
+
+demo: $(OPERATIONS)
 	$(BIN)/polycom upstream apply megatron
 	$(BIN)/polycom data corpus shakespeare --output $(DATA)
 	$(BIN)/polycom data prepare $(DATA)/train.jsonl --output $(DATA)/train --train-tokenizer 2048
