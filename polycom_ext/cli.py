@@ -20,6 +20,7 @@ VERBS = {
     "data": ("polycom_ext.data.command", "turn text into token files"),
     "report": ("polycom_ext.report.command", "tables and plots of finished runs"),
     "run": ("polycom_ext.runs.command", "start or resume a training run"),
+    "status": ("polycom_ext.runs.status_command", "how runs stand: step, loss, time left, state"),
     "upstream": ("polycom_ext.upstream.command", "fetch, patch and check the pinned trainers"),
 }
 """verb -> (module with `add_arguments(parser)` and `main(args) -> int`, one line of help)"""

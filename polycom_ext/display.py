@@ -52,6 +52,14 @@ class Display(io.RawIOBase):
                 return len(data)
 
 
+def printable(text: str) -> str:
+    """A text of others as one line of a terminal: what would move the cursor, or is no character, escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )
+
+
 @contextmanager
 def tolerant() -> Iterator[Display | None]:
     """Make sys.stdout and sys.stderr tolerant; yields what lies under stdout, None if it is no descriptor."""

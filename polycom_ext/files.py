@@ -89,6 +89,16 @@ def lock(file: IO[bytes], wait: bool = False) -> bool:
 
 def holders(path: Path) -> list[int]:
     """Ids, ascending, of the processes that hold a file's lock; of other users' processes only root knows."""
+    return _having_open(path, lambda about: b"FLOCK" in about)
+
+
+def writers(path: Path) -> list[int]:
+    """As `holders`, of those that have it open for writing: all that hold its lock, where there are locks."""
+    return _having_open(path, lambda about: int(about.split()[3], 8) & os.O_ACCMODE != os.O_RDONLY)
+
+
+def _having_open(path: Path, wants: Callable[[bytes], bool]) -> list[int]:
+    """The processes that have a file open in such a way, judged by what /proc says about the descriptor."""
     wanted = path.stat()
     found = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
@@ -96,7 +106,7 @@ def holders(path: Path) -> list[int]:
             status = link.stat()
             if (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino):
                 about = link.parents[1] / "fdinfo" / link.name
-                if b"FLOCK" in about.read_bytes():
+                if wants(about.read_bytes()):
                     found.add(int(link.parts[2]))
     return sorted(found)
 

@@ -28,7 +28,7 @@ class Run:
     command: str
     last_logged: datetime
     unreadable_lines: int
-    """Lines of metrics.jsonl that hold no record: a killed process may leave one half-written."""
+    """Lines of metrics.jsonl that hold no record."""
 
     @property
     def step(self) -> int:
@@ -40,8 +40,8 @@ def read(path: Path) -> Run:
     """Read a run directory. Raises PolycomError where it is none, or where nothing was logged."""
     record = Record(path)
     spec = record.read_spec()
-    metrics, unreadable = read_metrics(record.metrics)
-    if not metrics:
+    logged = read_metrics(record.metrics)
+    if not logged.series:
         raise PolycomError(
             f"run {path} never logged a metric, so there is nothing to report: see its {record.log.name}"
         )
@@ -53,13 +53,13 @@ def read(path: Path) -> Run:
         path=path,
         name=str(spec.get("name") or path.name),
         spec=spec,
-        metrics=metrics,
+        metrics=logged.series,
         coefficients=record.read_coefficients(),
         versions={key: value for key, value in versions.items() if key != "attempts"},
         attempts=versions.get("attempts", []),
         command=command,
         last_logged=datetime.fromtimestamp(record.metrics.stat().st_mtime),
-        unreadable_lines=unreadable,
+        unreadable_lines=logged.unreadable_lines,
     )
 
 

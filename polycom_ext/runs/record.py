@@ -12,6 +12,7 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
@@ -187,8 +188,20 @@ def parse(line: bytes) -> tuple[int, dict[str, float]] | None:
         return None
 
 
-def read_metrics(path: Path) -> tuple[dict[str, Series], int]:
-    """({name: series}, count of the lines that hold nothing) of a file of metrics, its attempts merged.
+@dataclass(frozen=True)
+class Metrics:
+    """What a file of metrics holds, its attempts merged."""
+
+    series: dict[str, Series]
+    """By name."""
+    step: int | None
+    """Of the last line; an earlier attempt may have come further."""
+    unreadable_lines: int
+    """Lines that hold no record: a killed process may leave one half-written."""
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read a file of metrics; it holds nothing if it is not there.
 
     Of several values of one name at one step, the last counts; but of evaluations the first, because a
     trainer evaluates once more after its last step, on other batches. Where steps go back, or a step is
@@ -197,7 +210,10 @@ def read_metrics(path: Path) -> tuple[dict[str, Series], int]:
     series: dict[str, Series] = {}
     unreadable, at = 0, -1
     settled: set[tuple[str, int]] = set()
-    for line in filter(bytes.strip, path.read_bytes().splitlines() if path.is_file() else []):
+    lines: list[bytes] = []
+    with contextlib.suppress(FileNotFoundError):
+        lines = path.read_bytes().splitlines()
+    for line in filter(bytes.strip, lines):
         record = parse(line)
         if record is None:
             unreadable += 1
@@ -211,7 +227,8 @@ def read_metrics(path: Path) -> tuple[dict[str, Series], int]:
                 series.setdefault(name, {})[step] = value
             if name.partition("/")[0] in (VALID, TEST, EVAL):
                 settled.add((name, step))
-    return {name: dict(sorted(values.items())) for name, values in series.items()}, unreadable
+    ascending = {name: dict(sorted(values.items())) for name, values in series.items()}
+    return Metrics(ascending, at if series else None, unreadable)
 
 
 def labelled(metrics: Mapping[str, Series], split: str, what: str) -> dict[str, Series]:

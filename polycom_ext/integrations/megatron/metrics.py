@@ -35,7 +35,7 @@ class MetricsWriter:
 
     def __init__(self, path: Path, tensorboard: Any = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        logged, _ = record.read_metrics(path)
+        logged = record.read_metrics(path).series
         names = [record.evaluated(split, "", record.LOSS) for split in (record.VALID, record.TEST)]
         self._evaluated = {(step, name) for name in names for step in logged.get(name, {})}
         self._path = path

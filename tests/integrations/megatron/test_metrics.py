@@ -55,5 +55,4 @@ def test_a_process_that_goes_on_evaluates_anew_what_it_trains_anew_and_nothing_e
             second.flush()
     second.add_scalar("lm loss validation", 0.4 if resumed_from < 40 else 9.0, 40)
     second.close()
-    series, _ = read_metrics(path)
-    assert series["valid/loss"] == expected
+    assert read_metrics(path).series["valid/loss"] == expected
