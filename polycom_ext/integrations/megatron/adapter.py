@@ -10,7 +10,6 @@ from typing import Any
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.integrations.megatron import blends, checks, model, options, tokens
-from polycom_ext.integrations.megatron.coefficients import from_megatron
 from polycom_ext.integrations.megatron.native import FLAGS
 from polycom_ext.runs.adapter import Facts, Upstream, chosen_tree, integer
 from polycom_ext.runs.record import Record
@@ -111,6 +110,10 @@ class MegatronAdapter:
         return latest is not None and total is not None and latest >= total
 
     def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
+        from polycom_ext.integrations.megatron.coefficients import (
+            from_megatron,  # with torch, which reads them
+        )
+
         return from_megatron(Record(run_dir).checkpoints, spec.activation)
 
 

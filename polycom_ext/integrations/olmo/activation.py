@@ -30,10 +30,6 @@ def build_activation(config: Any) -> nn.Module:
     return module
 
 
-NATIVE = ("swiglu", "gelu", "relu")
-"""What OLMo builds itself, patched or not."""
-
-
 def coefficient_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The learnable activations in a model, by name; one that several modules share counts once."""
     modules = model.named_modules()

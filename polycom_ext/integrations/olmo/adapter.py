@@ -14,7 +14,7 @@ import yaml
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.integrations.olmo import options, tokens
-from polycom_ext.integrations.olmo.activation import NATIVE
+from polycom_ext.integrations.olmo.native import NATIVE
 from polycom_ext.runs import document
 from polycom_ext.runs.adapter import Facts, Upstream, chosen_tree, integer, trees
 from polycom_ext.runs.record import Record

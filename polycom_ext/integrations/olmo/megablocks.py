@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polycom_ext import activations
-from polycom_ext.integrations.olmo.activation import NATIVE
+from polycom_ext.integrations.olmo.native import NATIVE
 
 BLOCK_SIZE = 128
 """megablocks' own, which it does not offer as a parameter."""

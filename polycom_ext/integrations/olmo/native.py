@@ -1,0 +1,3 @@
+"""The activations that OLMo builds itself, patched or not."""
+
+NATIVE = ("swiglu", "gelu", "relu")
