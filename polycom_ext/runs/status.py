@@ -62,6 +62,8 @@ class Status:
     seconds_left: float | None = None
     checkpoint_step: int | None = None
     checkpoint_age_seconds: float | None = None
+    untold: str | None = None
+    """Why its trainer's adapter tells nothing of it."""
 
     @property
     def is_going_on(self) -> bool:
@@ -90,7 +92,7 @@ def read(path: Path) -> Status:
         run=str(spec.get("name") or path.name),
         path=str(path),
         state=state,
-        reason=reason or told.problem,
+        reason=reason,
         since=None if since is None else _iso(since),
         attempts=len(attempts),
         step=step,
@@ -103,6 +105,7 @@ def read(path: Path) -> Status:
         seconds_left=seconds * max(0, total - step) if at_work else None,  # type: ignore[operator]
         checkpoint_step=checkpoint,
         checkpoint_age_seconds=age,
+        untold=told.problem,
     )
 
 

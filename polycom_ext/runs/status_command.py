@@ -105,6 +105,7 @@ def _block(status: Status) -> str:
         "checkpoint": ", ".join(filter(None, (checkpoint, None if age is None else f"{_span(age)} old"))),
         "attempts": str(status.attempts),
         "in": status.path,
+        "note": status.untold,
     }
     lines = [f"  {name:12}{printable(value)}" for name, value in facts.items() if value]
     return "\n".join([printable(status.run), *lines])
@@ -112,7 +113,7 @@ def _block(status: Status) -> str:
 
 def _table(found: Sequence[Status]) -> str:
     """A row a run, and below it what else there is to say of some."""
-    head = ("run", "state", "for", "step", "tokens", "tok/s", "loss", "valid", "left", "saved", "tries")
+    head = ("run", "state", "for", "step", "tokens", "tok/s", "loss", "valid", "left", "saved", "try")
     rows = [head, *map(_row, found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     widths[0] = min(widths[0], max(LEAST_NAME, WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
@@ -123,8 +124,8 @@ def _table(found: Sequence[Status]) -> str:
         aligned = [cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), state.ljust(widths[1]), *aligned]).rstrip())
     for status in found:
-        if status.reason:
-            lines += [f"{printable(status.path)}: {status.state}: {printable(status.reason)}"]
+        for note in filter(None, (status.reason and f"{status.state}: {status.reason}", status.untold)):
+            lines.append(printable(f"{status.path}: {note}"))
     return "\n".join(lines)
 
 
@@ -176,8 +177,8 @@ def _left(seconds: float) -> str:
 
 
 def _span(seconds: float) -> str:
-    """`45s`, `12m`, `3h`, `2d`."""
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+    """`45s`, `12m`, `3h`, `2d`, `1y`."""
+    for unit, length in (("y", 31_557_600), ("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= length:
             return f"{seconds // length:.0f}{unit}"
     return f"{max(0.0, seconds):.0f}s"
