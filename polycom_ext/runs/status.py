@@ -76,17 +76,18 @@ def read(path: Path) -> Status:
     record = Record(path)
     try:
         spec, attempts = record.read_spec(), record.attempts()
+        logged = read_metrics(record.metrics)
+        seconds = _step_seconds(logged)
+        state, reason, since = _state(record, attempts, seconds)
+        if state == DIED and record.attempts() != attempts:  # it has just noted its end, and gone
+            state, reason, since = _state(record, record.attempts(), seconds)
     except PolycomError as error:
         if not record.spec.is_file():
             raise
         return Status(path.name, str(path), UNREADABLE, str(error), None, 0)
-    logged = read_metrics(record.metrics)
-    seconds = _step_seconds(logged)
-    state, reason, since = _state(record, attempts, seconds)
     step = _step(record, attempts, logged)
     told = _Told(record, spec)
     total, each = told.total_steps, told.tokens_of_a_step
-    at_work = state == RUNNING and None not in (step, total, seconds)
     checkpoint, age = told.checkpoint()
     return Status(
         run=str(spec.get("name") or path.name),
@@ -102,7 +103,7 @@ def read(path: Path) -> Status:
         tokens_per_second=each / seconds if each and seconds else None,
         loss=_at(logged.series.get(names.TRAIN_LOSS, {}), step),
         validation_loss=_at(names.validation(logged.series), step),
-        seconds_left=seconds * max(0, total - step) if at_work else None,  # type: ignore[operator]
+        seconds_left=_left(step, total, seconds) if state == RUNNING else None,
         checkpoint_step=checkpoint,
         checkpoint_age_seconds=age,
         untold=told.problem,
@@ -123,7 +124,7 @@ def _state(
         return PLANNED, None, _modified(record.spec)
     status, signum = last.get("status"), last.get("signal")
     if status is None:
-        return _of_one_without_end(record, last, step_seconds)
+        return _without_end(record, last, step_seconds)
     if signum is not None:
         return INTERRUPTED, f"by {_signal_name(signum)}", ended
     if status == 0:
@@ -131,22 +132,24 @@ def _state(
     return FAILED, f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}", ended
 
 
-def _of_one_without_end(
+def _without_end(
     record: Record, attempt: dict[str, Any], step_seconds: float | None
 ) -> tuple[str, str | None, float | None]:
     """It goes on while its processes have the log open; where these are out of sight, while it writes."""
     started, host, pid = _time(attempt.get("started")), attempt.get("host"), attempt.get("pid")
     written = max(filter(None, map(_modified, (record.log, record.metrics))), default=started or 0.0)
-    who = None if host == platform.node() else f"on {host}"
-    if who is None and os.geteuid() in (0, record.log.stat().st_uid):
-        pids = writers(record.log)
+    where = f"on {host}"
+    if host == platform.node():
+        pids = writers(record.log) if record.log.exists() else []
         if pid in pids:
             return RUNNING, None, started
         if pids:
             return RUNNING, f"process {pid}, which watched it, is gone; its trainer goes on", started
-        return DIED, f"process {pid} is gone and has noted no end", written
+        if not record.log.exists() or os.geteuid() in (0, record.log.stat().st_uid):
+            return DIED, f"process {pid} is gone and has noted no end", written
+        where = "of another user"
     quiet = max(0.0, time.time() - written)
-    reason = f"{who or 'of another user'}; it wrote last {progress.duration(quiet)} ago"
+    reason = f"{where}; it wrote last {progress.duration(quiet)} ago"
     if quiet < max(FRESH_SECONDS, 3 * (step_seconds or 0)):
         return RUNNING, reason, started
     return SILENT, reason, written
@@ -196,6 +199,12 @@ def _step_seconds(logged: Metrics) -> float | None:
     recent = list(logged.series.get(names.STEP_SECONDS, {}).values())[-RECENT:]
     seconds = median(recent) if recent else math.nan
     return seconds if 0 < seconds < math.inf else None
+
+
+def _left(step: int | None, total: int | None, step_seconds: float | None) -> float | None:
+    if step is None or total is None or step_seconds is None:
+        return None
+    return step_seconds * max(0, total - step)
 
 
 def _at(series: Series, step: int | None) -> float | None:

@@ -208,6 +208,20 @@ def test_a_run_of_another_machine_is_judged_by_what_it_writes(run: Record) -> No
     assert status.read(run.path).is_going_on
 
 
+def test_a_run_that_ends_while_it_is_looked_at_has_not_died(
+    run: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_attempt(run, ended=None, status=None, complete=None)
+    assert stands(run.path)[0] == "died"
+
+    def look(log: Path) -> list[int]:
+        run.end_attempt(0, complete=True)
+        return []
+
+    monkeypatch.setattr(status, "writers", look)
+    assert stands(run.path) == ("finished", None)
+
+
 def test_a_run_that_was_never_begun_is_planned(run: Record) -> None:
     for path in (run.versions, run.metrics, run.log):
         path.unlink()
