@@ -23,6 +23,7 @@ from polycom_ext.runs import record, status, status_command
 from polycom_ext.runs.record import Record
 
 from .conftest import THIRD_PARTY, register, write_spec
+from .test_command import NOBODY
 from .test_local import alive
 
 POLYCOM = [sys.executable, "-m", "polycom_ext.cli"]
@@ -143,6 +144,10 @@ def test_a_run_is_at_work_until_its_last_process_is_gone(
     assert "is in use by another run" in capfd.readouterr().err
     assert stands(run) == ("running", None)
     assert status.read(run).attempts == 1
+    if not subprocess.run([*NOBODY.split(), "true"], capture_output=True, check=False).returncode:
+        command = [*NOBODY.split(), *POLYCOM, "status", "--json", str(run)]
+        [seen] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        assert (seen["state"], seen["reason"][:32]) == ("running", "of another user; it wrote last 0")
     kill(watching.pid)
     state, reason = stands(run)
     assert (state, alive(trainer[0])) == ("running", True)
