@@ -1,7 +1,8 @@
 """Files that appear whole or not at all, hashes, and locks that end with the processes that hold them.
 
 They are flock's, without filelock (3.32): most are handed down to child processes, for which it has no way,
-and it fails where a file system answers flock with ENOTSUP, EINVAL or ENOLCK, as some Lustre and NFS mounts do.
+and it fails where a file system answers flock with ENOTSUP, EINVAL or ENOLCK, as some Lustre and NFS mounts
+do.
 """
 
 from __future__ import annotations

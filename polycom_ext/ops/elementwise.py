@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from polycom_ext.ops.eager import all_reduce, compute_dtype, group_size, transformed
+from polycom_ext.ops.eager import transformed
+from polycom_ext.ops.steps import all_reduce, compute_dtype, group_size
 
 
 class _Complete(torch.autograd.Function):
