@@ -10,8 +10,12 @@ constexpr int LOOPED_THREADS = 512;
 
 // How a kernel holds a row: vectors in a thread's registers (none: the looped path), threads of a block at most, the
 // blocks of that size that a processor shall hold, so that the loads of one run while another computes (a block of fewer
-// threads has more beside it; with a bias before as many as there are without a spill), whether there are instances for a bias before, which few models have, and whether the
-// next row is staged in shared memory.
+// threads has more beside it; with a bias before as many as there are without a spill), whether there are instances for
+// a bias before, and whether the next row is staged in shared memory.
+//
+// Rows over 32 KiB with a bias before take the looped path. Instances of the last kind would hold them (no register of
+// orders 3 and 4 spills), but few models have both, tensor parallelism narrows their rows, and 48 more kernels an
+// architecture would be built and loaded by everybody.
 struct Hold {
   int vectors;
   int threads;

@@ -5,6 +5,8 @@
 // width and alignment, which reads a row again for each step.
 #pragma once
 
+#include <type_traits>
+
 #include "arguments.h"
 #include "cuda_storage.cuh"
 
@@ -125,6 +127,21 @@ struct Tile {
   __device__ __forceinline__ Packed piece(int k, int vector) const {
     if constexpr (VECTORS > 0) return kept[k];
     return reinterpret_cast<const Packed*>(row)[vector];
+  }
+
+  // Multiplies the pieces by a power of two, two numbers at a time, and returns by what their elements are still to be
+  // multiplied. Not before ReLU, whose gradient asks whether x is positive, however small.
+  template <bool RECTIFY, bool BIASED>
+  __device__ __forceinline__ float scaled(float sigma) {
+    if constexpr (VECTORS > 0 && !RECTIFY && !BIASED && std::is_same_v<S, BFloat16Storage>) {
+#pragma unroll
+      for (int k = 0; k < VECTORS; ++k) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) kept[k].word[w] = S::scale(kept[k].word[w], sigma);
+      }
+      return 1.0f;
+    }
+    return sigma;
   }
 
   // Hides from the compiler that the pieces are those of the step before: it would keep them unpacked, as floats,

@@ -97,6 +97,21 @@ struct BFloat16Storage {
     memcpy(&word, &pair, sizeof word);
     return word;
   }
+  // Both numbers times a power of two, as good as exact: bfloat16 has the exponents of float32, and what becomes
+  // denormal is nothing beside a row that is scaled down so far.
+  static __device__ __forceinline__ uint32_t scale(uint32_t word, float factor) {
+#ifdef __CUDACC__
+    __nv_bfloat162 pair;
+    memcpy(&pair, &word, sizeof word);
+    pair = __hmul2(pair, __float2bfloat162_rn(factor));
+    memcpy(&word, &pair, sizeof word);
+    return word;
+#else
+    float values[2];
+    unpack(word, values);
+    return pack({values[0] * factor, values[1] * factor});
+#endif
+  }
   static __device__ __forceinline__ float load(uint16_t element) { return float_of_bits(uint32_t(element) << 16); }
   static __device__ __forceinline__ uint16_t narrow(float value) { return uint16_t(pack({value, 0.0f})); }
 };
