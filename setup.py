@@ -65,7 +65,8 @@ class BuildOperations(build_ext):
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.unlink(missing_ok=True)  # one of other sources would be refused
         try:
-            (build.build_cuda if cuda else build.build_cpu)(library, build.Torch.find())
+            sources = build.FAMILIES[ext.name.split(".")[-2]] / "csrc"
+            (build.build_cuda if cuda else build.build_cpu)(sources, library, build.Torch.find())
         except build.BuildError as error:
             if cuda and build.cuda_demanded():
                 raise SystemExit(f"polycom-ext: POLYCOM_BUILD_CUDA is set, but {error}") from error
@@ -91,7 +92,8 @@ def _extensions() -> list[Extension]:
     except build.BuildError:
         cuda = False
     names = ["_cpu", "_cuda"] if cuda else ["_cpu"]
-    return [Extension(f"polycom_ext.ops.{name}", sources=[], optional=True) for name in names]
+    modules = [f"polycom_ext.ops.{family}.{name}" for family in build.FAMILIES for name in names]
+    return [Extension(module, sources=[], optional=True) for module in modules]
 
 
 setup(

@@ -44,8 +44,8 @@ from torch.utils.checkpoint import checkpoint
 import polycom_ext
 from polycom_ext import functional
 from polycom_ext.modules import SwiGLU
-from polycom_ext.ops import eager, library
-from polycom_ext.ops.steps import Rho
+from polycom_ext.ops.polynomial import eager, library
+from polycom_ext.ops.polynomial.steps import Rho
 
 WIDTHS = (1024, 1536, 2048, 4096, 8192, 8256, 16384, 32768)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from polycom_ext.ops import build
 
+SOURCES = build.FAMILIES["polynomial"] / "csrc"
 RESULTS = Path(__file__).parent / "results"
 STORAGES = {"FloatStorage": "float32", "BFloat16Storage": "bfloat16", "HalfStorage": "float16"}
 WIDTHS = (1024, 1536, 5504, 8192, 8256, 11008, 14336, 16384)
@@ -164,7 +165,7 @@ def _compile(kernels: list[Kernel], architecture: str, output: str, *flags: str)
         '#include "cuda_launch.cuh"\nusing namespace polycom;\n'
         f"extern const void* const instances[] = {{\n{pointers}}};\n"
     )
-    command = [build.find_nvcc(), *build.cuda_flags([architecture]), f"-I{build.SOURCES}", *flags]
+    command = [build.find_nvcc(), *build.cuda_flags([architecture]), f"-I{SOURCES}", *flags]
     return build.run([*command, "-cubin", str(source), "-o", output])
 
 
@@ -250,7 +251,7 @@ class Choices:
         with tempfile.TemporaryDirectory() as scratch:
             source, program = Path(scratch) / "list.cpp", Path(scratch) / "list"
             source.write_text(_LIST)
-            include = [f"-I{build.SOURCES}", f"-I{emulator}"]
+            include = [f"-I{SOURCES}", f"-I{emulator}"]
             build.run([build.find_cxx(), "-std=c++20", "-w", *include, str(source), "-o", str(program)])
             lines = [line.split() for line in build.run([str(program), *map(str, WIDTHS)]).splitlines()]
         holds: dict[str, list[tuple[int, int, int, bool]]] = {"forward": [], "backward": []}

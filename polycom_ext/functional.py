@@ -42,9 +42,9 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Unpack
 
-from polycom_ext.ops import dispatch
 from polycom_ext.ops.elementwise import elementwise
-from polycom_ext.ops.steps import Rho
+from polycom_ext.ops.polynomial import dispatch
+from polycom_ext.ops.polynomial.steps import Rho
 
 MIN_EPS = 1e-30
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from polycom_ext.ops import library
+from polycom_ext.ops.polynomial import library
 
 GPU = ["cuda"] if torch.cuda.is_available() else []
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from polycom_ext import functional, reference
-from polycom_ext.ops import library
+from polycom_ext.ops.polynomial import library
 
 from .oracle import FUNCTIONS, TOLERANCE, coefficients, error, leaves
 

@@ -418,7 +418,9 @@ def test_cuda_graphs(path: str) -> None:
 
 @pytest.mark.parametrize(("value", "status"), [("eager", 0), ("quick", 1)])
 def test_polycom_ops_in_the_environment(value: str, status: int) -> None:
-    code = "from polycom_ext.ops import library; assert not library.devices and not library.problem"
+    code = (
+        "from polycom_ext.ops.polynomial import library; assert not library.devices and not library.problem"
+    )
     environment = os.environ | {"POLYCOM_OPS": value}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == status

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from polycom_ext import functional, reference
 from polycom_ext.activations import REGISTRY, build
 from polycom_ext.modules import PolyNorm
-from polycom_ext.ops import library
+from polycom_ext.ops.polynomial import library
 
 DEFINITIONS = {
     "polyrelu": reference.poly_relu,

@@ -1,4 +1,4 @@
-"""Compiles the fused operations: `_cpu.so`, and `_cuda.so` where there is nvcc.
+"""Compiles the fused operations: a family's `_cpu.so`, and `_cuda.so` where there is nvcc.
 
     python polycom_ext/ops/build.py [--cuda] [--output DIRECTORY]
 
@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parent / "csrc"
+FAMILIES = {"polynomial": Path(__file__).resolve().parent / "polynomial"}
+"""Folders with a family's sources in csrc and, when built, its libraries."""
 TARGET_TORCH = "0x020b000000000000"
 """2.11 in the encoding of torch/csrc/stable/version.h."""
 CUDA_ARCHITECTURES = ("80", "90", "100")
@@ -84,10 +85,10 @@ class Torch:
         return ["-Xlinker", "-zdefs", f"-L{self.root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
-def sources_digest() -> str:
-    """Sixteen hexadecimal digits of everything under csrc: a library says which sources it was built from."""
+def sources_digest(sources: Path) -> str:
+    """Sixteen hexadecimal digits of a csrc folder: a library says which sources it was built from."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(sources.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -152,17 +153,17 @@ def instruction_sets() -> dict[str, list[str]]:
     return {"baseline": []}
 
 
-def build_cpu(output: Path, torch: Torch) -> None:
-    """Compile the CPU operations into the file `output`."""
+def build_cpu(sources: Path, output: Path, torch: Torch) -> None:
+    """Compile a family's CPU operations into the file `output`."""
     cxx = find_cxx()
     with tempfile.TemporaryDirectory() as scratch:
         objects = [Path(scratch) / "ops.o"]
-        macros = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", f'-DPOLYCOM_SOURCES="{sources_digest()}"']
-        source = str(SOURCES / "cpu_ops.cpp")
+        macros = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", f'-DPOLYCOM_SOURCES="{sources_digest(sources)}"']
+        source = str(sources / "cpu_ops.cpp")
         commands = [[cxx, *_CXX_FLAGS, *macros, *torch.include, "-c", source, "-o", str(objects[0])]]
         for name, flags in instruction_sets().items():
             objects.append(Path(scratch) / f"{name}.o")
-            source = str(SOURCES / "cpu_kernels.cpp")
+            source = str(sources / "cpu_kernels.cpp")
             macro = f"-DPOLYCOM_ISA={name}"
             commands.append([cxx, *_CXX_FLAGS, *flags, macro, "-c", source, "-o", str(objects[-1])])
         run_all(commands)
@@ -250,21 +251,20 @@ def cuda_targets(nvcc: str) -> tuple[list[str], str | None]:
     return chosen, ptx
 
 
-def build_cuda(output: Path, torch: Torch) -> list[Resources]:
-    """Compile the CUDA operations into the file `output`; returns what the kernels take."""
+def build_cuda(sources: Path, output: Path, torch: Torch) -> list[Resources]:
+    """Compile a family's CUDA operations into the file `output`; returns what the kernels take."""
     nvcc = find_nvcc()
     check_nvcc(nvcc, torch)
     flags = cuda_flags(*cuda_targets(nvcc))
     with tempfile.TemporaryDirectory() as scratch:
         objects = []
         commands = []
-        for name in ("cuda_float", "cuda_bfloat16", "cuda_half", "cuda_ops"):
-            objects.append(str(Path(scratch) / f"{name}.o"))
-            include = torch.include if name == "cuda_ops" else []
+        for source in sorted(sources.glob("*.cu")):
+            objects.append(str(Path(scratch) / f"{source.stem}.o"))
+            include = torch.include if source.stem == "cuda_ops" else []
             macros = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DUSE_CUDA"] if include else []
-            macros += [f'-DPOLYCOM_SOURCES="{sources_digest()}"'] if include else []
-            source = str(SOURCES / f"{name}.cu")
-            commands.append([nvcc, *flags, *macros, *include, "-c", source, "-o", objects[-1]])
+            macros += [f'-DPOLYCOM_SOURCES="{sources_digest(sources)}"'] if include else []
+            commands.append([nvcc, *flags, *macros, *include, "-c", str(source), "-o", objects[-1]])
         report = [used for output_of_nvcc in run_all(commands) for used in resources(output_of_nvcc)]
         _link([nvcc, "-shared", "--cudart", "static", *objects, *torch.link, "-ldl"], output)
     if spilling := {used.kernel for used in report if used.spilled > SMALL_SPILL}:
@@ -303,16 +303,18 @@ def note_failure(library: Path, error: BuildError) -> None:
 
 
 def main() -> int:
-    """Build into the package, or into --output."""
+    """Build every family into the package, or into --output."""
     parser = argparse.ArgumentParser(description="Compile the fused operations.")
-    parser.add_argument("--output", type=Path, default=SOURCES.parent, help="directory of the libraries")
+    parser.add_argument("--output", type=Path, help="directory of the libraries; default: each family's own")
     parser.add_argument("--cuda", action="store_true", help="the CUDA operations too")
     args = parser.parse_args()
     try:
         torch = Torch.find()
-        build_cpu(args.output / "_cpu.so", torch)
-        if args.cuda or wants_cuda(torch):
-            build_cuda(args.output / "_cuda.so", torch)
+        for name, folder in FAMILIES.items():
+            output = args.output / name if args.output else folder
+            build_cpu(folder / "csrc", output / "_cpu.so", torch)
+            if args.cuda or wants_cuda(torch):
+                build_cuda(folder / "csrc", output / "_cuda.so", torch)
     except BuildError as error:
         print(f"the fused operations were not built: {error}", file=sys.stderr)
         return 2

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from polycom_ext.ops.eager import transformed
-from polycom_ext.ops.steps import all_reduce, compute_dtype, group_size
+from polycom_ext.ops.calls import SHARDED, all_reduce, compute_dtype, group_size, transformed
 
 
 class _Complete(torch.autograd.Function):
@@ -40,10 +39,7 @@ def complete(parameter: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None or group_size(group) == 1:
         return parameter
     if transformed():
-        raise NotImplementedError(
-            "rows that are sharded over a process group have first gradients only, by backward(): neither "
-            "torch.func nor gradients of gradients work on them"
-        )
+        raise NotImplementedError(SHARDED)
     completed: Tensor = _Complete.apply(parameter, group)
     return completed
 

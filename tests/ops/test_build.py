@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from polycom_ext.ops import build, library
+from polycom_ext.ops import build
+from polycom_ext.ops.polynomial import library
 
 ROOT = Path(__file__).parents[2]
 OLD_NVCC = """#!/bin/sh
@@ -90,9 +91,9 @@ def _install(directory: Path, **environment: str) -> subprocess.CompletedProcess
 def test_the_first_use_says_why_the_build_failed(tmp_path: Path) -> None:
     """pip hides the output of a build that ends well, and this one does: the package works without."""
     assert _install(tmp_path).returncode == 0
-    devices, problem = library._load(tmp_path / "polycom_ext" / "ops")
+    devices, problem = library._load(tmp_path / "polycom_ext" / "ops" / "polynomial")
     assert not devices
-    note = tmp_path / "polycom_ext" / "ops" / "_cpu.failed.txt"
+    note = tmp_path / "polycom_ext" / "ops" / "polynomial" / "_cpu.failed.txt"
     assert f"are installed (false failed: exit status 1; all of it in {note}); build it with" in problem
 
 

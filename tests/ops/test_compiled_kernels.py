@@ -125,7 +125,7 @@ def test_the_cuda_library_is_no_worse_than_the_table_and_loads(tmp_path: Path) -
     """Every instance, for every architecture. A stand-in is the libtorch_cuda that a CPU torch lacks, loaded
     as CUDA builds of torch load theirs: its symbols are not everybody's.
     """
-    report = build.build_cuda(tmp_path / "_cuda.so", build.Torch.find())
+    report = build.build_cuda(kernels.SOURCES, tmp_path / "_cuda.so", build.Torch.find())
     assert {used.architecture for used in report} == set(build.CUDA_ARCHITECTURES)
     assert not [used for used in report if used.spilled > build.SMALL_SPILL]
     choices = kernels.Choices.find()

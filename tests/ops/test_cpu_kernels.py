@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polycom_ext import functional
-from polycom_ext.ops import library
+from polycom_ext.ops.polynomial import library
 
 pytestmark = pytest.mark.skipif("cpu" not in library.devices, reason="the fused operations are not compiled")
 

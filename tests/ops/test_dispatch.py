@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from polycom_ext import functional, reference
-from polycom_ext.ops import compiled, dispatch, library
-from polycom_ext.ops.dispatch import Path
-from polycom_ext.ops.steps import Rho
+from polycom_ext.ops.polynomial import compiled, dispatch, library
+from polycom_ext.ops.polynomial.dispatch import Path
+from polycom_ext.ops.polynomial.steps import Rho
 
 from ..oracle import FUNCTIONS, TOLERANCE, coefficients, error, leaves
 

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from polycom_ext.ops.calls import all_reduce, compute_dtype, group_size
+
 
 class Rho(IntEnum):
     """What is applied to x before the powers are formed."""
@@ -26,23 +28,6 @@ class Rho(IntEnum):
     IDENTITY = 0
     RELU = 1
     PRELU = 2
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def group_size(group: dist.ProcessGroup | None) -> int:
-    """Number of ranks that share a row; 1 without a group."""
-    return 1 if group is None else group.size()
-
-
-def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum in place over the ranks that share a row."""
-    if group_size(group) > 1:
-        dist.all_reduce(tensor, group=group)
-    return tensor
 
 
 def rectify(x: Tensor, rho: Rho, slope: Tensor | None) -> Tensor:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from polycom_ext.errors import PolycomError
-from polycom_ext.ops import build, eager
-from polycom_ext.ops.eager import expert_of_rows
-from polycom_ext.ops.steps import Rho
+from polycom_ext.ops import build
+from polycom_ext.ops.polynomial import eager
+from polycom_ext.ops.polynomial.eager import expert_of_rows
+from polycom_ext.ops.polynomial.steps import Rho
 
 _HERE = Path(__file__).resolve().parent
 _gpu_problems: dict[int, str] = {}
@@ -39,7 +40,7 @@ def _load(directory: Path) -> tuple[frozenset[str], str]:
         built_from = torch.ops.polycom.build().split()[0]
     except (OSError, RuntimeError, AttributeError) as error:
         return frozenset(), f"{library.name} cannot be loaded ({str(error).splitlines()[0]}); {_REBUILD}"
-    if built_from != build.sources_digest():
+    if built_from != build.sources_digest(_HERE / "csrc"):
         return frozenset(), f"{library.name} was built from other sources than those in csrc; {_REBUILD}"
     _register()
     problem = _load_cuda(directory / "_cuda.so")
@@ -54,7 +55,7 @@ def _load_cuda(library: Path) -> str:
         built_from = torch.ops.polycom.cuda_build()
     except (OSError, RuntimeError, AttributeError) as error:
         return f"{library.name} cannot be loaded ({str(error).splitlines()[0]}); {_REBUILD}"
-    if built_from != build.sources_digest():
+    if built_from != build.sources_digest(_HERE / "csrc"):
         return f"{library.name} was built from other sources than those in csrc; {_REBUILD}"
     return ""
 

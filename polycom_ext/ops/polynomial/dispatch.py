@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polycom_ext.ops import compiled, eager, fused, library
-from polycom_ext.ops.steps import Rho
+from polycom_ext.ops.calls import transformed
+from polycom_ext.ops.polynomial import compiled, eager, fused, library
+from polycom_ext.ops.polynomial.steps import Rho
 
 MAX_FUSED_ORDER = 4
 FUSED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -49,7 +50,7 @@ _say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def choose(device: torch.device, dtype: torch.dtype, order: int, rho: Rho) -> Path:
     """What runs a call; warns, once a device, if the fused operations are only missing."""
     fusable = dtype in FUSED_DTYPES and order <= MAX_FUSED_ORDER and rho is not Rho.PRELU
-    if not fusable or device.type not in ("cpu", "cuda") or eager.transformed():
+    if not fusable or device.type not in ("cpu", "cuda") or transformed():
         return Path.PLAIN
     name, problem = device.type, library.problem
     if device.type in library.devices:

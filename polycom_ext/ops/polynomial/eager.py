@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polycom_ext.ops import steps
-from polycom_ext.ops.steps import Rho, ascending, compute_dtype, group_size, horner, rectify
+from polycom_ext.ops.calls import SHARDED, compute_dtype, group_size, transformed
+from polycom_ext.ops.polynomial import steps
+from polycom_ext.ops.polynomial.steps import Rho, ascending, horner, rectify
 
 
 class Steps(NamedTuple):
@@ -75,10 +76,7 @@ def _formula(
 ) -> Tensor:
     """What `_Polynomial` computes, in operations that torch differentiates, batches and transforms itself."""
     if group_size(group) > 1:
-        raise NotImplementedError(
-            "rows that are sharded over a process group have first gradients only, by backward(): neither "
-            "torch.func nor gradients of gradients work on them"
-        )
+        raise NotImplementedError(SHARDED)
     # Not clamp, whose gradient at 0 is 1.
     u = rectify(x, rho, slope) if rho is not Rho.RELU else x.to(compute_dtype(x.dtype)).relu()
     a = ascending(weight, u.dtype)
@@ -105,11 +103,6 @@ def differentiable_gradients(
         y = function(*inputs)
         found = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=True, allow_unused=True))
     return tuple(next(found) if needs else None for needs in needed)
-
-
-def transformed() -> bool:
-    """Whether torch.func is at work: grad, vmap, jvp and what is made of them."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polycom_ext.ops import eager, steps
+from polycom_ext.ops.calls import group_size
+from polycom_ext.ops.polynomial import eager, steps
 
 
 class _Compiled:
@@ -58,7 +59,7 @@ def polynomial(
     **options: Any,
 ) -> Tensor:
     """As eager.polynomial, which it is for rows that are sharded: they are reduced between operations."""
-    by = COMPILED if steps.group_size(group) == 1 else eager.PLAIN
+    by = COMPILED if group_size(group) == 1 else eager.PLAIN
     if row_scale is not None:
         row_scale = row_scale.reshape(-1)
     rows = x.reshape(-1, x.shape[-1])

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from polycom_ext.ops import library
-from polycom_ext.ops.eager import expert_of_rows
-from polycom_ext.ops.library import pre_bias_gradient, rows_and_parameters, split_coefficients
-from polycom_ext.ops.steps import Rho, all_reduce, group_size
+from polycom_ext.ops.calls import all_reduce, group_size
+from polycom_ext.ops.polynomial import library
+from polycom_ext.ops.polynomial.eager import expert_of_rows
+from polycom_ext.ops.polynomial.library import pre_bias_gradient, rows_and_parameters, split_coefficients
+from polycom_ext.ops.polynomial.steps import Rho
 
 _ops = torch.ops.polycom
 
