@@ -1,7 +1,7 @@
 """The adapter of a trainer small enough to start in a second: real processes under the real launcher.
 
-It keeps the contracts of a run directory: a line of metrics and a checkpoint a step, and exit status 2 with a
-sentence for what it refuses.
+It is somebody else's package, and the example of docs/adding-an-upstream.md. It keeps the contracts of a run
+directory: a line of metrics and a checkpoint a step, and exit status 2 with a sentence for what it refuses.
 """
 
 from __future__ import annotations
