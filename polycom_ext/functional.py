@@ -301,7 +301,7 @@ def xielu(
     def formula(u: Tensor, alpha_p: Tensor, alpha_n: Tensor) -> Tensor:
         softplus = torch.nn.functional.softplus
         # Each branch on its own half only: what overflows in the other one would be NaN in the gradients.
-        positive = softplus(alpha_p) * u.relu().square()
+        positive = softplus(alpha_p) * u.relu() * u.relu()  # not of the square, which may overflow
         negative = (beta + softplus(alpha_n)) * (torch.expm1(u.clamp(max=eps)) - u.clamp(max=0))
         return torch.where(u > 0, positive, negative) + beta * u
 

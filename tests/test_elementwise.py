@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -53,6 +53,7 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=150, deadline=None)
+@example("xielu", torch.bfloat16, [1.8410714726934774e19])
 @given(
     st.sampled_from(sorted(SCALARS)),
     st.sampled_from(sorted(TOLERANCE, key=str)),
@@ -65,7 +66,7 @@ def test_finite_numbers_of_any_size(name: str, dtype: torch.dtype, values: list[
     x = torch.tensor(values, dtype=torch.float64).clamp(-largest, largest).to(dtype)
     inputs = leaves(x, *scalars(name))
     y, expected = function(*inputs), definition(*inputs)
-    holds = expected.abs() <= largest
+    holds = expected.abs() <= 0.999 * largest
     assert not y.isnan().any()
     assert y[holds].isfinite().all()
     # near zero, and near a zero of the function, an error in proportion to x
