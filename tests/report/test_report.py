@@ -150,6 +150,24 @@ def test_coefficients_are_named_by_power(make_run: RunMaker) -> None:
     ]
 
 
+def test_coefficients_of_any_activation_are_drawn(make_run: RunMaker, tmp_path: Path) -> None:
+    layers = [{"name": f"decoder.layers.{i}.mlp", "alpha_p": [0.1 * i], "alpha_n": [-1.0]} for i in range(3)]
+    run = make_run("x", "xielu", metrics(4.3), learned={"step": 400, "activation": "xielu", "layers": layers})
+    softplus = torch.nn.functional.softplus(torch.tensor([0.2, -1.0])).tolist()
+    expected = {"αₚ": softplus[0], "αₙ": 0.5 + softplus[1]}
+    assert learned.by_layer(result_of(run))[2][1] == pytest.approx(expected)
+    assert report(tmp_path / "report", run) == 0
+    assert "αₚ and αₙ are shown as they enter the formula." in (tmp_path / "report/index.html").read_text()
+
+
+def test_coefficients_of_another_activation_are_named(
+    make_run: RunMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("x", "swish", metrics(4.3), learned=coefficients("polynorm"))
+    assert report(tmp_path / "report", run) == 2
+    assert "does not hold 'swish': it has bias of 1, weight of 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("activation", ["polyrelu", "polynorm"])
 def test_shapes_are_those_of_the_reference(make_run: RunMaker, activation: str) -> None:
     run = make_run("p", activation, metrics(4.3), learned=coefficients(activation))

@@ -89,6 +89,22 @@ def test_an_activation_without_coefficients_has_none(tmp_path: Path) -> None:
     assert from_megatron(save(tmp_path, {}), "swiglu")["layers"] == []
 
 
+def test_parameters_have_the_names_of_the_module(tmp_path: Path) -> None:
+    key = "decoder.layers.mlp.activation_func"
+    saved = {
+        f"{key}.alpha_p": torch.tensor([[0.25], [0.5]]),
+        f"{key}.alpha_n": torch.tensor([[-1.0], [-2.0]]),
+    }
+    checkpoint = save(tmp_path, saved)
+    assert from_megatron(checkpoint, "xielu")["layers"][1] == {
+        "name": "decoder.layers.1.mlp",
+        "alpha_n": [-2],
+        "alpha_p": [0.5],
+    }
+    with pytest.raises(PolycomError, match=r"does not hold 'swish': .* has alpha_n of 1, alpha_p of 1"):
+        from_megatron(checkpoint, "swish")
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(PolycomError, match="not a torch_dist checkpoint"):
         from_megatron(tmp_path, "polynorm")

@@ -121,6 +121,13 @@ def test_the_constants_are_compared_too() -> None:
     check_activation(Namespace(polycom_activation="polynorm", polycom_allow_other_activation=True), other)
 
 
+def test_the_constants_are_those_of_the_function() -> None:
+    assert constants("polynorm-4") == {"order": 4, "eps": 1e-6}
+    assert constants("polyprelu") == {"order": 3}
+    assert constants("xielu") == {"beta": 0.5, "eps": -1e-6}
+    assert constants("swish") == constants("mish") == {}
+
+
 def test_one_function_under_two_names_is_no_other() -> None:
     check_activation(Namespace(polycom_activation="relu2"), Namespace(squared_relu=True))
     check_activation(Namespace(polycom_activation="gelu"), Namespace(swiglu=False))

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from polycom_ext.activations import REGISTRY, Activation
 from polycom_ext.errors import PolycomError
-from polycom_ext.integrations.megatron.config import check_arguments
+from polycom_ext.integrations.megatron.config import _reason_against, check_arguments
 
 from .conftest import Trainer
 from .test_layouts import MOE_MODEL
@@ -119,3 +120,10 @@ def test_going_on_for_longer_says_which_argument_the_checkpoint_disagrees_with(
     assert run.metrics == {}
     (sentence,) = re.findall(r"^polycom: error: (.*)$", run.log, re.MULTILINE)
     assert "total number of iterations do not match" in sentence
+
+
+def test_a_gate_of_another_package_has_no_place() -> None:
+    gated = Activation("geglu", "GeGLU", "elsewhere:GeGLU", gated=True)
+    assert "take an ungated one" in str(_reason_against(SimpleNamespace(), gated))
+    megatrons = REGISTRY["swiglu"]
+    assert "pass its flag (--swiglu)" in str(_reason_against(SimpleNamespace(), megatrons))
