@@ -75,7 +75,7 @@ def left(folder: Path, patches: list[Patch]) -> Iterator[None]:
     base = _commit(folder, f"HEAD~{len(patches)}")
     if began is None or began != base or not _made_here(folder, patches):
         raise PolycomError(
-            f"the patches are commits in {folder}, on {named}, and not its last ones since another branch: "
+            f"the patches are commits in {folder}, on {named}: "
             "`git switch` to a branch without them, or `git revert` them"
         )
     _at_rest(folder)

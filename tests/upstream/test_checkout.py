@@ -196,14 +196,27 @@ def test_what_was_applied_in_the_files_can_be_committed(own: Path, polycom: Poly
     assert git(own, "status", "--porcelain", *PATCHED) == ""
 
 
-def test_a_branch_with_more_commits_is_the_users_to_leave(
-    own: Path, polycom: Polycom, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("how", ["more commits", "commits of the user's", "from another branch"])
+def test_a_branch_that_is_not_as_it_was_made_is_the_users_to_leave(
+    own: Path, polycom: Polycom, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    polycom("apply", "--branch", "polycom")
-    git(own, "commit", "--quiet", "--all", "-m", "More of mine")
+    if how == "commits of the user's":
+        git(own, "checkout", "--quiet", "-b", "polycom")
+        polycom("apply")
+        for name in PATCHED:
+            git(own, "commit", "--quiet", "-m", "Patch", name)
+    else:
+        polycom("apply", "--branch", "polycom")
+    if how == "more commits":
+        git(own, "commit", "--quiet", "--all", "-m", "More of mine")
+    if how == "from another branch":
+        git(own, "checkout", "--quiet", "-b", "another", "mine~")
+        git(own, "checkout", "--quiet", "polycom")
     before, known = content(own), of_git(own)
     assert polycom("unapply") == 2
-    assert "`git switch` to a branch without them, or `git revert` them" in capsys.readouterr().err
+    assert (
+        "on polycom: `git switch` to a branch without them, or `git revert` them" in capsys.readouterr().err
+    )
     assert polycom("status") == polycom("apply") == 0
     assert (content(own), of_git(own)) == (before, known)
 

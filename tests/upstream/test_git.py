@@ -12,6 +12,7 @@ import pytest
 
 from polycom_ext import upstream
 from polycom_ext.errors import PolycomError
+from polycom_ext.upstream import checkout as users
 from polycom_ext.upstream import fetch, git, maintain, trees
 from polycom_ext.upstream.trees import State
 
@@ -144,7 +145,28 @@ def deeds(small: Small) -> list[object]:
     trees.apply(small.pin)
     method.chmod(method.stat().st_mode | stat.S_IXUSR)
     (tree / "small" / "new.py").touch()
-    return [*found, told(), git.output(tree, "rev-parse", "HEAD")]
+    found += [told(), git.output(tree, "rev-parse", "HEAD")]
+    own = small.folder / "own"
+    for name in (None, "polycom"):
+        users.apply(small.pin, own, name)
+        found += [users.verify(small.pin, own), files(own), git.output(own, "rev-parse", "HEAD")]
+        users.unapply(small.pin, own)
+        found += [files(own), git.output(own, "status", "--porcelain")]
+    return found
+
+
+def make_own(small: Small) -> None:
+    """A checkout of the upstream, made in peace."""
+    own = small.folder / "own"
+    for name, text in UPSTREAM.items():
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        (own / name).write_bytes(text.encode())
+    calm = {"PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull, "GIT_AUTHOR_DATE": git.EPOCH}
+    who = ["-c", "user.name=T", "-c", "user.email=t@example.org"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "upstream"]):
+        subprocess.run(
+            ["git", *who, *command], cwd=own, env={**calm, "GIT_COMMITTER_DATE": git.EPOCH}, check=True
+        )
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +177,7 @@ def in_peace(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
         monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
         small = make_small(tmp_path_factory.mktemp("peace"), monkeypatch)
         small.set_upstream(UPSTREAM)
+        make_own(small)
         found = deeds(small)
     patch = (small.series / "0003-Change-more.patch").read_text()
     assert patch.count("@@ class A:\n") == 4
@@ -166,6 +189,7 @@ def in_peace(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 def disturbed(small: Small, monkeypatch: pytest.MonkeyPatch) -> Small:
     """The same upstream, and beside it what the hostile settings name."""
     small.set_upstream(UPSTREAM)
+    make_own(small)
     (small.folder / "hooks").mkdir()
     for name in ("pre-commit", "reference-transaction", "post-checkout", "post-index-change"):
         (small.folder / "hooks" / name).write_text("#!/bin/sh\nexit 1\n")
@@ -190,23 +214,28 @@ def disturb(small: Small, place: str, settings: list[str], monkeypatch: pytest.M
             monkeypatch.setenv(f"GIT_CONFIG_KEY_{index}", name)
             monkeypatch.setenv(f"GIT_CONFIG_VALUE_{index}", value)
         return
-    if place == "tree":
-        upstream.ensure_applied("small")
-    file = small.tree / ".git" / "config" if place == "tree" else small.folder / "home" / ".gitconfig"
     calm = {"PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull}
-    for name, value in values.items():
-        subprocess.run(["git", "config", "--file", str(file), name, value], check=True, env=calm)
+    for file in _places(small, place, small.folder / "home" / ".gitconfig", "config"):
+        for name, value in values.items():
+            subprocess.run(["git", "config", "--file", str(file), name, value], check=True, env=calm)
+
+
+def _places(small: Small, place: str, of_user: Path, name: str) -> list[Path]:
+    """Where the user, or the repositories of the trees themselves, keep something."""
+    if place == "user":
+        return [of_user]
+    upstream.ensure_applied("small")
+    return [tree / ".git" / name for tree in (small.tree, small.folder / "own")]
 
 
 def set_attributes(small: Small, place: str, attributes: str) -> None:
     """Give the user, or the tree's own repository, attributes; the latter passes over all modules, too."""
-    if place == "user":
-        file = small.folder / "home" / ".config" / "git" / "attributes"
-    else:
-        file = upstream.ensure_applied("small") / ".git" / "info" / "attributes"
-        (file.parent / "exclude").write_text("*.py\n")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(attributes)
+    of_user = small.folder / "home" / ".config" / "git" / "attributes"
+    for file in _places(small, place, of_user, "info/attributes"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(attributes)
+        if place == "tree":
+            (file.parent / "exclude").write_text("*.py\n")
 
 
 PLACES = ("user", "environment", "tree")
