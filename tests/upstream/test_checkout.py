@@ -13,7 +13,7 @@ from polycom_ext.upstream import checkout
 from polycom_ext.upstream.git import IDENTITY
 from polycom_ext.upstream.trees import State
 
-from .conftest import DATE, FILES, PATCHED, Small, git
+from .conftest import DATE, FILES, FORM, PATCHED, WHY, Small, git
 from .test_trees import content
 
 Polycom = Callable[..., int]
@@ -139,6 +139,24 @@ def test_when_one_file_cannot_be_written_none_is(own: Path, polycom: Polycom) ->
     (own / "small" / f".mlp.py.{os.getpid()}").mkdir()  # where it is to be written before it takes its place
     assert polycom("apply") == 2
     assert content(own) == before
+
+
+def test_a_file_that_several_patches_change_is_known_at_each_step(small: Small, own: Path) -> None:
+    work, file = small.folder / "work", own / "small" / "config.py"
+    steps = [FILES["small/config.py"], (work / "small" / "config.py").read_text(), "name = 'silu'\n"]
+    (work / "small" / "config.py").write_text(steps[2])
+    git(work, "commit", "--quiet", "--all", "-m", "Use silu", "-m", WHY, author=IDENTITY)
+    git(work, "format-patch", *FORM, "--start-number", "3", "-o", str(small.series), "HEAD~1")
+    with (small.series / "series").open("a") as series:
+        series.write("0003-Use-silu.patch\n")
+    for text, state in zip(steps, (State.PRISTINE, State.PARTLY, State.PARTLY), strict=True):
+        file.write_text(text)
+        assert checkout.status(small.pin, own).state is state
+        assert checkout.apply(small.pin, own).state is State.APPLIED
+        assert file.read_text() == steps[2]
+        file.write_text(text)
+        assert checkout.unapply(small.pin, own).state is State.PRISTINE
+        assert file.read_text() == steps[0]
 
 
 def test_files_that_patches_add_and_remove(small: Small, own: Path) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from polycom_ext import cli, upstream
-from polycom_ext.upstream import fetch, maintain, pins, trees
+from polycom_ext.upstream import checkout, fetch, maintain, pins, trees
 from polycom_ext.upstream.pins import Git
 from polycom_ext.upstream.series import read_series
+
+from .conftest import git
+from .test_trees import content
 
 
 def reachable(url: str) -> bool:
@@ -64,3 +67,26 @@ def test_pins_from_git_verify(name: str) -> None:
         pytest.fail(f"{name} has no series yet")
     assert maintain.verify(pin) == []
     assert fetch.first_message(fetch.fetch(pin)).startswith(name)
+
+
+@pytest.mark.full
+@pytest.mark.github
+@pytest.mark.parametrize(("name", "ref"), [("olmo", "v0.6.0"), ("olmo-moe", "")])
+def test_a_clone_of_olmo_is_patched_and_given_back(tmp_path: Path, name: str, ref: str) -> None:
+    """Without its evaluation data, which is most of it."""
+    pin, source = pins.get(name), pins.get("olmo-moe").source
+    assert isinstance(source, Git)
+    if not reachable(source.url):
+        pytest.skip(f"{source.url} cannot be reached: a whole OLMo is on GitHub only")
+    clone = tmp_path / "OLMo"
+    git(tmp_path, "clone", "--quiet", "--filter=blob:none", "--sparse", "--no-checkout", source.url, "OLMo")
+    git(clone, "sparse-checkout", "set", "olmo", "scripts")
+    git(clone, "checkout", "--quiet", ref or source.commit)
+    before = content(clone)
+    for branch in (None, "polycom"):
+        assert checkout.apply(pin, clone, branch).state is trees.State.APPLIED
+        patched = {change.path for patch in read_series(pin.series) for change in patch.changes}
+        assert {path for path, text in content(clone).items() if text != before[path]} == patched
+        assert checkout.verify(pin, clone) == []
+        assert checkout.unapply(pin, clone).state is trees.State.PRISTINE
+        assert content(clone) == before
