@@ -31,7 +31,8 @@ def made(folder: Path, name: str, patches: list[Patch]) -> Iterator[None]:
     """Commit the series on a new branch, and be on it once the block has written the files.
 
     Raises PolycomError, before the block, where that is not safe: what is committed or staged of the files is
-    not upstream's, the branch is another already, git is in the middle of something, there is no repository.
+    not upstream's, the branch is there already and is another or another working tree's, git is in the middle
+    of something, there is no repository.
     """
     _at_rest(folder)
     reference = f"refs/heads/{name}"
@@ -39,7 +40,7 @@ def made(folder: Path, name: str, patches: list[Patch]) -> Iterator[None]:
         raise PolycomError(f"{name!r} is no name for a branch")
     head, on = _commit(folder, "HEAD"), _on(folder)
     if head is None:
-        raise PolycomError(f"{folder} has no commit to begin a branch at")
+        raise PolycomError(f"{folder} has no commit, in a form that is known here, to begin a branch at")
     if on == reference and _made_here(folder, patches):
         yield
         return
@@ -52,10 +53,10 @@ def made(folder: Path, name: str, patches: list[Patch]) -> Iterator[None]:
         )
     _check_staged(folder, patches)
     last = apply_series(folder, head, patches)[-1]
-    if _commit(folder, reference) not in (None, last):
+    if _commit(folder, reference) not in (None, last) or _is_checked_out(folder, reference):
         raise PolycomError(f"{folder} has a branch {name} already: give --branch another name")
-    yield
     git.run(folder, "update-ref", "-m", "polycom upstream apply", reference, last)
+    yield
     _switch(folder, patches, last, on or head, reference)
 
 
@@ -118,6 +119,14 @@ def _at_rest(folder: Path) -> None:
     busy = next((name for name in _UNDER_WAY if (own / name).exists()), None)
     if busy:
         raise PolycomError(f"git is in the middle of something in {folder} ({own / busy}): end that first")
+
+
+def _is_checked_out(folder: Path, reference: str) -> bool:
+    """Whether a working tree of the repository, this one or another, is on a branch."""
+    own = git.directory(folder)
+    assert own is not None
+    heads = (git.shared(own) / "HEAD", *git.shared(own).glob("worktrees/*/HEAD"))
+    return any(head.read_text().strip() == f"ref: {reference}" for head in heads if head.is_file())
 
 
 def _check_staged(folder: Path, patches: list[Patch]) -> None:

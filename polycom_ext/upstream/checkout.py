@@ -221,6 +221,8 @@ def _write(folder: Path, before: _Contents, after: _Contents) -> None:
     with ExitStack() as whole:
         for path, content in after.items():
             file = folder / path
+            if _content(file) != before[path]:
+                raise PolycomError(f"{file} was changed meanwhile: give the command again")
             if content == before[path] or content is None:
                 continue
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -190,6 +190,12 @@ def directory(folder: Path) -> Path | None:
     return own if (own / "HEAD").is_file() else None
 
 
+def shared(own: Path) -> Path:
+    """Of a working tree's git directory, the one that holds what all working trees of a repository share."""
+    names = own / "commondir"
+    return own if not names.is_file() else (own / os.fsdecode(names.read_bytes()).rstrip("\n")).resolve()
+
+
 def _assemble(own: Path | None, seen: Path, *, bare: bool) -> None:
     """Make the part of a git directory that all its working trees share: theirs, under our settings."""
     settings = f"[core]\n\trepositoryformatversion = 0\n\tbare = {str(bare).lower()}\n"
@@ -198,12 +204,10 @@ def _assemble(own: Path | None, seen: Path, *, bare: bool) -> None:
         (seen / "refs").mkdir()
         (seen / "HEAD").write_text("ref: refs/heads/none\n")
     else:
-        common = own
-        if (own / "commondir").is_file():
-            common = own / os.fsdecode((own / "commondir").read_bytes()).rstrip("\n")
+        common = shared(own)
         for name in _SHARED:
             if (common / name).exists() or name == "packed-refs":  # which git may have to write
-                (seen / name).symlink_to(common.resolve() / name)
+                (seen / name).symlink_to(common / name)
         # What `git init` found out about the file system.
         if re.search(
             rb"^\s*filemode\s*=\s*false\s*$", (common / "config").read_bytes(), re.MULTILINE | re.IGNORECASE

@@ -5,12 +5,15 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from polycom_ext import cli
+from polycom_ext.errors import PolycomError
 from polycom_ext.upstream import checkout
 from polycom_ext.upstream.git import IDENTITY
+from polycom_ext.upstream.series import read_series
 from polycom_ext.upstream.trees import State
 
 from .conftest import DATE, FILES, FORM, PATCHED, WHY, Small, git
@@ -159,6 +162,24 @@ def test_a_file_that_several_patches_change_is_known_at_each_step(small: Small, 
         assert file.read_text() == steps[0]
 
 
+def test_an_edit_that_comes_while_patching_is_not_lost(
+    small: Small, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, file = content(own), own / "small" / "config.py"
+    run = checkout.git.run
+
+    def type_and_run(*arguments: Any, **options: Any) -> Any:
+        file.write_text("typed\n")
+        return run(*arguments, **options)
+
+    found = read_series(small.pin.series)
+    monkeypatch.setattr(checkout, "read_series", lambda folder: found)
+    monkeypatch.setattr(checkout.git, "run", type_and_run)
+    with pytest.raises(PolycomError, match=r"config\.py was changed meanwhile"):
+        checkout.apply(small.pin, own)
+    assert content(own) == before | {"small/config.py": b"typed\n"}
+
+
 def test_files_that_patches_add_and_remove(small: Small, own: Path) -> None:
     small.set_series(
         {"small/config.py": (FILES["small/config.py"], "name = None\n"), "small/new/a.py": ("", "1\n")}
@@ -245,13 +266,20 @@ def test_a_branch_that_is_not_as_it_was_made_is_the_users_to_leave(
         ("committed", "what is committed there of small/mlp.py is not upstream's"),
         ("staged", "of small/mlp.py is not ours"),
         ("another branch", "has a branch polycom already"),
+        ("a branch in its place", "'refs/heads/polycom/more' exists"),
+        ("in another working tree", "has a branch polycom already"),
         ("a merge", "in the middle of something"),
         ("git at work", "in the middle of something"),
         ("no repository", "not the top of a git checkout"),
     ],
 )
 def test_no_branch_is_made_where_that_is_not_safe(
-    own: Path, polycom: Polycom, obstacle: str, sentence: str, capsys: pytest.CaptureFixture[str]
+    small: Small,
+    own: Path,
+    polycom: Polycom,
+    obstacle: str,
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if obstacle in ("committed", "staged"):
         file = own / "small" / "mlp.py"
@@ -262,6 +290,11 @@ def test_no_branch_is_made_where_that_is_not_safe(
         file.write_text(FILES["small/mlp.py"])
     elif obstacle == "another branch":
         git(own, "branch", "polycom")
+    elif obstacle == "a branch in its place":
+        git(own, "branch", "polycom/more")
+    elif obstacle == "in another working tree":
+        git(own, "worktree", "add", "--quiet", "--detach", "../another")
+        checkout.apply(small.pin, own.with_name("another"), "polycom")
     elif obstacle == "no repository":
         shutil.rmtree(own / ".git")
     else:
@@ -317,6 +350,7 @@ def test_other_kinds_of_checkouts(small: Small, own: Path, kind: str) -> None:
         (["status", "--tree", "own"], "--tree is a checkout of one upstream"),
         (["apply", "small", "--branch", "b"], "name that with --tree"),
         (["apply", "small", "--tree", "nowhere"], "is no folder"),
+        (["apply", "twin", "--tree", "own"], "twin has no patches"),
         (["apply", "small", "--tree", "own/small"], "has no small/config.py; give its top folder"),
         (["unapply", "small", "--tree", "trees/small"], "leave out --tree"),
         (["apply", "small", "--tree", "own", "--branch", "a..b"], "'a..b' is no name for a branch"),
@@ -331,6 +365,11 @@ def test_a_tree_that_cannot_be_meant_is_refused_in_a_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     small.tree.mkdir(parents=True)
+    pinned = small.patches / "pins.toml"
+    pinned.write_text(
+        pinned.read_text()
+        + '[twin]\nversion = "1"\norigin = "here"\n[twin.pypi]\nproject = "t"\nfiles = {}\n'
+    )
     monkeypatch.chdir(small.folder)
     before = content(own)
     assert cli.main(["upstream", *arguments]) == 2

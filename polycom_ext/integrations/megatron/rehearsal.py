@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node N -m polycom_ext.integrations.megatron.rehearsal pretrain_gpt.py OPTIONS
 
-runs a script of Megatron's own under it, in a checkout that is on PYTHONPATH; where CUDA is available, as if
-the script had been named alone.
+runs a script of Megatron's own under it, in the checkout that the script is in; where CUDA is available, as
+if the script had been named alone.
 
 Each function below mends one upstream place and says which. The last three are faults of the distributed
 optimizer that show only with torch's AdamW, that is, without Transformer Engine and Apex.
@@ -28,6 +28,7 @@ from typing import Any, cast
 
 import torch
 
+from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.megatron import torch_cuda
 
 
@@ -74,7 +75,9 @@ def _compile_helpers(folder: str) -> None:
     )
     variables = (f"CPPFLAGS={told.stdout.strip()}", f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}")
     if told.returncode or subprocess.run(["make", "-C", folder, *variables], check=False).returncode:
-        sys.exit("Megatron's data helpers cannot be compiled: they need pybind11, make and a C++ compiler")
+        raise PolycomError(
+            "Megatron's data helpers cannot be compiled: they need pybind11, make and a C++ compiler"
+        )
 
 
 def _no_kernels_to_warm_up() -> None:
@@ -245,10 +248,17 @@ def _one_step_counter_each(optimizer: Any) -> None:
     optimizer.load_state_dict = with_own_counters
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(f"usage: {sys.argv[0]} SCRIPT OPTIONS: name a script of Megatron's, such as pretrain_gpt.py")
+def _main() -> None:
+    if not os.path.isfile("".join(sys.argv[1:2])):
+        print(
+            "polycom: name a script of Megatron's, such as pretrain_gpt.py, and its options", file=sys.stderr
+        )
+        sys.exit(2)
     del sys.argv[0]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # where Python looks when it runs the script
     enable()
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    _main()

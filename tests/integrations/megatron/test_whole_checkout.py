@@ -59,7 +59,7 @@ def losses(tree: Path, *options: str) -> list[float]:
             *options,
         ],
         cwd=tree,
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(tree)},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         timeout=300,
