@@ -18,6 +18,7 @@ from polycom_ext.errors import PolycomError
 
 VERBS = {
     "data": ("polycom_ext.data.command", "turn text into token files"),
+    "node": ("polycom_ext.runs.node", "execute a planned run on this node of it"),
     "report": ("polycom_ext.report.command", "tables and plots of finished runs"),
     "run": ("polycom_ext.runs.command", "start or resume a training run"),
     "status": ("polycom_ext.runs.status_command", "how runs stand: step, loss, time left, state"),

@@ -1,4 +1,4 @@
-"""A spec as the one command that runs it."""
+"""A spec as the one command that runs it, on each of its nodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polycom_ext import upstream
-from polycom_ext.errors import PolycomError
 from polycom_ext.runs import adapter as contract
 from polycom_ext.runs import secrets
 from polycom_ext.runs.adapter import Adapter
@@ -18,19 +17,32 @@ from polycom_ext.runs.spec import Spec
 BREAK = " \\\n    "
 """A shell line that goes on, indented, in the next."""
 
+NODE_RANK, RENDEZVOUS = "POLYCOM_NODE_RANK", "POLYCOM_RENDEZVOUS"
+"""Variables by which the command knows its node: 0 is the first one, whose HOST:PORT the others call."""
+
+
+class Expression(str):
+    """An argument that the shell is to expand."""
+
+
 LAUNCHER = {
-    "nnodes": "1",
     "rdzv-backend": "c10d",
-    "rdzv-endpoint": "127.0.0.1:0",
-    "local-addr": "127.0.0.1",
     "max-restarts": "0",
     "log-dir": os.devnull,  # or it leaves an empty folder for every start among the temporary files
 }
-"""What a run on one machine says to torch.distributed.run. `--standalone` would have the processes meet under
-the machine's name, and a name that does not resolve is waited for without a word."""
-LAUNCH_ENVIRONMENT = {
-    "GLOO_SOCKET_IFNAME": "lo",  # otherwise gloo asks for the address of the machine's name
+"""What every run says to torch.distributed.run."""
+ONE_NODE = {"rdzv-endpoint": "127.0.0.1:0", "local-addr": "127.0.0.1"}
+"""`--standalone` would have the processes meet under the machine's name, and a name that does not resolve is
+waited for without a word."""
+NODES = {
+    "rdzv-endpoint": Expression(f"${RENDEZVOUS}"),
+    "rdzv-conf": Expression(f"is_host=$(({NODE_RANK} == 0))"),  # whatever name it has for the others
+}
+ENVIRONMENT = {
     "PYTHONIOENCODING": "utf-8:backslashreplace",  # the log takes whatever the terminal cannot show
+}
+ONE_NODE_ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",  # otherwise gloo asks for the address of the machine's name
 }
 FOREIGN_PREFIXES = ("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_")
 FOREIGN = (
@@ -52,26 +64,6 @@ class Command:
     directory: Path
     """Where it is run: relative paths in a spec are relative to it."""
 
-    def process_environment(self) -> dict[str, str]:
-        """All variables of the process.
-
-        Raises PolycomError where one should be the caller's own that the caller has not.
-        """
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(FOREIGN_PREFIXES) and name not in FOREIGN
-        }
-        own = {name for name, value in self.environment.items() if value == secrets.reference(name)}
-        for name in own:
-            if name not in os.environ:
-                raise PolycomError(
-                    f"environment.{name} is to be taken from your environment, where it is not set: "
-                    f"`export {name}=…` first (the record of a run keeps no secrets)"
-                )
-        given = {name: value for name, value in self.environment.items() if name not in own}
-        return {**inherited, **{name: os.environ[name] for name in own}, **given}
-
     def script(self) -> str:
         """The command as a shell script, one option a line; it asks its caller for the secrets."""
         prefixes = "; ".join(rf"s/^\({prefix}[A-Za-z0-9_]*\)=.*/\1/p" for prefix in FOREIGN_PREFIXES)
@@ -89,16 +81,24 @@ class Command:
         text = "exec"
         for argument in self.arguments:
             starts_line = argument == "-m" or argument.startswith("--")
-            text += f"{BREAK if starts_line else ' '}{shlex.quote(argument)}"
+            word = f'"{argument}"' if isinstance(argument, Expression) else shlex.quote(argument)
+            text += f"{BREAK if starts_line else ' '}{word}"
         return "\n".join([*lines, text]) + "\n"
 
 
 def render(spec: Spec, adapter: Adapter, run_dir: Path) -> Command:
-    """The command for this machine. Writes nothing."""
-    stated = {**LAUNCHER, "nproc-per-node": str(spec.processes_per_node)}
+    """The command, the same on each node. Writes nothing."""
+    alone = spec.nodes == 1
+    stated = {
+        "nnodes": str(spec.nodes),
+        "nproc-per-node": str(spec.processes_per_node),
+        **LAUNCHER,
+        **(ONE_NODE if alone else {**NODES, "rdzv-id": spec.name}),
+    }
     launcher = ["-m", "polycom_ext.runs.torchrun"]
     launcher += [part for name, value in stated.items() for part in (f"--{name}", value)]
-    environment = {**LAUNCH_ENVIRONMENT, **adapter.environment(spec, run_dir), **spec.environment}
+    environment = {**ENVIRONMENT, **(ONE_NODE_ENVIRONMENT if alone else {})}
+    environment |= {**adapter.environment(spec, run_dir), **spec.environment}
     # The trees first, so that neither the spec nor the caller can hide them.
     paths = [str(upstream.tree(name)) for name in contract.trees(adapter, spec)]
     for given in (environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")):

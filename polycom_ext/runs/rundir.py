@@ -18,7 +18,7 @@ from polycom_ext import upstream
 from polycom_ext._version import __version__
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import holders, lock, write_text
-from polycom_ext.runs import document, local, secrets
+from polycom_ext.runs import document, launch, secrets
 from polycom_ext.runs import spec as specs
 from polycom_ext.runs.adapter import Adapter, trees
 from polycom_ext.runs.record import Record
@@ -55,24 +55,33 @@ class RunDirectory(Record):
             )
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[BinaryIO]:
-        """The log, open for appending and locked: one run at a time in one directory.
+    def locked(self, node_rank: int = 0, inherited: int | None = None) -> Iterator[BinaryIO]:
+        """A node's log, open for appending and locked: one run at a time in one directory.
 
         A trainer that inherits it holds the lock for as long as any of its processes lives. What a dead
         launch has left is ended; raises PolycomError where somebody works there.
+
+        Args:
+            inherited: descriptor of the locked log, from the process that has planned this run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            if not lock(log) and not (local.end_leftovers(holders(self.log)) and _locks_soon(log)):
-                raise PolycomError(f"{self.path} is in use by {local.users(holders(self.log))}")
+        path = self.log_of(node_rank)
+        if inherited is not None:
+            os.set_inheritable(inherited, False)
+            with open(path, "ab", opener=lambda *_: inherited) as log:
+                yield log
+            return
+        with path.open("ab") as log:
+            if not lock(log) and not (launch.end_leftovers(holders(path)) and _locks_soon(log)):
+                raise PolycomError(f"{self.path} is in use by {launch.users(holders(path))}")
             yield log
 
-    def write(self, spec: Spec, adapter: Adapter, command: Command) -> None:
-        """Write the resolved spec, the command, its files and the versions, for a start or a resumption.
+    def log_of(self, node_rank: int) -> Path:
+        """The log of a node: one of its own, as file systems that nodes share may not append well."""
+        return self.log.with_name(f"log.node-{node_rank}.txt") if node_rank else self.log
 
-        Where there is no checkpoint, old metrics are forgotten: this start writes all of them. Where there is
-        one from which the trainer cannot go on, half-written perhaps, they are set aside.
-        """
+    def write(self, spec: Spec, adapter: Adapter, command: Command) -> None:
+        """Write the resolved spec, the command, its files and the versions, for a start or a resumption."""
         resolved = spec.as_mapping()
         if "environment" in resolved:
             resolved["environment"] = secrets.masked(spec.environment)
@@ -80,15 +89,23 @@ class RunDirectory(Record):
         for name, text in adapter.files(spec, self.path).items():
             write_text(self.path / name, text)
         write_text(self.command, command.script(), executable=True)
-        attempts = self.attempts()
-        versions = {**_versions(spec, adapter), "attempts": attempts}
+        versions = {**_versions(spec, adapter), "attempts": self.attempts()}
         write_text(self.versions, json.dumps(versions, indent=2) + "\n")
+
+    def clear_metrics(self, spec: Spec, adapter: Adapter) -> None:
+        """Make the metrics fit for an attempt to add to.
+
+        Where there is no checkpoint, old ones are forgotten: this start writes all of them. Where there is
+        one from which the trainer cannot go on, half-written perhaps, they are set aside.
+        """
         if adapter.latest_step(spec, self.path) is not None:
             self._end_last_line()
             return
         for path in (self.metrics, self.coefficients):
             if path.exists() and self._has_checkpoints():
-                path.replace(path.with_name(f"{path.stem}.before-attempt-{len(attempts) + 1}{path.suffix}"))
+                path.replace(
+                    path.with_name(f"{path.stem}.before-attempt-{len(self.attempts()) + 1}{path.suffix}")
+                )
             path.unlink(missing_ok=True)
 
     def _has_checkpoints(self) -> bool:

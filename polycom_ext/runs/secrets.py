@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+
+from polycom_ext.errors import PolycomError
 
 _ENDINGS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
 _LAST_WORDS = ("AUTH", "PASS", "PWD")
@@ -31,3 +34,22 @@ def reference(name: str) -> str:
 def masked(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables with each secret's value replaced by its `reference`."""
     return {name: reference(name) if is_secret(name, value) else value for name, value in environment.items()}
+
+
+def values(environment: Mapping[str, str]) -> dict[str, str]:
+    """The secrets among the variables whose values stand there: what no record tells to who runs it."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if is_secret(name, value) and value != reference(name)
+    }
+
+
+def check(environment: Mapping[str, str]) -> None:
+    """Raise PolycomError for a secret that is to be taken from the caller's environment and is not there."""
+    for name, value in environment.items():
+        if value == reference(name) and name not in os.environ:
+            raise PolycomError(
+                f"environment.{name} is to be taken from your environment, where it is not set: "
+                f"`export {name}=…` first (the record of a run keeps no secrets)"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +14,12 @@ import yaml
 from polycom_ext.cli import main
 
 THIRD_PARTY = Path(__file__).with_name("third_party")
-POLYCOM_WITH_TOY = f"""
-import sys
-sys.path.insert(0, {str(THIRD_PARTY)!r})
-from polycom_ext.cli import main
-sys.exit(main())
-"""
 
 
 @pytest.fixture
 def polycom() -> list[str]:
-    """The beginning of a `polycom` command line, for a process of its own that knows the toy trainer."""
-    return [sys.executable, "-c", POLYCOM_WITH_TOY]
+    """The beginning of a `polycom` command line, for a process of its own."""
+    return [sys.executable, "-m", "polycom_ext.cli"]
 
 
 @pytest.fixture
@@ -49,7 +44,9 @@ def finished_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def register(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have this process and those that it starts find the toy trainer, and work in `folder`."""
     monkeypatch.syspath_prepend(THIRD_PARTY)
+    monkeypatch.setenv("PYTHONPATH", str(THIRD_PARTY), prepend=os.pathsep)
     monkeypatch.chdir(folder)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import polycom_ext
 from polycom_ext.cli import main
-from polycom_ext.runs import command, local
+from polycom_ext.runs import launch, node, plan
 from polycom_ext.upstream import git
 
 RUN = Path("outputs/small")
@@ -113,11 +113,14 @@ def test_a_failure_shows_the_trainers_last_lines_and_not_the_launchers(
     assert "ChildFailedError" in (RUN / "log.txt").read_text(), "the full text is in the log"
 
 
-def test_a_trainers_refusal_is_passed_on_with_exit_status_2(
+def test_a_refusal_is_passed_on_from_the_record_with_exit_status_2(
     toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", toy_spec(processes=2, steps=5, refuse="it cannot be right")]) == 2
+    assert main(["run", toy_spec(processes=2, steps=5, mute=True, refuse="it cannot be right")]) == 2
     assert capfd.readouterr().err == "polycom run: small: it cannot be right\n"
+    assert "cannot be right" not in (RUN / "log.txt").read_text()
+    [attempt] = json.loads((RUN / "versions.json").read_text())["attempts"]
+    assert (attempt["status"], attempt["refusal"]) == (2, "it cannot be right")
 
 
 def test_an_option_that_the_trainer_does_not_know_is_passed_on_too(
@@ -157,25 +160,39 @@ def test_two_runs_cannot_share_a_directory(
     assert not (RUN / "run.yaml").exists()
 
 
-def start_and_kill(polycom: list[str], spec: str, whom: Callable[[int, list[int]], list[int]]) -> list[int]:
-    """Start a run in a process of its own and SIGKILL some of (polycom, [torchrun, *workers]); the latter."""
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def start_and_kill(polycom: list[str], spec: str, *victims: str) -> dict[str, int]:
+    """Start a run in a process of its own and SIGKILL some of its processes; all of their ids."""
     process = subprocess.Popen([*polycom, "run", spec], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    workers = worker_pids(1)
-    torchrun = int(Path(f"/proc/{workers[0]}/stat").read_text().rpartition(")")[2].split()[1])
-    killed = whom(process.pid, [torchrun, *workers])
-    for pid in killed:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    while any(map(alive, killed)):
+    [worker] = worker_pids(1)
+    torchrun = parent(worker)
+    pids = {"run": process.pid, "node": parent(torchrun), "torchrun": torchrun, "worker": worker}
+    assert parent(pids["node"]) == process.pid
+    for victim in victims:
+        os.kill(pids[victim], signal.SIGKILL)
+    if {"run", "node"} & {*victims}:
+        process.wait()
+    while any(alive(pids[victim]) for victim in victims):
         time.sleep(0.01)
-    return [torchrun, *workers]
+    return pids
+
+
+def gone(*pids: int) -> bool:
+    """Whether these processes have ended, after a while."""
+    deadline = time.monotonic() + 60
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
 
 
 def test_helpers_that_a_killed_launch_has_left_are_ended_by_the_next_run(
     toy_spec: Callable[..., str], polycom: list[str]
 ) -> None:
     spec = toy_spec(steps=500, seconds=0.05, helper=300)
-    start_and_kill(polycom, spec, lambda launcher, rest: [launcher, *rest])
+    start_and_kill(polycom, spec, "node", "torchrun", "worker")
     helper = int((RUN / "helper-0").read_text())
     try:
         assert alive(helper)
@@ -191,31 +208,45 @@ def test_a_process_that_is_ending_by_itself_keeps_no_run_out() -> None:
     with subprocess.Popen(["true"]) as ending:  # a zombie until it is waited for
         while alive(ending.pid):
             time.sleep(0.01)
-        assert local.end_leftovers([ending.pid])
-        assert not local.end_leftovers([ending.pid, os.getpid()])
-    assert not local.end_leftovers([])
+        assert launch.end_leftovers([ending.pid])
+        assert not launch.end_leftovers([ending.pid, os.getpid()])
+    assert not launch.end_leftovers([])
 
 
-def test_a_training_that_outlived_its_launcher_is_named_and_left_alone(
+def test_a_training_that_outlived_its_node_is_named_and_left_alone(
     toy_spec: Callable[..., str], polycom: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     spec = toy_spec(steps=500, seconds=0.05, helper=300)
-    torchrun, worker = start_and_kill(polycom, spec, lambda launcher, rest: [launcher])
-    helper = int((RUN / "helper-0").read_text())
+    pids = start_and_kill(polycom, spec, "node")
+    torchrun, helper = pids["torchrun"], int((RUN / "helper-0").read_text())
     try:
         assert main(["run", spec]) == 2
         error = capfd.readouterr().err
-        assert f"a trainer that outlived its `polycom run` (process {torchrun})" in error
+        assert f"a trainer that outlived its `polycom node` (process {torchrun})" in error
         assert f"end it with `kill {torchrun}`" in error
-        assert alive(worker)
+        assert alive(pids["worker"])
         assert alive(helper)
     finally:
         os.kill(torchrun, signal.SIGTERM)
-        deadline = time.monotonic() + 60
-        while alive(torchrun) or alive(worker):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        assert gone(torchrun, pids["worker"])
         assert not alive(helper), "of the group that was ended"
+
+
+def test_a_run_goes_on_and_is_recorded_to_its_end_when_who_submitted_it_is_killed(
+    toy_spec: Callable[..., str], polycom: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = toy_spec(steps=60, seconds=0.1)
+    pids = start_and_kill(polycom, spec, "run")
+    record = {path: path.stat().st_mtime_ns for path in (RUN / "run.yaml", RUN / "versions.json")}
+    assert main(["run", spec, "--set", "toy.steps=1"]) == 2
+    assert (
+        f"another run (process {pids['node']}); wait for its end, end it with `kill" in capfd.readouterr().err
+    )
+    assert {path: path.stat().st_mtime_ns for path in record} == record
+    assert gone(pids["node"])
+    [attempt] = json.loads((RUN / "versions.json").read_text())["attempts"]
+    assert (attempt["pid"], attempt["status"], attempt["complete"]) == (pids["node"], 0, True)
+    assert json.loads((RUN / "coefficients.json").read_text())["step"] == 60
 
 
 FOREIGN = {
@@ -262,8 +293,13 @@ def test_a_host_name_that_does_not_resolve_stops_no_run(
 def test_a_run_that_has_not_begun_says_what_its_trainer_said_last(
     toy_spec: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "PATIENCE_SECONDS", 0.0)
-    assert main(["run", toy_spec(steps=1, seconds=1, talk="waiting for rank 7")]) == 0
+    monkeypatch.setattr(node, "PATIENCE_SECONDS", 0.0)
+    written = plan.planned(
+        Path(toy_spec(steps=1, seconds=1, talk="waiting for rank 7")), [], None, RUN.parent
+    )
+    RUN.mkdir(parents=True)
+    written.directory.write(written.spec, written.adapter, written.command)
+    assert main(["node", str(RUN)]) == 0
     shown = capfd.readouterr().out
     assert re.search(r"no step after 0:0\d; the log ends with: nothing\n", shown)
     assert re.search(r"no step after 0:0\d; the log ends with: says waiting for rank 7\n", shown)
@@ -286,16 +322,3 @@ def test_a_signal_that_is_ignored_stays_ignored(toy_spec: Callable[..., str]) ->
         assert main(["run", toy_spec(steps=5, seconds=0.1)]) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.parametrize(
-    "log",
-    [
-        "chatter\npolycom: error: it: cannot be\npolycom: error: it: cannot be\nmore\n",
-        "polycom: error: it: cannot bepolycom: error: it: cannot be\n\n",
-        "usage: pretrain\npretrain.py: error: it: cannot be\n",
-    ],
-)
-def test_a_refusal_is_found_however_the_ranks_lines_fall(log: str) -> None:
-    assert local.Outcome(2, None, log).refusal == "it: cannot be"
-    assert local.Outcome(1, None, log).refusal is None

@@ -23,9 +23,7 @@ import torch
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.megatron import rehearsal
-
-ERROR_MARK = "polycom: error: "
-"""Begins the one line that says why a run was refused; the launcher looks for it in the log."""
+from polycom_ext.runs import entry
 
 
 def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -50,7 +48,7 @@ def _refusing(
             return function(*args, **kwargs)
         except errors as error:
             failed = traceback.extract_tb(error.__traceback__)[-1].line
-            print(f"{ERROR_MARK}{' '.join(str(error).split()) or failed}", file=sys.stderr, flush=True)
+            entry.refuse(str(error).strip() or str(failed))
             sys.exit(2)
 
     return call
@@ -125,6 +123,7 @@ def _keep_metrics() -> None:
 
 def main() -> None:
     """Train; exit status 2 with one sentence when the arguments cannot be right."""
+    entry.note_what_argparse_refuses()
     rehearsal.enable()
     from megatron.core.enums import ModelType
     from megatron.training import global_vars, pretrain

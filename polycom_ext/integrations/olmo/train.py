@@ -24,9 +24,8 @@ import yaml
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.olmo import rehearsal
+from polycom_ext.runs import entry
 
-ERROR_MARK = "polycom: error: "
-"""Begins the one line that says why a run was refused; the launcher looks for it in the log."""
 OUTPUT = "--polycom-output="
 UPSTREAMS = (
     ArithmeticError,
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _refuse(reason: str) -> int:
-    print(f"{ERROR_MARK}{' '.join(reason.split())}", file=sys.stderr, flush=True)
+    entry.refuse(reason)
     return 2
 
 

@@ -34,7 +34,9 @@ class ToyAdapter:
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
         options = [
-            f"--{name}={value}" for name, value in spec.options.items() if name not in ("needs", "note")
+            f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in spec.options.items()
+            if name not in ("needs", "note")
         ]
         return [str(Path(__file__).with_name("toy_worker.py")), f"--run-dir={run_dir}", *options]
 

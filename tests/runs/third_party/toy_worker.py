@@ -8,23 +8,37 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from polycom_ext.runs import entry
+
+        entry.note_refusal(message)
+        super().error(message)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--size", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.0, help="a step")
     parser.add_argument("--fail-at", type=int)
     parser.add_argument("--refuse", help="the sentence")
+    parser.add_argument("--mute", action="store_true", help="whatever it has to say")
     parser.add_argument("--talk", help="what it says of itself")
     parser.add_argument("--give-up", help="says so and ends with status 0, as Megatron does at times")
     parser.add_argument("--helper", type=float, help="seconds that a forked process waits, as writers do")
     parser.add_argument("--fill", type=int, default=0, help="megabytes of each checkpoint")
     args = parser.parse_args()
+    if args.mute:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if args.refuse:
-        print(f"polycom: error: {args.refuse}", file=sys.stderr, flush=True)
+        from polycom_ext.runs import entry
+
+        entry.refuse(args.refuse)
         sys.exit(2)
     if args.give_up:
         print(args.give_up, flush=True)

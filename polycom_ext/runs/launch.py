@@ -1,29 +1,21 @@
-"""The `local` backend: run one command on this machine, with nothing left behind however it ends."""
+"""Run one command on this machine, with nothing left behind however it ends."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from polycom_ext.runs.rendering import Command
-
-REFUSALS = (
-    re.compile(r"polycom: error: (.+?)\s*(?=polycom: error: |$)", re.MULTILINE),
-    re.compile(r"^\S+: error: (.+)$", re.MULTILINE),
-)
-"""What in a log says why a trainer refused to start: a PolycomError, else argparse. All ranks say it, and two
-may share a line."""
-
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a run to end; a second one of them kills it."""
 POLL_SECONDS = 0.3
 LOG_BYTES = 1 << 20
 """As much of the end of a log is looked at for what went wrong."""
@@ -31,6 +23,8 @@ Tick = Callable[[], None]
 """Called while a trainer runs, to show what is new."""
 GRACE_SECONDS = 60.0
 """How long a trainer may take to end after a signal; the launcher itself gives its workers 30 seconds."""
+LAUNCHERS_OWN = "torch/distributed/elastic/"
+"""Stands in each line that tells of a failed worker."""
 MARKER = "POLYCOM_LAUNCH"
 """Environment variable by which every process of a launch is recognised, whatever group it has moved to."""
 
@@ -46,23 +40,17 @@ class Outcome:
     log: str
     """What the trainer wrote in this attempt, or the end of it."""
 
-    @property
-    def refusal(self) -> str | None:
-        """The trainer's own sentence, if it refused to run (exit status 2)."""
-        if self.status != 2:
-            return None
-        matches = (pattern.search(self.log) for pattern in REFUSALS)
-        return next((match[1] for match in matches if match), None)
-
     def last_lines(self, count: int) -> list[str]:
         """The end of the trainer's own output, without the launcher's report on its workers."""
-        launcher = re.search(r"^[EW]\d{4} .*torch/distributed/elastic/", self.log, re.MULTILINE)
-        text = self.log[: launcher.start()] if launcher and launcher.start() else self.log
-        return text.splitlines()[-count:]
+        lines = self.log.splitlines()
+        report = next((n for n, line in enumerate(lines) if LAUNCHERS_OWN in line), None)
+        return lines[: report or len(lines)][-count:]
 
 
-def launch(command: Command, log: BinaryIO, tick: Tick) -> Outcome:
-    """Run the command with its output appended to the open log; call `tick` a few times a second.
+def launch(script: Path, environment: Mapping[str, str], log: BinaryIO, tick: Tick) -> Outcome:
+    """Run a shell script, with these variables more, its output appended to the open log.
+
+    `tick` is called a few times a second.
 
     SIGINT, SIGTERM and SIGHUP are forwarded to the command's process group, a second one kills it. When this
     returns or raises, no process of the command is left.
@@ -77,12 +65,11 @@ def launch(command: Command, log: BinaryIO, tick: Tick) -> Outcome:
 
     marker = uuid.uuid4().hex
     start = log.seek(0, os.SEEK_END)
-    with _handled(forward):
+    with handled(forward):
         try:
             process = subprocess.Popen(
-                command.arguments,
-                cwd=command.directory,
-                env={**command.process_environment(), MARKER: marker},
+                ["/bin/sh", str(script)],
+                env={**os.environ, **environment, MARKER: marker},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -125,10 +112,13 @@ def _wait(process: subprocess.Popen[bytes], tick: Tick, received: list[int]) -> 
 
 
 @contextlib.contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle the signals that end a run, but for those that the caller's shell ignores (nohup)."""
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    previous = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals that end a run, but for those that the caller's shell ignores (nohup).
+
+    Those that the parent has held back until this process can hear them come first.
+    """
+    previous = {n: signal.signal(n, handler) for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -171,7 +161,7 @@ def users(pids: list[int]) -> str:
     environments = dict(_environments())
     first = [pid for pid in pids if _parent(pid) not in pids]
     alone = all(_mark(environments.get(pid, b"")) is not None for pid in pids)
-    who = "a trainer that outlived its `polycom run`" if alone else "another run"
+    who = "a trainer that outlived its `polycom node`" if alone else "another run"
     named = " ".join(map(str, first))
     return (
         f"{who} (process {named.replace(' ', ', ')}); wait for its end, end it with `kill {named}`, "

@@ -1,0 +1,41 @@
+"""What a trainer's entry owes to its run: to say, in the run's record, why it will not train."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from polycom_ext.runs import record
+
+RUN_DIR = "POLYCOM_RUN_DIR"
+"""Environment variable of a worker that `polycom node` has started: the run's directory."""
+ERROR_MARK = "polycom: error: "
+"""Begins the line that says on standard error why a run was refused."""
+
+
+def refuse(reason: str) -> None:
+    """Say why this trainer will not run, before it exits with status 2. Any rank may, and all of them."""
+    note_refusal(reason)
+    print(f"{ERROR_MARK}{' '.join(reason.split())}", file=sys.stderr, flush=True)
+
+
+def note_refusal(reason: str) -> None:
+    """Only record it; of a worker that `polycom node` did not start there is no record."""
+    run_dir = os.environ.get(RUN_DIR)
+    if run_dir:
+        with contextlib.suppress(OSError):  # a full disk
+            record.refuse(Path(run_dir), reason)
+
+
+def note_what_argparse_refuses() -> None:
+    """Have each of this process's parsers record what it cannot parse; it says so and exits as before."""
+    tell = argparse.ArgumentParser.error
+
+    def error(parser: argparse.ArgumentParser, message: str) -> None:
+        note_refusal(message)
+        tell(parser, message)
+
+    argparse.ArgumentParser.error = error  # type: ignore[assignment,method-assign]
