@@ -1,0 +1,94 @@
+"""`polycom node` on each of several nodes, which are processes of this machine here."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from polycom_ext.cli import main
+
+RUN = Path("outputs/small")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def on_two_nodes(polycom: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """What each of two nodes ended with, node 0 first, which was started last."""
+    command = [*polycom, "node", str(RUN), "--rendezvous", f"127.0.0.1:{free_port()}", "--node-rank"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    nodes = [(subprocess.Popen([*command, rank], **pipes), rank) for rank in "10"]  # type: ignore[call-overload]
+    ended = [
+        subprocess.CompletedProcess(rank, node.wait(), *node.communicate(timeout=120)) for node, rank in nodes
+    ]
+    return ended[::-1]
+
+
+@pytest.fixture
+def two_nodes(toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Plan a run on two nodes, with these options of the toy's."""
+
+    def planned(**options: object) -> None:
+        spec = toy_spec(processes=2, **options)
+        assert main(["run", spec, "--set", "nodes=2", "--set", "environment.GLOO_SOCKET_IFNAME=lo"]) == 0
+        assert f"polycom node {RUN.absolute()} --node-rank R --rendezvous HOST:PORT" in capfd.readouterr().out
+
+    return planned
+
+
+def test_two_nodes_are_one_run_whose_first_one_keeps_the_record(
+    two_nodes: Callable[..., None], polycom: list[str]
+) -> None:
+    two_nodes(steps=3)
+    first, second = on_two_nodes(polycom)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert sorted(path.name for path in RUN.glob("pid-*")) == ["pid-0", "pid-1", "pid-2", "pid-3"]
+    assert re.search(r"step +3/3  loss 1.6667", first.stdout)
+    assert "loss" not in second.stdout
+    [attempt] = json.loads((RUN / "versions.json").read_text())["attempts"]
+    assert (attempt["status"], attempt["complete"]) == (0, True)
+    assert all("chatter" in (RUN / log).read_text() for log in ("log.txt", "log.node-1.txt"))
+
+
+def test_what_a_worker_of_any_node_refuses_is_each_nodes_sentence(
+    two_nodes: Callable[..., None], polycom: list[str]
+) -> None:
+    two_nodes(steps=3, refuse="it cannot be right", mute=True)
+    for node in on_two_nodes(polycom):
+        assert (node.returncode, node.stderr) == (2, "polycom node: small: it cannot be right\n")
+    [attempt] = json.loads((RUN / "versions.json").read_text())["attempts"]
+    assert attempt["refusal"] == "it cannot be right"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rendezvous", "a:1", "--node-rank", "2"], "node rank '2' is none of 0 to 1, as it has 2 nodes"),
+        (["--node-rank", "1"], "its 2 nodes need --rendezvous HOST:PORT"),
+    ],
+)
+def test_a_node_that_does_not_know_its_place_is_refused(
+    two_nodes: Callable[..., None],
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    two_nodes(steps=1)
+    assert main(["node", str(RUN), *arguments]) == 2
+    assert sentence in capfd.readouterr().err
+
+
+def test_a_folder_that_no_run_has_planned_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["node", str(tmp_path)]) == 2
+    assert f"polycom node: {tmp_path} is not a run directory" in capfd.readouterr().err
