@@ -132,21 +132,27 @@ def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
 
 
 def end_leftovers(pids: list[int]) -> bool:
-    """End these processes, and all of their launches, if nobody works in those any more; whether they were.
+    """End these processes, and all of their launches, if they are left over; whether they were."""
+    launches = left_over(pids)
+    for mark in launches or ():
+        _kill_all(mark)
+    return bool(pids) and launches is not None
+
+
+def left_over(pids: list[int]) -> set[bytes] | None:
+    """The launches of these processes, by their marks, if nobody works in those any more; else None.
 
     A launch works for as long as torchrun or one of its workers lives: each leads a session, which what it
-    starts shares. Writers of checkpoints whose worker was killed wait for it for ever. Where a process is of
-    no launch, or of one that works, nothing is done. Processes that are ending by themselves do not count.
+    starts shares. Writers of checkpoints whose worker was killed wait for it for ever. A process of no launch
+    works, too. Processes that are ending by themselves do not count.
     """
     environments = dict(_environments())
     marks = {pid: _mark(environment) for pid, environment in environments.items()}
     launches = {marks.get(pid) for pid in pids if not _is_ending(pid, environments)}
-    if None in launches or any(mark in launches and _leads_session(pid) for pid, mark in marks.items()):
-        return False
-    for mark in launches:
-        assert mark is not None
-        _kill_all(mark)
-    return bool(pids)
+    if any(mark in launches and _leads_session(pid) for pid, mark in marks.items()):
+        return None
+    dead = {mark for mark in launches if mark is not None}
+    return dead if len(dead) == len(launches) else None
 
 
 def _is_ending(pid: int, environments: dict[int, bytes]) -> bool:

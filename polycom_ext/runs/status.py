@@ -21,7 +21,7 @@ from typing import Any
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import writers
-from polycom_ext.runs import progress
+from polycom_ext.runs import launch, progress
 from polycom_ext.runs import record as names
 from polycom_ext.runs.record import Metrics, Record, Series, read_metrics
 
@@ -143,7 +143,7 @@ def _without_end(
         pids = writers(record.log) if record.log.exists() else []
         if pid in pids:
             return RUNNING, None, started
-        if pids:
+        if launch.left_over(pids) is None:
             return RUNNING, f"process {pid}, which watched it, is gone; its trainer goes on", started
         if not record.log.exists() or os.geteuid() in (0, record.log.stat().st_uid):
             return DIED, f"process {pid} is gone and has noted no end", written

@@ -136,9 +136,8 @@ def test_a_run_is_at_work_until_its_last_process_is_gone(
     runs: Runs, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = Path("outputs/small")
-    watching = runs.start("small", steps=500, seconds=0.1)
-    runs.at_work("small")
-    node = Record(run).attempts()[0]["pid"]
+    submitting = runs.start("small", steps=500, seconds=0.1, helper=300)
+    everybody = runs.at_work("small")
     assert stands(run) == ("running", None)
     assert main(["run", "small.yaml"]) == 2, "one at a time in a directory"
     assert "is in use by another run" in capfd.readouterr().err
@@ -148,12 +147,16 @@ def test_a_run_is_at_work_until_its_last_process_is_gone(
         command = [*NOBODY.split(), *POLYCOM, "status", "--json", str(run)]
         [seen] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         assert (seen["state"], seen["reason"][:32]) == ("running", "of another user; it wrote last 0")
-    kill(watching.pid)
-    assert stands(run) == ("running", None), "who submitted it may go"
+    kill(submitting.pid)
+    assert stands(run) == ("running", None)
+    node = Record(run).attempts()[0]["pid"]
+    assert node in everybody
     kill(node)
     assert stands(run) == ("running", f"process {node}, which watched it, is gone; its trainer goes on")
-    kill(*runs.at_work("small"))
-    assert stands(run)[0] == "died"
+    helper = int((run / "helper-0").read_text())
+    kill(*(pid for pid in everybody if pid != helper))
+    assert alive(helper), "as writers of checkpoints, which wait for a worker for ever"
+    assert stands(run) == ("died", f"process {node} is gone and has noted no end")
 
 
 def test_a_run_outlives_the_shell_that_started_it_and_is_watched_to_its_end(runs: Runs) -> None:
