@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from polycom_ext import files
+from polycom_ext import arguments
 from polycom_ext.errors import PolycomError
 from polycom_ext.upstream import checkout, fetch, maintain, pins, trees
 from polycom_ext.upstream.pins import Pin
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.set_defaults(only_prints=name in ("list", "status", "verify"), tree=None)
         if name in ("apply", "status", "verify", "unapply"):
             about = "a checkout of your own of that version, instead of the one kept here"
-            command.add_argument("--tree", metavar="PATH", type=files.output, help=about)
+            command.add_argument("--tree", metavar="PATH", type=arguments.output, help=about)
         if name == "apply":
             about = "with --tree: commit the patches there, on a new branch"
             command.add_argument("--branch", metavar="NAME", help=about)
