@@ -363,7 +363,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 def write_markdown(path: Path, rows: list[Row], device: torch.device) -> None:
     """The conditions, and the same numbers as tables."""
     operations = f"fused on {', '.join(sorted(library.devices))}" if library.devices else "eager"
-    build = torch.ops.polycom.build() if library.devices else "none"
+    build = torch.ops.polycom.polynomial_build() if library.devices else "none"
     lines = [
         f"# Activations on {machine(device)}",
         "",

@@ -253,21 +253,25 @@ def test_opcheck(path: str, normalize: bool, variants: bool) -> None:
     if variants:
         weight, bias = leaves(torch.randn(2, 3), torch.randn(2, 1))
         extra = (*leaves(torch.randn(24), torch.rand(5)), torch.tensor([2, 5], dtype=torch.int32))
-    torch.library.opcheck(ops.forward.default, (x, weight, bias, *extra, 1, normalize, 1e-6))
+    torch.library.opcheck(ops.polynomial.default, (x, weight, bias, *extra, 1, normalize, 1e-6))
     tensors = [t.detach() if t is not None else None for t in (x, weight, bias, *extra)]
-    scales = ops.forward(*tensors, 1, normalize, 1e-6)[1]
+    scales = ops.polynomial(*tensors, 1, normalize, 1e-6)[1]
     x, weight, bias, *extra_tensors = tensors
     arguments = (x.sin(), x, weight, bias, scales, *extra_tensors, 1, normalize, True)
-    torch.library.opcheck(ops.backward.default, arguments)
+    torch.library.opcheck(ops.polynomial_backward.default, arguments)
     if normalize:
         pre_bias, _, offsets = extra_tensors
-        sums = ops.power_sums(x, pre_bias, offsets, 1, 3)
-        dots = ops.row_dots(x.sin(), x, scales, pre_bias, offsets, 1)
-        torch.library.opcheck(ops.power_sums.default, (x, pre_bias, offsets, 1, 3))
-        torch.library.opcheck(ops.row_dots.default, (x.sin(), x, scales, pre_bias, offsets, 1))
-        torch.library.opcheck(ops.apply.default, (x, weight, bias, sums, *extra_tensors, 1, 1e-6, 24))
+        sums = ops.polynomial_sums(x, pre_bias, offsets, 1, 3)
+        dots = ops.polynomial_backward_sums(x.sin(), x, scales, pre_bias, offsets, 1)
+        torch.library.opcheck(ops.polynomial_sums.default, (x, pre_bias, offsets, 1, 3))
+        torch.library.opcheck(
+            ops.polynomial_backward_sums.default, (x.sin(), x, scales, pre_bias, offsets, 1)
+        )
+        torch.library.opcheck(
+            ops.polynomial_from_sums.default, (x, weight, bias, sums, *extra_tensors, 1, 1e-6, 24)
+        )
         arguments = (x.sin(), x, weight, bias, scales, dots, *extra_tensors, 1, 24)
-        torch.library.opcheck(ops.apply_backward.default, arguments)
+        torch.library.opcheck(ops.polynomial_backward_from_sums.default, arguments)
 
 
 LINEAR = {

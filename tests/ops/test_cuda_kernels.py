@@ -123,8 +123,8 @@ def test_variants_agree_with_the_cpu_operations(emulator: Emulator, width: int) 
     ops = torch.ops.polycom
     y, scales = emulator.forward(x, weight, bias, *variants, 1e-6)
     backward = emulator.backward(grad_y, x, weight, bias, scales, *variants, False)
-    cpu_y, cpu_scales = ops.forward(x, weight, bias, *variants, 1e-6)
-    cpu_backward = ops.backward(grad_y, x, weight, bias, cpu_scales, *variants, False)
+    cpu_y, cpu_scales = ops.polynomial(x, weight, bias, *variants, 1e-6)
+    cpu_backward = ops.polynomial_backward(grad_y, x, weight, bias, cpu_scales, *variants, False)
     torch.testing.assert_close(y, cpu_y, rtol=1e-5, atol=1e-5)
     assert not any(part[10].any() for part in (y, scales, backward[0], backward[2]))
     for actual, expected in zip(backward[:3], cpu_backward[:3], strict=True):

@@ -23,7 +23,7 @@ _ops = torch.ops.polycom
 
 
 class _Whole(torch.autograd.Function):
-    """polycom::forward with its gradient, of tensors as they come: one node of the graph.
+    """polycom::polynomial with its gradient, of tensors as they come: one node of the graph.
 
     The gradient that is registered, for torch.compile, is called in Python, which takes longer than the
     operation of a few rows.
@@ -32,7 +32,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         with library.below_autograd():
-            y, scales = _ops.forward(*rows_and_parameters(*inputs[:6]), *inputs[6:])
+            y, scales = _ops.polynomial(*rows_and_parameters(*inputs[:6]), *inputs[6:])
         library.keep(ctx, inputs, scales)
         return y.view(inputs[0].shape)
 
@@ -42,12 +42,12 @@ class _Whole(torch.autograd.Function):
 
 
 class _ThenLinear(torch.autograd.Function):
-    """A linear layer of polycom::forward's y, which backward recomputes on its way instead of keeping it."""
+    """A linear layer of polycom::polynomial's y, which backward recomputes on its way instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *inputs_of_y, linear_weight, linear_bias = inputs
-        y, scales = _ops.forward(*inputs_of_y)
+        y, scales = _ops.polynomial(*inputs_of_y)
         library.keep(ctx, inputs_of_y, scales, linear_weight, linear_bias)
         return torch.nn.functional.linear(y, linear_weight, linear_bias)
 
@@ -84,11 +84,13 @@ class _Sharded(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> Tensor:
         if normalize:
-            sums = all_reduce(_ops.power_sums(x, pre_bias, offsets, rho, weight.shape[-1]), group)
+            sums = all_reduce(_ops.polynomial_sums(x, pre_bias, offsets, rho, weight.shape[-1]), group)
             total_width = x.shape[1] * group_size(group)
-            y, scales = _ops.apply(x, weight, bias, sums, pre_bias, row_scale, offsets, rho, eps, total_width)
+            y, scales = _ops.polynomial_from_sums(
+                x, weight, bias, sums, pre_bias, row_scale, offsets, rho, eps, total_width
+            )
         else:
-            y, scales = _ops.forward(x, weight, bias, pre_bias, row_scale, offsets, rho, False, eps)
+            y, scales = _ops.polynomial(x, weight, bias, pre_bias, row_scale, offsets, rho, False, eps)
         ctx.save_for_backward(x, weight, bias, scales, pre_bias, row_scale, offsets)
         ctx.rho, ctx.normalize, ctx.group = rho, normalize, group
         return y
@@ -99,16 +101,16 @@ class _Sharded(torch.autograd.Function):
         x, weight, bias, scales, pre_bias, row_scale, offsets = ctx.saved_tensors
         rho, group, grad_y = ctx.rho, ctx.group, grad_y.contiguous()
         if ctx.normalize:
-            dots = _ops.row_dots(grad_y, x, scales, pre_bias, offsets, rho)
+            dots = _ops.polynomial_backward_sums(grad_y, x, scales, pre_bias, offsets, rho)
             grad_row_scale = _row_scale_gradient(dots, weight, bias, offsets)
             all_reduce(dots, group)
             coefficients = _coefficient_gradients(dots, bias.numel(), row_scale, offsets)
             total_width = x.shape[1] * group_size(group)
-            grad_x = _ops.apply_backward(
+            grad_x = _ops.polynomial_backward_from_sums(
                 grad_y, x, weight, bias, scales, dots, pre_bias, row_scale, offsets, rho, total_width
             )
         else:
-            grad_x, coefficients, grad_row_scale, _ = _ops.backward(
+            grad_x, coefficients, grad_row_scale, _ = _ops.polynomial_backward(
                 grad_y, x, weight, bias, scales, pre_bias, row_scale, offsets, rho, False, False
             )
             all_reduce(coefficients, group)
@@ -165,7 +167,7 @@ def polynomial(
     if sharded:
         y = _Sharded.apply(*inputs, int(rho), normalize, eps, group)
     else:
-        y, _ = _ops.forward(*inputs, int(rho), normalize, eps)
+        y, _ = _ops.polynomial(*inputs, int(rho), normalize, eps)
     return y.view(x.shape)
 
 

@@ -37,7 +37,7 @@ def _load(directory: Path) -> tuple[frozenset[str], str]:
         return frozenset(), f"no compiled operations are installed{_noted(library)}; {_REBUILD}"
     try:
         torch.ops.load_library(str(library))
-        built_from = torch.ops.polycom.build().split()[0]
+        built_from = torch.ops.polycom.polynomial_build().split()[0]
     except (OSError, RuntimeError, AttributeError) as error:
         return frozenset(), f"{library.name} cannot be loaded ({str(error).splitlines()[0]}); {_REBUILD}"
     if built_from != build.sources_digest(_HERE / "csrc"):
@@ -52,7 +52,7 @@ def _load_cuda(library: Path) -> str:
         return f"the CUDA operations are not compiled{_noted(library)}; with nvcc at hand {_REBUILD}"
     try:
         torch.ops.load_library(str(library))
-        built_from = torch.ops.polycom.cuda_build()
+        built_from = torch.ops.polycom.polynomial_cuda_build()
     except (OSError, RuntimeError, AttributeError) as error:
         return f"{library.name} cannot be loaded ({str(error).splitlines()[0]}); {_REBUILD}"
     if built_from != build.sources_digest(_HERE / "csrc"):
@@ -74,7 +74,7 @@ def gpu_problem(index: int) -> str:
     The library is asked once a GPU; a call there would raise.
     """
     if index not in _gpu_problems:
-        _gpu_problems[index] = str(torch.ops.polycom.cuda_problem(index))
+        _gpu_problems[index] = str(torch.ops.polycom.polynomial_cuda_problem(index))
     return _gpu_problems[index]
 
 
@@ -84,15 +84,15 @@ gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _register() -> None:
     register_fake = torch.library.register_fake
-    register_fake("polycom::forward", _fake_forward)
-    register_fake("polycom::backward", _fake_backward)
-    register_fake("polycom::power_sums", _fake_power_sums)
-    register_fake("polycom::apply", _fake_apply)
-    register_fake("polycom::row_dots", _fake_row_dots)
-    register_fake("polycom::apply_backward", lambda grad_y, x, *rest: torch.empty_like(x))
-    torch.library.register_autograd("polycom::forward", backward, setup_context=setup_context)
-    for name in ("backward", "power_sums", "apply", "row_dots", "apply_backward"):
-        torch.library.register_autograd(f"polycom::{name}", _not_differentiable)
+    register_fake("polycom::polynomial", _fake_forward)
+    register_fake("polycom::polynomial_backward", _fake_backward)
+    register_fake("polycom::polynomial_sums", _fake_power_sums)
+    register_fake("polycom::polynomial_from_sums", _fake_apply)
+    register_fake("polycom::polynomial_backward_sums", _fake_row_dots)
+    register_fake("polycom::polynomial_backward_from_sums", lambda grad_y, x, *rest: torch.empty_like(x))
+    torch.library.register_autograd("polycom::polynomial", backward, setup_context=setup_context)
+    for name in ("backward", "sums", "from_sums", "backward_sums", "backward_from_sums"):
+        torch.library.register_autograd(f"polycom::polynomial_{name}", _not_differentiable)
 
 
 def _floats(x: Tensor, *shape: int) -> Tensor:
@@ -171,14 +171,14 @@ def keep(ctx: Any, inputs: Sequence[Any], scales: Tensor, *more: Tensor) -> None
 
 
 def gradients(ctx: Any, grad_y: Tensor, recompute: bool) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """The gradient of every input of polycom::forward, and y if it is to be recomputed."""
+    """The gradient of every input of polycom::polynomial, and y if it is to be recomputed."""
     x, weight, bias, scales, pre_bias, row_scale, offsets = ctx.saved_tensors[:7]
     rows, *coefficients, bias_before, scale, ends = rows_and_parameters(
         x, weight, bias, pre_bias, row_scale, offsets
     )
     grad_y = grad_y.reshape(-1, x.shape[-1]).contiguous()
     with below_autograd():
-        grad_x, sums, grad_row_scale, y = torch.ops.polycom.backward(
+        grad_x, sums, grad_row_scale, y = torch.ops.polycom.polynomial_backward(
             grad_y, rows, *coefficients, scales, bias_before, scale, ends, ctx.rho, ctx.normalize, recompute
         )
     grad_weight, grad_bias = split_coefficients(sums, weight, bias)

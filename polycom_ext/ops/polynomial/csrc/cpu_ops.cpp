@@ -84,27 +84,27 @@ std::string build() { return std::string(POLYCOM_SOURCES) + " " + kernels().name
 }  // namespace polycom
 
 STABLE_TORCH_LIBRARY(polycom, library) {
-  library.def("build() -> str");
+  library.def("polynomial_build() -> str");
   library.def(
-      "forward(Tensor x, Tensor weight, Tensor bias, Tensor? pre_bias, Tensor? row_scale, Tensor? offsets, int rho, "
+      "polynomial(Tensor x, Tensor weight, Tensor bias, Tensor? pre_bias, Tensor? row_scale, Tensor? offsets, int rho, "
       "bool normalize, float eps) -> (Tensor y, Tensor scales)");
   library.def(
-      "backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor scales, Tensor? pre_bias, "
+      "polynomial_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor scales, Tensor? pre_bias, "
       "Tensor? row_scale, Tensor? offsets, int rho, bool normalize, bool recompute) "
       "-> (Tensor grad_x, Tensor grad_coefficients, Tensor grad_row_scale, Tensor y)");
-  library.def("power_sums(Tensor x, Tensor? pre_bias, Tensor? offsets, int rho, int order) -> Tensor");
+  library.def("polynomial_sums(Tensor x, Tensor? pre_bias, Tensor? offsets, int rho, int order) -> Tensor");
   library.def(
-      "apply(Tensor x, Tensor weight, Tensor bias, Tensor power_sums, Tensor? pre_bias, Tensor? row_scale, "
+      "polynomial_from_sums(Tensor x, Tensor weight, Tensor bias, Tensor power_sums, Tensor? pre_bias, Tensor? row_scale, "
       "Tensor? offsets, int rho, float eps, int total_width) -> (Tensor y, Tensor scales)");
   library.def(
-      "row_dots(Tensor grad_y, Tensor x, Tensor scales, Tensor? pre_bias, Tensor? offsets, int rho) -> Tensor");
+      "polynomial_backward_sums(Tensor grad_y, Tensor x, Tensor scales, Tensor? pre_bias, Tensor? offsets, int rho) -> Tensor");
   library.def(
-      "apply_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor scales, Tensor dots, "
+      "polynomial_backward_from_sums(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor scales, Tensor dots, "
       "Tensor? pre_bias, Tensor? row_scale, Tensor? offsets, int rho, int total_width) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(polycom, CompositeExplicitAutograd, library) {
-  library.impl("build", TORCH_BOX(&polycom::build));
+  library.impl("polynomial_build", TORCH_BOX(&polycom::build));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(polycom, CPU, library) { polycom::register_operators<polycom::Cpu>(library); }

@@ -114,13 +114,13 @@ struct Cuda {
 }  // namespace polycom
 
 STABLE_TORCH_LIBRARY_FRAGMENT(polycom, library) {
-  library.def("cuda_build() -> str");
-  library.def("cuda_problem(int device) -> str");
+  library.def("polynomial_cuda_build() -> str");
+  library.def("polynomial_cuda_problem(int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(polycom, CompositeExplicitAutograd, library) {
-  library.impl("cuda_build", TORCH_BOX(&polycom::cuda_build));
-  library.impl("cuda_problem", TORCH_BOX(&polycom::cuda_problem));
+  library.impl("polynomial_cuda_build", TORCH_BOX(&polycom::cuda_build));
+  library.impl("polynomial_cuda_problem", TORCH_BOX(&polycom::cuda_problem));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(polycom, CUDA, library) { polycom::register_operators<polycom::Cuda>(library); }

@@ -223,12 +223,12 @@ struct Operators {
 
 template <typename Device>
 void register_operators(torch::stable::detail::StableLibrary& library) {
-  library.impl("forward", TORCH_BOX(&Operators<Device>::forward));
-  library.impl("backward", TORCH_BOX(&Operators<Device>::backward));
-  library.impl("power_sums", TORCH_BOX(&Operators<Device>::power_sums));
-  library.impl("apply", TORCH_BOX(&Operators<Device>::apply));
-  library.impl("row_dots", TORCH_BOX(&Operators<Device>::row_dots));
-  library.impl("apply_backward", TORCH_BOX(&Operators<Device>::apply_backward));
+  library.impl("polynomial", TORCH_BOX(&Operators<Device>::forward));
+  library.impl("polynomial_backward", TORCH_BOX(&Operators<Device>::backward));
+  library.impl("polynomial_sums", TORCH_BOX(&Operators<Device>::power_sums));
+  library.impl("polynomial_from_sums", TORCH_BOX(&Operators<Device>::apply));
+  library.impl("polynomial_backward_sums", TORCH_BOX(&Operators<Device>::row_dots));
+  library.impl("polynomial_backward_from_sums", TORCH_BOX(&Operators<Device>::apply_backward));
 }
 
 }  // namespace polycom
