@@ -4,7 +4,7 @@
 
 megatron-core's wheel holds `megatron.training` but no script to call it; this is that script, for GPT pre-
 training from indexed datasets. Every option is upstream's; `--polycom-metrics FILE` is ours. Upstream's own
-pretrain_gpt.py works with the patched tree as well, since the MLP builds the activation.
+pretrain_gpt.py works as well, in a patched checkout of the whole repository: the MLP builds the activation.
 
 Megatron is imported in `main`: on a CPU the rehearsal comes first, and the processes that write checkpoints
 import this module without needing any of it.
