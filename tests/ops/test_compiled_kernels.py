@@ -146,7 +146,8 @@ def test_the_cuda_library_is_no_worse_than_the_table_and_loads(tmp_path: Path) -
         "if torch.version.cuda is None and sys.argv[2]: ctypes.CDLL(sys.argv[2], ctypes.RTLD_LOCAL)\n"
         "torch.ops.load_library(sys.argv[1])\n"
         "for name in ('', '_backward', '_sums', '_from_sums', '_backward_sums', '_backward_from_sums'):\n"
-        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'polycom::polynomial{name}', 'CUDA'), name\n"
+        "    operator = f'polycom::polynomial{name}'\n"
+        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, 'CUDA'), name\n"
         "print(torch.ops.polycom.polynomial_cuda_problem(0))\n"
     )
 
