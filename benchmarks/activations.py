@@ -45,7 +45,7 @@ import polycom_ext
 from polycom_ext import functional
 from polycom_ext.modules import SwiGLU
 from polycom_ext.ops.polynomial import eager, library
-from polycom_ext.ops.polynomial.steps import Rho
+from polycom_ext.ops.polynomial.inputs import Inputs
 
 WIDTHS = (1024, 1536, 2048, 4096, 8192, 8256, 16384, 32768)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,7 +104,7 @@ class Polynomial(nn.Module):
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return eager.polynomial(x, weight, bias, rho=Rho.IDENTITY, normalize=True)
+    return eager.polynomial(Inputs(x, weight, bias))
 
 
 def _authors(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from typing_extensions import Unpack
 
 from polycom_ext.ops.elementwise import elementwise
 from polycom_ext.ops.polynomial import dispatch
-from polycom_ext.ops.polynomial.steps import Rho
+from polycom_ext.ops.polynomial.inputs import Inputs, Rho
 
 MIN_EPS = 1e-30
 
@@ -57,17 +57,8 @@ class Variants(TypedDict, total=False):
     offsets: Tensor | None
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    slope: Tensor | None = None,
-    pre_bias: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    offsets: Tensor | None = None,
-    eps: float = 1.0,
-) -> None:
+def _checked(inputs: Inputs, slope: Tensor | None = None) -> Inputs:
+    x, weight, bias, pre_bias, row_scale, offsets, _, _, eps = inputs
     if not MIN_EPS <= eps < math.inf:
         raise ValueError(
             f"eps must be at least {MIN_EPS}, so that float32 holds 1 / rms of any row, got {eps}"
@@ -100,6 +91,7 @@ def _check(
     for name, other in {**others, "offsets": offsets}.items():
         if other is not None and other.device != x.device:
             raise ValueError(f"{name} is on {other.device} but x is on {x.device}")
+    return inputs
 
 
 def _check_linear(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
@@ -134,8 +126,8 @@ def poly_relu(
 
     Returns: a tensor of x's shape and type. Raises ValueError for shapes or devices that do not match.
     """
-    _check(x, weight, bias, **variants)
-    return dispatch.polynomial(x, weight, bias, rho=Rho.RELU, normalize=False, group=group, **variants)
+    inputs = Inputs(x, weight, bias, rho=Rho.RELU, normalize=False, **variants)
+    return dispatch.polynomial(_checked(inputs), group=group)
 
 
 def poly_prelu(
@@ -144,8 +136,8 @@ def poly_prelu(
     """PolyPReLU: PolyReLU with PReLU(x) = x for x > 0 and slope * x elsewhere in place of ReLU; slope:
     (1,).
     """
-    _check(x, weight, bias, slope=slope)
-    return dispatch.polynomial(x, weight, bias, rho=Rho.PRELU, normalize=False, slope=slope, group=group)
+    inputs = Inputs(x, weight, bias, rho=Rho.PRELU, normalize=False)
+    return dispatch.polynomial(_checked(inputs, slope), slope, group)
 
 
 def poly_norm(
@@ -171,10 +163,7 @@ def poly_norm(
 
     Returns: a tensor of x's shape and type. Raises ValueError for shapes or devices that do not match.
     """
-    _check(x, weight, bias, eps=eps, **variants)
-    return dispatch.polynomial(
-        x, weight, bias, rho=Rho.IDENTITY, normalize=True, eps=eps, group=group, **variants
-    )
+    return dispatch.polynomial(_checked(Inputs(x, weight, bias, eps=eps, **variants)), group=group)
 
 
 def poly_relu_norm(
@@ -191,10 +180,8 @@ def poly_relu_norm(
     The paper names it in figure 5b without a formula; this is the reading that combines the two as they
     stand.
     """
-    _check(x, weight, bias, eps=eps, **variants)
-    return dispatch.polynomial(
-        x, weight, bias, rho=Rho.RELU, normalize=True, eps=eps, group=group, **variants
-    )
+    inputs = Inputs(x, weight, bias, rho=Rho.RELU, eps=eps, **variants)
+    return dispatch.polynomial(_checked(inputs), group=group)
 
 
 def poly_relu_linear(
@@ -209,11 +196,8 @@ def poly_relu_linear(
 ) -> Tensor:
     """linear(poly_relu(x)), as the second half of a feed-forward block; see `poly_norm_linear`."""
     _check_linear(x, linear_weight, linear_bias)
-    _check(x, weight, bias, pre_bias=pre_bias, row_scale=row_scale)
-    return dispatch.polynomial_linear(
-        x, weight, bias, linear_weight, linear_bias, rho=Rho.RELU, normalize=False, pre_bias=pre_bias,
-        row_scale=row_scale,
-    )  # fmt: skip
+    inputs = Inputs(x, weight, bias, pre_bias, row_scale, rho=Rho.RELU, normalize=False)
+    return dispatch.polynomial_linear(_checked(inputs), linear_weight, linear_bias)
 
 
 def poly_norm_linear(
@@ -242,11 +226,8 @@ def poly_norm_linear(
     ValueError for shapes or devices that do not match.
     """
     _check_linear(x, linear_weight, linear_bias)
-    _check(x, weight, bias, pre_bias=pre_bias, row_scale=row_scale, eps=eps)
-    return dispatch.polynomial_linear(
-        x, weight, bias, linear_weight, linear_bias, rho=Rho.IDENTITY, normalize=True, eps=eps,
-        pre_bias=pre_bias, row_scale=row_scale,
-    )  # fmt: skip
+    inputs = Inputs(x, weight, bias, pre_bias, row_scale, eps=eps)
+    return dispatch.polynomial_linear(_checked(inputs), linear_weight, linear_bias)
 
 
 def mish(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from polycom_ext import PolyNorm, functional, reference
+from polycom_ext.ops.polynomial.inputs import Inputs
 
 from .oracle import FUNCTIONS, TOLERANCE, coefficients, error, leaves
 
@@ -247,31 +248,22 @@ def test_mistakes_are_named(change: dict[str, Tensor], message: str) -> None:
 @pytest.mark.parametrize("variants", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_opcheck(path: str, normalize: bool, variants: bool) -> None:
-    ops = torch.ops.polycom
+    ops, check = torch.ops.polycom, torch.library.opcheck
     x, weight, bias = leaves(torch.randn(5, 24), *coefficients(3))
-    extra: tuple[Tensor | None, ...] = (None, None, None)
+    inputs = Inputs(x, weight, bias, rho=1, normalize=normalize)
     if variants:
-        weight, bias = leaves(torch.randn(2, 3), torch.randn(2, 1))
-        extra = (*leaves(torch.randn(24), torch.rand(5)), torch.tensor([2, 5], dtype=torch.int32))
-    torch.library.opcheck(ops.polynomial.default, (x, weight, bias, *extra, 1, normalize, 1e-6))
-    tensors = [t.detach() if t is not None else None for t in (x, weight, bias, *extra)]
-    scales = ops.polynomial(*tensors, 1, normalize, 1e-6)[1]
-    x, weight, bias, *extra_tensors = tensors
-    arguments = (x.sin(), x, weight, bias, scales, *extra_tensors, 1, normalize, True)
-    torch.library.opcheck(ops.polynomial_backward.default, arguments)
+        weight, bias, pre_bias, row_scale = leaves(*(torch.randn(*s) for s in ((2, 3), (2, 1), (24,), (5,))))
+        inputs = Inputs(x, weight, bias, pre_bias, row_scale, torch.tensor([2, 5]).int(), *inputs.options)
+    check(ops.polynomial.default, inputs)
+    inputs = Inputs.of([t if t is None else t.detach() for t in inputs.tensors], inputs.options)
+    grad_y, scales = x.detach().sin(), ops.polynomial(*inputs)[1]
+    check(ops.polynomial_backward.default, (*inputs, grad_y, scales, True))
     if normalize:
-        pre_bias, _, offsets = extra_tensors
-        sums = ops.polynomial_sums(x, pre_bias, offsets, 1, 3)
-        dots = ops.polynomial_backward_sums(x.sin(), x, scales, pre_bias, offsets, 1)
-        torch.library.opcheck(ops.polynomial_sums.default, (x, pre_bias, offsets, 1, 3))
-        torch.library.opcheck(
-            ops.polynomial_backward_sums.default, (x.sin(), x, scales, pre_bias, offsets, 1)
-        )
-        torch.library.opcheck(
-            ops.polynomial_from_sums.default, (x, weight, bias, sums, *extra_tensors, 1, 1e-6, 24)
-        )
-        arguments = (x.sin(), x, weight, bias, scales, dots, *extra_tensors, 1, 24)
-        torch.library.opcheck(ops.polynomial_backward_from_sums.default, arguments)
+        check(ops.polynomial_sums.default, inputs)
+        check(ops.polynomial_from_sums.default, (*inputs, ops.polynomial_sums(*inputs), 24))
+        check(ops.polynomial_backward_sums.default, (*inputs, grad_y, scales))
+        dots = ops.polynomial_backward_sums(*inputs, grad_y, scales)
+        check(ops.polynomial_backward_from_sums.default, (*inputs, grad_y, scales, dots, 24))
 
 
 LINEAR = {

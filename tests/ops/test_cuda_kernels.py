@@ -124,7 +124,7 @@ def test_variants_agree_with_the_cpu_operations(emulator: Emulator, width: int) 
     y, scales = emulator.forward(x, weight, bias, *variants, 1e-6)
     backward = emulator.backward(grad_y, x, weight, bias, scales, *variants, False)
     cpu_y, cpu_scales = ops.polynomial(x, weight, bias, *variants, 1e-6)
-    cpu_backward = ops.polynomial_backward(grad_y, x, weight, bias, cpu_scales, *variants, False)
+    cpu_backward = ops.polynomial_backward(x, weight, bias, *variants, 1e-6, grad_y, cpu_scales, False)
     torch.testing.assert_close(y, cpu_y, rtol=1e-5, atol=1e-5)
     assert not any(part[10].any() for part in (y, scales, backward[0], backward[2]))
     for actual, expected in zip(backward[:3], cpu_backward[:3], strict=True):

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from polycom_ext import functional, reference
 from polycom_ext.ops.polynomial import compiled, dispatch, library
 from polycom_ext.ops.polynomial.dispatch import Path
-from polycom_ext.ops.polynomial.steps import Rho
+from polycom_ext.ops.polynomial.inputs import Rho
 
 from ..oracle import FUNCTIONS, TOLERANCE, coefficients, error, leaves
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from polycom_ext.ops.calls import group_size
 from polycom_ext.ops.polynomial import eager, steps
+from polycom_ext.ops.polynomial.inputs import Inputs
 
 
 class _Compiled:
@@ -31,11 +32,11 @@ class _Compiled:
     def _compiled(self) -> Callable[..., Any]:
         return torch.compile(self._step)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         if _Compiled.works:
             try:
                 # As no view, of which torch.compile would fix what it is a view of.
-                return self._compiled(*(i.detach() if isinstance(i, Tensor) else i for i in inputs))
+                return self._compiled(*map(_detached, arguments))
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of the compiler at hand, whichever that is
@@ -43,26 +44,21 @@ class _Compiled:
                 reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
                 said = "PolyCom runs plain torch operations, which is slower still: torch.compile failed"
                 warnings.warn(f"{said} ({reason})", RuntimeWarning, stacklevel=2)
-        return self._step(*inputs)
+        return self._step(*arguments)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Inputs):
+        return Inputs(*map(_detached, value))
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 COMPILED = eager.Steps(_Compiled(steps.forward), _Compiled(steps.backward))
 
 
-def polynomial(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    group: dist.ProcessGroup | None,
-    row_scale: Tensor | None,
-    **options: Any,
-) -> Tensor:
+def polynomial(inputs: Inputs, slope: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
     """As eager.polynomial, which it is for rows that are sharded: they are reduced between operations."""
     by = COMPILED if group_size(group) == 1 else eager.PLAIN
-    if row_scale is not None:
-        row_scale = row_scale.reshape(-1)
-    rows = x.reshape(-1, x.shape[-1])
-    return eager.polynomial(rows, weight, bias, group=group, row_scale=row_scale, by=by, **options).view(
-        x.shape
-    )
+    scale = None if inputs.row_scale is None else inputs.row_scale.reshape(-1)
+    rows = inputs._replace(x=inputs.x.reshape(-1, inputs.x.shape[-1]), row_scale=scale)
+    return eager.polynomial(rows, slope, group, by=by).view(inputs.x.shape)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polycom_ext.ops.calls import transformed
 from polycom_ext.ops.polynomial import compiled, eager, fused, library
-from polycom_ext.ops.polynomial.steps import Rho
+from polycom_ext.ops.polynomial.inputs import Inputs, Rho
 
 MAX_FUSED_ORDER = 4
 FUSED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -47,9 +47,9 @@ def _say_once(device: str, path: Path, problem: str) -> None:
 _say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose(device: torch.device, dtype: torch.dtype, order: int, rho: Rho) -> Path:
+def choose(device: torch.device, dtype: torch.dtype, order: int, rho: int) -> Path:
     """What runs a call; warns, once a device, if the fused operations are only missing."""
-    fusable = dtype in FUSED_DTYPES and order <= MAX_FUSED_ORDER and rho is not Rho.PRELU
+    fusable = dtype in FUSED_DTYPES and order <= MAX_FUSED_ORDER and rho != Rho.PRELU
     if not fusable or device.type not in ("cpu", "cuda") or transformed():
         return Path.PLAIN
     name, problem = device.type, library.problem
@@ -64,58 +64,24 @@ def choose(device: torch.device, dtype: torch.dtype, order: int, rho: Rho) -> Pa
     return Path.PLAIN if torch.compiler.is_compiling() else path
 
 
-def polynomial(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    rho: Rho,
-    normalize: bool,
-    slope: Tensor | None = None,
-    eps: float = 1e-6,
-    group: dist.ProcessGroup | None = None,
-    pre_bias: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
+def _choose(inputs: Inputs) -> Path:
+    return choose(inputs.x.device, inputs.x.dtype, inputs.order, inputs.rho)
+
+
+def polynomial(inputs: Inputs, slope: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
     """One member of the family, with its variants; arguments as in functional.py, already checked."""
-    path = choose(x.device, x.dtype, weight.shape[-1], rho)
+    path = _choose(inputs)
     if path is Path.FUSED:
-        return fused.polynomial(
-            x, weight, bias, rho=rho, normalize=normalize, eps=eps, group=group, pre_bias=pre_bias,
-            row_scale=row_scale, offsets=offsets,
-        )  # fmt: skip
-    return (compiled if path is Path.COMPILED else eager).polynomial(
-        x, weight, bias, rho=rho, normalize=normalize, slope=slope, eps=eps, group=group, pre_bias=pre_bias,
-        row_scale=row_scale, offsets=offsets,
-    )  # fmt: skip
+        return fused.polynomial(inputs, group)
+    return (compiled if path is Path.COMPILED else eager).polynomial(inputs, slope, group)
 
 
-def polynomial_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None = None,
-    *,
-    rho: Rho,
-    normalize: bool,
-    eps: float = 1e-6,
-    pre_bias: Tensor | None = None,
-    row_scale: Tensor | None = None,
-) -> Tensor:
+def polynomial_linear(inputs: Inputs, linear_weight: Tensor, linear_bias: Tensor | None = None) -> Tensor:
     """A linear layer of `polynomial`; fused if it computes in x's type, else one after the other."""
-    linear_type = linear_weight.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        linear_type = torch.get_autocast_dtype(x.device.type)
-    path = choose(x.device, x.dtype, weight.shape[-1], rho)
-    if linear_type == x.dtype and path is Path.FUSED:
-        return fused.polynomial_linear(
-            x, weight, bias, linear_weight.to(linear_type),
-            None if linear_bias is None else linear_bias.to(linear_type), rho=rho, normalize=normalize,
-            eps=eps, pre_bias=pre_bias, row_scale=row_scale,
-        )  # fmt: skip
-    y = polynomial(
-        x, weight, bias, rho=rho, normalize=normalize, eps=eps, pre_bias=pre_bias, row_scale=row_scale
-    )
-    return torch.nn.functional.linear(y, linear_weight, linear_bias)
+    linear_type, device = linear_weight.dtype, inputs.x.device.type
+    if torch.is_autocast_enabled(device):
+        linear_type = torch.get_autocast_dtype(device)
+    if linear_type == inputs.x.dtype and _choose(inputs) is Path.FUSED:
+        bias = None if linear_bias is None else linear_bias.to(linear_type)
+        return fused.polynomial_linear(inputs, linear_weight.to(linear_type), bias)
+    return torch.nn.functional.linear(polynomial(inputs), linear_weight, linear_bias)

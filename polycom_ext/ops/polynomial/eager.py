@@ -7,7 +7,6 @@ under the transforms of torch.func, and for gradients of gradients. Neither work
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from polycom_ext.ops.calls import SHARDED, compute_dtype, group_size, transformed
 from polycom_ext.ops.polynomial import steps
-from polycom_ext.ops.polynomial.steps import Rho, ascending, horner, rectify
+from polycom_ext.ops.polynomial.inputs import Inputs, Rho
+from polycom_ext.ops.polynomial.steps import ascending, horner, rectify
 
 
 class Steps(NamedTuple):
@@ -30,57 +30,43 @@ PLAIN = Steps(steps.forward, steps.backward)
 
 
 class _Polynomial(torch.autograd.Function):
-    """y = sum_i a_i t_i + a_0 for every member of the family above."""
+    """y = sum_i a_i t_i + a_0 for every member of the family of steps.py, without variants."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        by: Steps,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        slope: Tensor | None,
-        rho: Rho,
-        normalize: bool,
-        eps: float,
-        group: dist.ProcessGroup | None,
+        ctx: Any, by: Steps, slope: Tensor | None, group: dist.ProcessGroup | None, *values: Any
     ) -> Tensor:
-        y, scales = by.forward(x, weight, bias, slope, rho, normalize, eps, group)
-        ctx.save_for_backward(x, weight, bias, slope, scales)
-        ctx.by, ctx.rho, ctx.eps, ctx.group = by, rho, eps, group
+        inputs = Inputs(*values)
+        y, scales = by.forward(inputs, slope, group)
+        ctx.save_for_backward(inputs.x, inputs.weight, inputs.bias, slope, scales)
+        ctx.by, ctx.group, ctx.options = by, group, inputs.options
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, slope, scales = ctx.saved_tensors
+        *tensors, slope, scales = ctx.saved_tensors
+        inputs = Inputs.of(tensors, ctx.options)
         if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
 
-            def formula(_: None, x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor | None) -> Tensor:
-                return _formula(x, weight, bias, slope, ctx.rho, scales is not None, ctx.eps, ctx.group)
+            def again(_: None, slope: Tensor | None, __: None, *tensors: Tensor) -> Tensor:
+                return _formula(Inputs.of(tensors, ctx.options), slope, ctx.group)
 
-            inputs = (None, x, weight, bias, slope)
-            return *differentiable_gradients(ctx, formula, inputs, grad_output), None, None, None, None
-        gradients = ctx.by.backward(grad_output, x, weight, bias, slope, scales, ctx.rho, ctx.group)
-        return None, *gradients, None, None, None, None
+            found = differentiable_gradients(ctx, again, (None, slope, None, *tensors), grad_output)
+            return *found, None, None, None, None, None, None
+        *found, grad_slope = ctx.by.backward(grad_output, inputs, slope, scales, ctx.group)
+        return None, grad_slope, None, *found, None, None, None, None, None, None
 
 
-def _formula(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    slope: Tensor | None,
-    rho: Rho,
-    normalize: bool,
-    eps: float,
-    group: dist.ProcessGroup | None,
-) -> Tensor:
+def _formula(inputs: Inputs, slope: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
     """What `_Polynomial` computes, in operations that torch differentiates, batches and transforms itself."""
     if group_size(group) > 1:
         raise NotImplementedError(SHARDED)
+    x, weight, bias = inputs[:3]
     # Not clamp, whose gradient at 0 is 1.
-    u = rectify(x, rho, slope) if rho is not Rho.RELU else x.to(compute_dtype(x.dtype)).relu()
+    relu = inputs.rho == Rho.RELU
+    u = x.to(compute_dtype(x.dtype)).relu() if relu else rectify(x, inputs.rho, slope)
     a = ascending(weight, u.dtype)
-    if not normalize:
+    if not inputs.normalize:
         return horner([bias.to(u.dtype), *a], u).to(x.dtype)
     # Any sigma gives the same t_i = v^i / sqrt(mean(v^2i) + eps sigma^2i); floor makes it a constant.
     sigma = torch.exp2(-u.abs().amax(dim=-1, keepdim=True).clamp_min(1).log2().floor().clamp_max(126))
@@ -88,7 +74,7 @@ def _formula(
     y, power, scale = bias.to(u.dtype), torch.ones_like(v), torch.ones_like(sigma)
     for coefficient in a:
         power, scale = power * v, scale * sigma.square()
-        rms = (power.square().mean(dim=-1, keepdim=True) + eps * scale).sqrt()
+        rms = (power.square().mean(dim=-1, keepdim=True) + inputs.eps * scale).sqrt()
         y = y + coefficient * (power / rms)
     return y.to(x.dtype)
 
@@ -114,25 +100,24 @@ def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
 
 
 def polynomial(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    rho: Rho,
-    normalize: bool,
+    inputs: Inputs,
     slope: Tensor | None = None,
-    eps: float = 1e-6,
     group: dist.ProcessGroup | None = None,
-    pre_bias: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    offsets: Tensor | None = None,
+    *,
     by_formula: bool = False,
     by: Steps = PLAIN,
 ) -> Tensor:
     """Apply one member of the family; see the module's docstring, and functional.py for the variants."""
-    apply = _formula if by_formula or transformed() else partial(_Polynomial.apply, by)
+
+    def apply(inputs: Inputs) -> Tensor:
+        if by_formula or transformed():
+            return _formula(inputs, slope, group)
+        y: Tensor = _Polynomial.apply(by, slope, group, *inputs)
+        return y
+
+    x, weight, bias, pre_bias, row_scale, offsets, *_ = inputs
     if pre_bias is None and row_scale is None and offsets is None:
-        return apply(x, weight, bias, slope, rho, normalize, eps, group)
+        return apply(inputs)
     u = x.to(compute_dtype(x.dtype))
     if offsets is not None:
         expert = expert_of_rows(offsets, x.shape[0])
@@ -147,7 +132,7 @@ def polynomial(
         u = u + pre_bias
     if offsets is not None:
         u = torch.where(owned, u, 0)
-    y = apply(u, weight, bias, slope, rho, normalize, eps, group)
+    y = apply(Inputs.of((u, weight, bias), inputs.options))
     if row_scale is not None:
         y = y * row_scale.unsqueeze(-1)
     if offsets is not None:

@@ -6,6 +6,7 @@ forward, order + 1 float32 numbers backward) and then applied.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from polycom_ext.ops.calls import all_reduce, group_size
-from polycom_ext.ops.polynomial import library
+from polycom_ext.ops.polynomial import eager, library
 from polycom_ext.ops.polynomial.eager import expert_of_rows
-from polycom_ext.ops.polynomial.library import pre_bias_gradient, rows_and_parameters, split_coefficients
-from polycom_ext.ops.polynomial.steps import Rho
+from polycom_ext.ops.polynomial.inputs import Inputs
 
 _ops = torch.ops.polycom
 
@@ -30,35 +30,36 @@ class _Whole(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        with library.below_autograd():
-            y, scales = _ops.polynomial(*rows_and_parameters(*inputs[:6]), *inputs[6:])
-        library.keep(ctx, inputs, scales)
-        return y.view(inputs[0].shape)
+    def forward(ctx: Any, *values: Any) -> Tensor:
+        inputs = Inputs(*values)
+        with _below_autograd():
+            y, scales = _ops.polynomial(*_as_rows(inputs))
+        _keep(ctx, inputs, scales)
+        return y.view(inputs.x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        return library.backward(ctx, grad_y, None)
+        return _backward(ctx, grad_y)
 
 
 class _ThenLinear(torch.autograd.Function):
-    """A linear layer of polycom::polynomial's y, which backward recomputes on its way instead of keeping it."""
+    """A linear layer of polycom::polynomial's y, which backward recomputes on its way, not keeps."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *inputs_of_y, linear_weight, linear_bias = inputs
-        y, scales = _ops.polynomial(*inputs_of_y)
-        library.keep(ctx, inputs_of_y, scales, linear_weight, linear_bias)
+    def forward(ctx: Any, *values: Any) -> Tensor:
+        *of_y, linear_weight, linear_bias = values
+        y, scales = _ops.polynomial(*of_y)
+        _keep(ctx, Inputs(*of_y), scales, linear_weight, linear_bias)
         return torch.nn.functional.linear(y, linear_weight, linear_bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         linear_weight, linear_bias = ctx.saved_tensors[-2:]
         if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
-            return library.by_formula(ctx, grad, (linear_weight, linear_bias))
+            return _by_formula(ctx, grad, (linear_weight, linear_bias))
         *_, needs_weight, needs_bias = ctx.needs_input_grad
-        gradients, y = library.gradients(ctx, grad @ linear_weight, needs_weight)
-        return *gradients, grad.T @ y if needs_weight else None, grad.sum(dim=0) if needs_bias else None
+        found, y = _gradients(ctx, grad @ linear_weight, needs_weight)
+        return *found, grad.T @ y if needs_weight else None, grad.sum(dim=0) if needs_bias else None
 
 
 class _Sharded(torch.autograd.Function):
@@ -70,73 +71,122 @@ class _Sharded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        pre_bias: Tensor | None,
-        row_scale: Tensor | None,
-        offsets: Tensor | None,
-        rho: int,
-        normalize: bool,
-        eps: float,
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        if normalize:
-            sums = all_reduce(_ops.polynomial_sums(x, pre_bias, offsets, rho, weight.shape[-1]), group)
-            total_width = x.shape[1] * group_size(group)
-            y, scales = _ops.polynomial_from_sums(
-                x, weight, bias, sums, pre_bias, row_scale, offsets, rho, eps, total_width
-            )
+    def forward(ctx: Any, group: dist.ProcessGroup, *values: Any) -> Tensor:
+        inputs = Inputs(*values)
+        if inputs.normalize:
+            sums = all_reduce(_ops.polynomial_sums(*inputs), group)
+            y, scales = _ops.polynomial_from_sums(*inputs, sums, inputs.x.shape[1] * group_size(group))
         else:
-            y, scales = _ops.polynomial(x, weight, bias, pre_bias, row_scale, offsets, rho, False, eps)
-        ctx.save_for_backward(x, weight, bias, scales, pre_bias, row_scale, offsets)
-        ctx.rho, ctx.normalize, ctx.group = rho, normalize, group
+            y, scales = _ops.polynomial(*inputs)
+        _keep(ctx, inputs, scales)
+        ctx.group = group
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, scales, pre_bias, row_scale, offsets = ctx.saved_tensors
-        rho, group, grad_y = ctx.rho, ctx.group, grad_y.contiguous()
-        if ctx.normalize:
-            dots = _ops.polynomial_backward_sums(grad_y, x, scales, pre_bias, offsets, rho)
-            grad_row_scale = _row_scale_gradient(dots, weight, bias, offsets)
+        inputs, scales = _kept(ctx)
+        group, grad_y = ctx.group, grad_y.contiguous()
+        if inputs.normalize:
+            dots = _ops.polynomial_backward_sums(*inputs, grad_y, scales)
+            grad_row_scale = _row_scale_gradient(dots, inputs)
             all_reduce(dots, group)
-            coefficients = _coefficient_gradients(dots, bias.numel(), row_scale, offsets)
-            total_width = x.shape[1] * group_size(group)
-            grad_x = _ops.polynomial_backward_from_sums(
-                grad_y, x, weight, bias, scales, dots, pre_bias, row_scale, offsets, rho, total_width
-            )
+            coefficients = _coefficient_gradients(dots, inputs)
+            total_width = inputs.x.shape[1] * group_size(group)
+            grad_x = _ops.polynomial_backward_from_sums(*inputs, grad_y, scales, dots, total_width)
         else:
-            grad_x, coefficients, grad_row_scale, _ = _ops.polynomial_backward(
-                grad_y, x, weight, bias, scales, pre_bias, row_scale, offsets, rho, False, False
-            )
+            grad_x, coefficients, grad_row_scale, _ = _ops.polynomial_backward(*inputs, grad_y, scales, False)
             all_reduce(coefficients, group)
-        grad_weight, grad_bias = split_coefficients(coefficients, weight, bias)
-        grad_pre_bias = None if pre_bias is None else pre_bias_gradient(grad_x, pre_bias, offsets)
-        if row_scale is None:  # then the operations' answer is a placeholder
-            return grad_x, grad_weight, grad_bias, grad_pre_bias, None, None, None, None, None, None
-        return grad_x, grad_weight, grad_bias, grad_pre_bias, grad_row_scale, None, None, None, None, None
+        return None, *_of_inputs(inputs, inputs.pre_bias is not None, grad_x, coefficients, grad_row_scale)
 
 
-def _row_scale_gradient(dots: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor | None) -> Tensor:
+def _keep(ctx: Any, inputs: Inputs, scales: Tensor, *more: Tensor) -> None:
+    """Save what `_gradients` needs: the inputs, and order floats a row; after these, `more`."""
+    ctx.save_for_backward(*inputs.tensors, scales, *more)
+    ctx.options = inputs.options
+
+
+def _kept(ctx: Any) -> tuple[Inputs, Tensor]:
+    *tensors, scales = ctx.saved_tensors[:7]
+    return Inputs.of(tensors, ctx.options), scales
+
+
+def _backward(ctx: Any, grad_y: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """As autograd calls it; the second output of polycom::polynomial, the scales, has no gradient."""
+    if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
+        return _by_formula(ctx, grad_y)
+    return _gradients(ctx, grad_y, False)[0]
+
+
+def _gradients(ctx: Any, grad_y: Tensor, recompute: bool) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """The gradient of every input, and y if it is to be recomputed."""
+    inputs, scales = _kept(ctx)
+    grad_y = grad_y.reshape(-1, inputs.x.shape[-1]).contiguous()
+    with _below_autograd():
+        *found, y = _ops.polynomial_backward(*_as_rows(inputs), grad_y, scales, recompute)
+    return _of_inputs(inputs, ctx.needs_input_grad[3], *found), y
+
+
+def _of_inputs(
+    inputs: Inputs, pre_bias: bool, grad_x: Tensor, coefficients: Tensor, grad_row_scale: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The operations' answers in the shapes of the inputs, and None for the options; pre_bias's if needed.
+
+    coefficients: (experts, order + 1), powers descending, then the constant. grad_row_scale is a placeholder
+    where there is no row_scale.
+    """
+    powers, constant = coefficients.split((inputs.order, 1), dim=1)
+    return (
+        grad_x.view(inputs.x.shape),
+        powers.reshape(inputs.weight.shape),
+        constant.reshape(inputs.bias.shape),
+        _pre_bias_gradient(grad_x, inputs) if pre_bias else None,
+        None if inputs.row_scale is None else grad_row_scale.view(inputs.row_scale.shape),
+        *(None,) * 4,
+    )
+
+
+def _by_formula(
+    ctx: Any, grad_output: Tensor, linear: tuple[Tensor, Tensor | None] | None = None
+) -> tuple[Tensor | None, ...]:
+    """The gradient of every input, and of a linear layer behind, in a form that can be differentiated."""
+    inputs, _ = _kept(ctx)
+
+    def formula(*values: Any) -> Tensor:
+        *tensors, _, _, _, _ = values[:9]
+        y = eager.polynomial(Inputs.of((*tensors, inputs.offsets), inputs.options), by_formula=True)
+        return torch.nn.functional.linear(y, *values[9:]) if linear else y
+
+    differentiable = (*inputs.tensors[:5], None, None, None, None, *(linear or ()))
+    return eager.differentiable_gradients(ctx, formula, differentiable, grad_output)
+
+
+def _pre_bias_gradient(grad_x: Tensor, inputs: Inputs) -> Tensor:
+    """The sum of grad_x over the rows that a bias was added to, in float32."""
+    pre_bias, offsets = inputs.pre_bias, inputs.offsets
+    assert pre_bias is not None
+    if pre_bias.dim() == 1:
+        return grad_x.sum(dim=0, dtype=torch.float32)
+    assert offsets is not None
+    expert = expert_of_rows(offsets, grad_x.shape[0])
+    sums = grad_x.new_zeros((offsets.numel() + 1, pre_bias.shape[1]), dtype=torch.float32)
+    return sums.index_add_(0, expert, grad_x.float())[:-1]  # the last of rows that are nobody's
+
+
+def _row_scale_gradient(dots: Tensor, inputs: Inputs) -> Tensor:
     """sum_i a_i <g, t_i> of each row; dots[:, i] = <g, t_i>, i = 0..order."""
-    coefficients = torch.cat((bias.reshape(-1, 1), weight.reshape(bias.numel(), -1).flip(1)), dim=1)
-    if offsets is not None:
-        coefficients = torch.cat(
-            (coefficients, torch.zeros_like(coefficients[:1]))
-        )  # of rows that are nobody's
-        coefficients = coefficients[expert_of_rows(offsets, dots.shape[0])]
+    experts = inputs.bias.numel()
+    coefficients = torch.cat((inputs.bias.reshape(-1, 1), inputs.weight.reshape(experts, -1).flip(1)), dim=1)
+    if inputs.offsets is not None:
+        nobodys = torch.zeros_like(coefficients[:1])
+        coefficients = torch.cat((coefficients, nobodys))[expert_of_rows(inputs.offsets, dots.shape[0])]
     return (dots * coefficients).sum(dim=1)
 
 
-def _coefficient_gradients(
-    dots: Tensor, experts: int, row_scale: Tensor | None, offsets: Tensor | None
-) -> Tensor:
+def _coefficient_gradients(dots: Tensor, inputs: Inputs) -> Tensor:
     """(experts, order + 1): each expert's sum of its rows' dots, powers descending and then the constant."""
-    terms = dots.double() if row_scale is None else dots.double() * row_scale.double().unsqueeze(1)
+    scale, offsets, experts = inputs.row_scale, inputs.offsets, inputs.bias.numel()
+    terms = dots.double() if scale is None else dots.double() * scale.double().unsqueeze(1)
     if offsets is None:
         sums = terms.sum(dim=0, keepdim=True)
     else:
@@ -145,46 +195,51 @@ def _coefficient_gradients(
     return sums.flip(1).float()
 
 
-def polynomial(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    rho: Rho,
-    normalize: bool,
-    eps: float,
-    group: dist.ProcessGroup | None,
-    pre_bias: Tensor | None,
-    row_scale: Tensor | None,
-    offsets: Tensor | None,
-) -> Tensor:
-    """One member of the family by the compiled operations; arguments as in functional.py, already checked."""
-    sharded, compiling = group_size(group) > 1, torch.compiler.is_compiling()
-    if not sharded and not compiling:
-        y = _Whole.apply(x, weight, bias, pre_bias, row_scale, offsets, int(rho), normalize, eps)
-        return y
-    inputs = rows_and_parameters(x, weight, bias, pre_bias, row_scale, offsets)
-    if sharded:
-        y = _Sharded.apply(*inputs, int(rho), normalize, eps, group)
-    else:
-        y, _ = _ops.polynomial(*inputs, int(rho), normalize, eps)
-    return y.view(x.shape)
+def _below_autograd() -> AbstractContextManager[object]:
+    """For operations within an autograd function: theirs, in Python, would take longer than a few rows do."""
+    guard = None if torch.compiler.is_compiling() else getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+    return nullcontext() if guard is None else guard()  # a private name that a later torch may lack
 
 
-def polynomial_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    *,
-    rho: Rho,
-    normalize: bool,
-    eps: float,
-    pre_bias: Tensor | None,
-    row_scale: Tensor | None,
-) -> Tensor:
+def _as_rows(inputs: Inputs) -> Inputs:
+    """As the operations take them: (rows, width), and float32 or int32 parameters, all contiguous."""
+    x, weight, bias, pre_bias, row_scale, offsets, rho, normalize, eps = inputs
+    return Inputs(
+        x.reshape(-1, x.shape[-1]).contiguous(),
+        weight.float().contiguous(),
+        bias.float().contiguous(),
+        None if pre_bias is None else pre_bias.float().contiguous(),
+        None if row_scale is None else row_scale.float().reshape(-1).contiguous(),
+        None if offsets is None else offsets.to(torch.int32).contiguous(),
+        int(rho),
+        normalize,
+        eps,
+    )
+
+
+def polynomial(inputs: Inputs, group: dist.ProcessGroup | None) -> Tensor:
+    """One member of the family by the compiled operations."""
+    sharded = group_size(group) > 1
+    if not sharded and not torch.compiler.is_compiling():
+        whole: Tensor = _Whole.apply(*inputs)
+        return whole
+    rows = _as_rows(inputs)
+    y: Tensor = _Sharded.apply(group, *rows) if sharded else _ops.polynomial(*rows)[0]
+    return y.view(inputs.x.shape)
+
+
+def polynomial_linear(inputs: Inputs, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     """linear(polynomial(x)) without keeping the polynomial; whole rows, and x of linear_weight's type."""
-    inputs = rows_and_parameters(x, weight, bias, pre_bias, row_scale, None)
-    y = _ThenLinear.apply(*inputs, int(rho), normalize, eps, linear_weight, linear_bias)
-    return y.view(*x.shape[:-1], linear_weight.shape[0])
+    y: Tensor = _ThenLinear.apply(*_as_rows(inputs), linear_weight, linear_bias)
+    return y.view(*inputs.x.shape[:-1], linear_weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """As autograd calls it."""
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    _keep(ctx, Inputs(*inputs), output[1])
+
+
+if library.devices:
+    torch.library.register_autograd("polycom::polynomial", _backward, setup_context=_setup_context)

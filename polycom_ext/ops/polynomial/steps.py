@@ -13,28 +13,19 @@ Everything else is recomputed. Arithmetic is float32 (float64 for float64 input)
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from polycom_ext.ops.calls import all_reduce, compute_dtype, group_size
+from polycom_ext.ops.polynomial.inputs import Inputs, Rho
 
 
-class Rho(IntEnum):
-    """What is applied to x before the powers are formed."""
-
-    IDENTITY = 0
-    RELU = 1
-    PRELU = 2
-
-
-def rectify(x: Tensor, rho: Rho, slope: Tensor | None) -> Tensor:
+def rectify(x: Tensor, rho: int, slope: Tensor | None) -> Tensor:
     x = x.to(compute_dtype(x.dtype))
-    if rho is Rho.RELU:
+    if rho == Rho.RELU:
         return x.clamp(min=0)
-    if rho is Rho.PRELU:
+    if rho == Rho.PRELU:
         assert slope is not None
         return torch.where(x > 0, x, slope.to(x.dtype) * x)
     return x
@@ -94,41 +85,32 @@ def ascending(weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    slope: Tensor | None,
-    rho: Rho,
-    normalize: bool,
-    eps: float,
-    group: dist.ProcessGroup | None,
+    inputs: Inputs, slope: Tensor | None, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None]:
     """y, and the r numbers a row that backward needs.
 
-    weight is (r,) and bias (1,), or (*rows, r) and (*rows, 1): coefficients of each row.
+    weight is (r,) and bias (1,), or (*rows, r) and (*rows, 1): coefficients of each row. No variants.
     """
-    u = rectify(x, rho, slope)
-    order = weight.shape[-1]
-    scales = _row_scales(u, order, eps, group) if normalize else None
-    v, _, s = _scaled(u, scales, order)
+    x, weight, bias = inputs[:3]
+    u = rectify(x, inputs.rho, slope)
+    scales = _row_scales(u, inputs.order, inputs.eps, group) if inputs.normalize else None
+    v, _, s = _scaled(u, scales, inputs.order)
     c = [a * scale for a, scale in zip(ascending(weight, u.dtype), s, strict=True)]
     return horner([bias.to(u.dtype), *c], v).to(x.dtype), scales
 
 
 def backward(
     grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    inputs: Inputs,
     slope: Tensor | None,
     scales: Tensor | None,
-    rho: Rho,
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of x, weight, bias and slope."""
+    x, weight, bias = inputs[:3]
+    rho, order = inputs.rho, inputs.order
     u = rectify(x, rho, slope)
     g = grad_output.to(u.dtype)
-    order = weight.shape[-1]
     v, sigma, s = _scaled(u, scales, order)
 
     # sums over the row: <g, t_1>, ..., <g, t_r>, sum(g); they are all that coefficients and normalisation
@@ -154,9 +136,9 @@ def backward(
         grad_u = torch.addcmul(grad_u, horner(q, v.square()), v, value=-1)
 
     grad_slope = None
-    if rho is Rho.RELU:
+    if rho == Rho.RELU:
         grad_x = grad_u * (x > 0)
-    elif rho is Rho.PRELU:
+    elif rho == Rho.PRELU:
         assert slope is not None
         xf = x.to(u.dtype)
         negative = xf <= 0

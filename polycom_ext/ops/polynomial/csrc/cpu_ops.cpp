@@ -85,22 +85,16 @@ std::string build() { return std::string(POLYCOM_SOURCES) + " " + kernels().name
 
 STABLE_TORCH_LIBRARY(polycom, library) {
   library.def("polynomial_build() -> str");
+  library.def("polynomial(" POLYCOM_FLAT ") -> (Tensor y, Tensor scales)");
   library.def(
-      "polynomial(Tensor x, Tensor weight, Tensor bias, Tensor? pre_bias, Tensor? row_scale, Tensor? offsets, int rho, "
-      "bool normalize, float eps) -> (Tensor y, Tensor scales)");
-  library.def(
-      "polynomial_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor scales, Tensor? pre_bias, "
-      "Tensor? row_scale, Tensor? offsets, int rho, bool normalize, bool recompute) "
+      "polynomial_backward(" POLYCOM_FLAT ", Tensor grad_y, Tensor scales, bool recompute) "
       "-> (Tensor grad_x, Tensor grad_coefficients, Tensor grad_row_scale, Tensor y)");
-  library.def("polynomial_sums(Tensor x, Tensor? pre_bias, Tensor? offsets, int rho, int order) -> Tensor");
+  library.def("polynomial_sums(" POLYCOM_FLAT ") -> Tensor");
+  library.def("polynomial_from_sums(" POLYCOM_FLAT ", Tensor sums, int total_width) -> (Tensor y, Tensor scales)");
+  library.def("polynomial_backward_sums(" POLYCOM_FLAT ", Tensor grad_y, Tensor scales) -> Tensor");
   library.def(
-      "polynomial_from_sums(Tensor x, Tensor weight, Tensor bias, Tensor power_sums, Tensor? pre_bias, Tensor? row_scale, "
-      "Tensor? offsets, int rho, float eps, int total_width) -> (Tensor y, Tensor scales)");
-  library.def(
-      "polynomial_backward_sums(Tensor grad_y, Tensor x, Tensor scales, Tensor? pre_bias, Tensor? offsets, int rho) -> Tensor");
-  library.def(
-      "polynomial_backward_from_sums(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor scales, Tensor dots, "
-      "Tensor? pre_bias, Tensor? row_scale, Tensor? offsets, int rho, int total_width) -> Tensor");
+      "polynomial_backward_from_sums(" POLYCOM_FLAT ", Tensor grad_y, Tensor scales, Tensor dots, int total_width) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(polycom, CompositeExplicitAutograd, library) {

@@ -1,6 +1,6 @@
-// The operations' signatures, and the checks and allocations that CPU and CUDA have in common.
+// The operations, and the checks and allocations that CPU and CUDA have in common.
 //
-// Contracts that the Python side keeps (dispatch.py): tensors are contiguous, x is (rows, width), parameters are
+// Contracts that the Python side keeps (fused.py): tensors are contiguous, x is (rows, width), parameters are
 // float32, offsets int32. What is checked here keeps a direct call from reading beyond a tensor.
 #pragma once
 
@@ -22,7 +22,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int MAX_FUSED_ORDER = 4;
 
-// What is applied to x; the same numbers as eager.Rho.
+// What is applied to x; the same numbers as inputs.Rho.
 constexpr int64_t IDENTITY = 0;
 constexpr int64_t RELU = 1;
 
@@ -51,20 +51,52 @@ inline void check_like(const Tensor& tensor, const char* name, const Tensor& x) 
   check_size(tensor, name, x.numel());
 }
 
-inline Problem make_problem(const Tensor& x, int64_t order, int64_t rho, bool normalize, Step step, double eps,
-                            int64_t total_width = 0) {
+// What every operation is given, as inputs.Inputs; FLAT is the same in a schema, and Flat in a signature.
+struct Inputs {
+  Tensor x, weight, bias;
+  OptionalTensor pre_bias, row_scale, offsets;
+  int64_t rho;
+  bool normalize;
+  double eps;
+
+  int64_t rows() const { return x.size(0); }
+  int64_t experts() const { return bias.numel(); }
+  int64_t order() const {
+    STD_TORCH_CHECK(experts() > 0 && weight.numel() % experts() == 0, "polycom: weight and bias do not match");
+    return weight.numel() / experts();
+  }
+};
+
+#define POLYCOM_FLAT                                                                                             \
+  "Tensor x, Tensor weight, Tensor bias, Tensor? pre_bias, Tensor? row_scale, Tensor? offsets, int rho, "       \
+  "bool normalize, float eps"
+
+template <auto OPERATION>
+struct Flat;
+
+template <typename Result, typename... More, Result (*OPERATION)(const Inputs&, More...)>
+struct Flat<OPERATION> {
+  static Result call(Tensor x, Tensor weight, Tensor bias, OptionalTensor pre_bias, OptionalTensor row_scale,
+                     OptionalTensor offsets, int64_t rho, bool normalize, double eps, More... more) {
+    return OPERATION({x, weight, bias, pre_bias, row_scale, offsets, rho, normalize, eps}, more...);
+  }
+};
+
+inline Problem make_problem(const Inputs& inputs, Step step, int64_t total_width = 0) {
+  const Tensor& x = inputs.x;
+  const int64_t order = inputs.order();
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "polycom: x must have shape (rows, width)");
   STD_TORCH_CHECK(x.size(1) <= INT32_MAX, "polycom: rows are too wide");
   STD_TORCH_CHECK(x.is_contiguous(), "polycom: x must be contiguous");
   STD_TORCH_CHECK(order >= 1 && order <= MAX_FUSED_ORDER, "polycom: the order must be 1 to 4, got ", order);
-  STD_TORCH_CHECK(rho == RELU || (rho == IDENTITY && normalize), "polycom: this rho is not fused");
-  return {storage_of(x), int(order), rho == RELU, normalize, step, float(eps), x.size(0), x.size(1),
-          float(1.0 / double(total_width ? total_width : x.size(1)))};
+  STD_TORCH_CHECK(inputs.rho == RELU || (inputs.rho == IDENTITY && inputs.normalize), "polycom: this rho is not fused");
+  STD_TORCH_CHECK(inputs.normalize || step == Step::WHOLE, "polycom: only normalised rows have sums");
+  return {storage_of(x), int(order), inputs.rho == RELU, inputs.normalize, step, float(inputs.eps), x.size(0),
+          x.size(1), float(1.0 / double(total_width ? total_width : x.size(1)))};
 }
 
-inline Parameters make_parameters(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                  const OptionalTensor& pre_bias, const OptionalTensor& row_scale,
-                                  const OptionalTensor& offsets) {
+inline Parameters make_parameters(const Inputs& inputs) {
+  const auto& [x, weight, bias, pre_bias, row_scale, offsets, rho, normalize, eps] = inputs;
   check_tensor(weight, "weight", ScalarType::Float, x);
   check_tensor(bias, "bias", ScalarType::Float, x);
   Parameters parameters = {};
@@ -92,12 +124,6 @@ inline Parameters make_parameters(const Tensor& x, const Tensor& weight, const T
   return parameters;
 }
 
-inline int64_t order_of(const Tensor& weight, const Tensor& bias) {
-  const int64_t experts = bias.numel();
-  STD_TORCH_CHECK(experts > 0 && weight.numel() % experts == 0, "polycom: weight and bias do not match");
-  return weight.numel() / experts;
-}
-
 inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape, ScalarType type) {
   const std::vector<int64_t> sizes(shape);
   return torch::stable::new_empty(x, {sizes.data(), sizes.size()}, type);
@@ -111,79 +137,65 @@ T* data_or_null(const Tensor& tensor) {
 // A device runs the kernels on arguments, and sums the coefficient gradients in a fixed order.
 template <typename Device>
 struct Operators {
-  static std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, Tensor bias, OptionalTensor pre_bias,
-                                            OptionalTensor row_scale, OptionalTensor offsets, int64_t rho,
-                                            bool normalize, double eps) {
-    const int64_t order = order_of(weight, bias);
+  static ForwardArguments forward_arguments(const Inputs& inputs, Step step, int64_t total_width = 0) {
     ForwardArguments arguments = {};
-    arguments.problem = make_problem(x, order, rho, normalize, Step::WHOLE, eps);
-    arguments.parameters = make_parameters(x, weight, bias, pre_bias, row_scale, offsets);
-    Tensor y = torch::stable::empty_like(x);
-    Tensor scales = empty(x, {normalize ? x.size(0) : 0, order}, ScalarType::Float);
-    arguments.x = x.const_data_ptr();
+    arguments.problem = make_problem(inputs, step, total_width);
+    arguments.parameters = make_parameters(inputs);
+    arguments.x = inputs.x.const_data_ptr();
+    return arguments;
+  }
+
+  static std::tuple<Tensor, Tensor> run_forward(ForwardArguments arguments, const Inputs& inputs) {
+    Tensor y = torch::stable::empty_like(inputs.x);
+    Tensor scales = empty(inputs.x, {inputs.normalize ? inputs.rows() : 0, inputs.order()}, ScalarType::Float);
     arguments.y = y.mutable_data_ptr();
     arguments.scales = data_or_null<float>(scales);
-    Device::run(arguments, x);
+    Device::run(arguments, inputs.x);
     return {y, scales};
   }
 
-  static Tensor power_sums(Tensor x, OptionalTensor pre_bias, OptionalTensor offsets, int64_t rho, int64_t order) {
-    ForwardArguments arguments = {};
-    arguments.problem = make_problem(x, order, rho, true, Step::REDUCE, 0.0);
-    const int64_t experts = offsets ? offsets->numel() : 1;
-    Tensor unused_weight = empty(x, {experts * order}, ScalarType::Float);
-    Tensor unused_bias = empty(x, {experts}, ScalarType::Float);
-    arguments.parameters = make_parameters(x, unused_weight, unused_bias, pre_bias, std::nullopt, offsets);
-    Tensor sums = empty(x, {x.size(0), order}, ScalarType::Double);
-    arguments.x = x.const_data_ptr();
+  static std::tuple<Tensor, Tensor> forward(const Inputs& inputs) {
+    return run_forward(forward_arguments(inputs, Step::WHOLE), inputs);
+  }
+
+  static Tensor sums(const Inputs& inputs) {
+    ForwardArguments arguments = forward_arguments(inputs, Step::REDUCE);
+    Tensor sums = empty(inputs.x, {inputs.rows(), inputs.order()}, ScalarType::Double);
     arguments.power_sums = data_or_null<double>(sums);
-    Device::run(arguments, x);
+    Device::run(arguments, inputs.x);
     return sums;
   }
 
-  static std::tuple<Tensor, Tensor> apply(Tensor x, Tensor weight, Tensor bias, Tensor sums, OptionalTensor pre_bias,
-                                          OptionalTensor row_scale, OptionalTensor offsets, int64_t rho, double eps,
-                                          int64_t total_width) {
-    const int64_t order = order_of(weight, bias);
-    ForwardArguments arguments = {};
-    arguments.problem = make_problem(x, order, rho, true, Step::APPLY, eps, total_width);
-    arguments.parameters = make_parameters(x, weight, bias, pre_bias, row_scale, offsets);
-    check_tensor(sums, "power_sums", ScalarType::Double, x);
-    check_size(sums, "power_sums", x.size(0) * order);
-    Tensor y = torch::stable::empty_like(x);
-    Tensor scales = empty(x, {x.size(0), order}, ScalarType::Float);
-    arguments.x = x.const_data_ptr();
-    arguments.y = y.mutable_data_ptr();
+  static std::tuple<Tensor, Tensor> from_sums(const Inputs& inputs, Tensor sums, int64_t total_width) {
+    ForwardArguments arguments = forward_arguments(inputs, Step::APPLY, total_width);
+    check_tensor(sums, "sums", ScalarType::Double, inputs.x);
+    check_size(sums, "sums", inputs.rows() * inputs.order());
     arguments.power_sums = data_or_null<double>(sums);
-    arguments.scales = data_or_null<float>(scales);
-    Device::run(arguments, x);
-    return {y, scales};
+    return run_forward(arguments, inputs);
   }
 
-  static BackwardArguments backward_arguments(const Tensor& grad_y, const Tensor& x, const Tensor& scales, int64_t order,
-                                              int64_t rho, bool normalize, Step step, int64_t total_width = 0) {
+  static BackwardArguments backward_arguments(const Inputs& inputs, const Tensor& grad_y, const Tensor& scales, Step step,
+                                              int64_t total_width = 0) {
     BackwardArguments arguments = {};
-    arguments.problem = make_problem(x, order, rho, normalize, step, 0.0, total_width);
-    check_like(grad_y, "grad_y", x);
-    check_tensor(scales, "scales", ScalarType::Float, x);
-    check_size(scales, "scales", normalize ? x.size(0) * order : 0);
-    arguments.x = x.const_data_ptr();
+    arguments.problem = make_problem(inputs, step, total_width);
+    arguments.parameters = make_parameters(inputs);
+    check_like(grad_y, "grad_y", inputs.x);
+    check_tensor(scales, "scales", ScalarType::Float, inputs.x);
+    check_size(scales, "scales", inputs.normalize ? inputs.rows() * inputs.order() : 0);
+    arguments.x = inputs.x.const_data_ptr();
     arguments.grad_y = grad_y.const_data_ptr();
     arguments.scales = data_or_null<float>(scales);
     return arguments;
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias,
-                                                             Tensor scales, OptionalTensor pre_bias,
-                                                             OptionalTensor row_scale, OptionalTensor offsets,
-                                                             int64_t rho, bool normalize, bool recompute) {
-    const int64_t order = order_of(weight, bias);
-    BackwardArguments arguments = backward_arguments(grad_y, x, scales, order, rho, normalize, Step::WHOLE);
-    arguments.parameters = make_parameters(x, weight, bias, pre_bias, row_scale, offsets);
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Inputs& inputs, Tensor grad_y, Tensor scales,
+                                                             bool recompute) {
+    const Tensor& x = inputs.x;
+    BackwardArguments arguments = backward_arguments(inputs, grad_y, scales, Step::WHOLE);
     Tensor grad_x = torch::stable::empty_like(x);
     Tensor y = empty(x, {recompute ? x.size(0) : 0, x.size(1)}, x.scalar_type());
-    Tensor grad_row_scale = empty(x, {row_scale ? x.size(0) : 0}, ScalarType::Float);
-    Tensor coefficients = empty(x, {bias.numel(), order + 1}, ScalarType::Float);
+    Tensor grad_row_scale = empty(x, {inputs.row_scale ? x.size(0) : 0}, ScalarType::Float);
+    Tensor coefficients = empty(x, {inputs.experts(), inputs.order() + 1}, ScalarType::Float);
     arguments.grad_x = grad_x.mutable_data_ptr();
     arguments.y = data_or_null<void>(y);
     arguments.grad_row_scale = data_or_null<float>(grad_row_scale);
@@ -191,44 +203,36 @@ struct Operators {
     return {grad_x, coefficients, grad_row_scale, y};
   }
 
-  static Tensor row_dots(Tensor grad_y, Tensor x, Tensor scales, OptionalTensor pre_bias, OptionalTensor offsets,
-                         int64_t rho) {
-    const int64_t order = scales.size(-1);
-    BackwardArguments arguments = backward_arguments(grad_y, x, scales, order, rho, true, Step::REDUCE);
-    const int64_t experts = offsets ? offsets->numel() : 1;
-    Tensor unused_weight = empty(x, {experts * order}, ScalarType::Float);
-    Tensor unused_bias = empty(x, {experts}, ScalarType::Float);
-    arguments.parameters = make_parameters(x, unused_weight, unused_bias, pre_bias, std::nullopt, offsets);
-    Tensor dots = empty(x, {x.size(0), order + 1}, ScalarType::Float);
+  static Tensor backward_sums(const Inputs& inputs, Tensor grad_y, Tensor scales) {
+    BackwardArguments arguments = backward_arguments(inputs, grad_y, scales, Step::REDUCE);
+    Tensor dots = empty(inputs.x, {inputs.rows(), inputs.order() + 1}, ScalarType::Float);
     arguments.dots = data_or_null<float>(dots);
-    Device::run(arguments, x, nullptr);
+    Device::run(arguments, inputs.x, nullptr);
     return dots;
   }
 
-  static Tensor apply_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor scales, Tensor dots,
-                               OptionalTensor pre_bias, OptionalTensor row_scale, OptionalTensor offsets, int64_t rho,
-                               int64_t total_width) {
-    const int64_t order = order_of(weight, bias);
-    BackwardArguments arguments = backward_arguments(grad_y, x, scales, order, rho, true, Step::APPLY, total_width);
-    arguments.parameters = make_parameters(x, weight, bias, pre_bias, row_scale, offsets);
-    check_tensor(dots, "dots", ScalarType::Float, x);
-    check_size(dots, "dots", x.size(0) * (order + 1));
-    Tensor grad_x = torch::stable::empty_like(x);
+  static Tensor backward_from_sums(const Inputs& inputs, Tensor grad_y, Tensor scales, Tensor dots,
+                                   int64_t total_width) {
+    BackwardArguments arguments = backward_arguments(inputs, grad_y, scales, Step::APPLY, total_width);
+    check_tensor(dots, "dots", ScalarType::Float, inputs.x);
+    check_size(dots, "dots", inputs.rows() * (inputs.order() + 1));
+    Tensor grad_x = torch::stable::empty_like(inputs.x);
     arguments.grad_x = grad_x.mutable_data_ptr();
     arguments.dots = data_or_null<float>(dots);
-    Device::run(arguments, x, nullptr);
+    Device::run(arguments, inputs.x, nullptr);
     return grad_x;
   }
 };
 
 template <typename Device>
 void register_operators(torch::stable::detail::StableLibrary& library) {
-  library.impl("polynomial", TORCH_BOX(&Operators<Device>::forward));
-  library.impl("polynomial_backward", TORCH_BOX(&Operators<Device>::backward));
-  library.impl("polynomial_sums", TORCH_BOX(&Operators<Device>::power_sums));
-  library.impl("polynomial_from_sums", TORCH_BOX(&Operators<Device>::apply));
-  library.impl("polynomial_backward_sums", TORCH_BOX(&Operators<Device>::row_dots));
-  library.impl("polynomial_backward_from_sums", TORCH_BOX(&Operators<Device>::apply_backward));
+  using Of = Operators<Device>;
+  library.impl("polynomial", TORCH_BOX(&Flat<&Of::forward>::call));
+  library.impl("polynomial_backward", TORCH_BOX(&Flat<&Of::backward>::call));
+  library.impl("polynomial_sums", TORCH_BOX(&Flat<&Of::sums>::call));
+  library.impl("polynomial_from_sums", TORCH_BOX(&Flat<&Of::from_sums>::call));
+  library.impl("polynomial_backward_sums", TORCH_BOX(&Flat<&Of::backward_sums>::call));
+  library.impl("polynomial_backward_from_sums", TORCH_BOX(&Flat<&Of::backward_from_sums>::call));
 }
 
 }  // namespace polycom
