@@ -375,3 +375,12 @@ def test_a_tree_that_cannot_be_meant_is_refused_in_a_sentence(
     assert cli.main(["upstream", *arguments]) == 2
     assert sentence in capsys.readouterr().err
     assert content(own) == before
+
+
+def test_an_empty_tree_is_not_the_working_directory(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a shell's variable is not set."""
+    monkeypatch.chdir(own)
+    before = content(own)
+    with pytest.raises(SystemExit):
+        cli.main(["upstream", "apply", "small", "--tree", ""])
+    assert content(own) == before
