@@ -32,6 +32,10 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def worker_pids(count: int) -> list[int]:
     """The pids that the toy's workers wrote, once they are all there."""
     deadline = time.monotonic() + 30
@@ -77,12 +81,28 @@ def test_a_signal_stops_every_worker_and_the_run_can_go_on(
     assert "the same command goes on from the last checkpoint" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_signal_kills_what_does_not_hear_the_first(toy_spec: Callable[..., str]) -> None:
+    def interrupt_twice(pids: list[int]) -> None:
+        os.kill(parent(pids[0]), signal.SIGSTOP)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    pids = in_the_background(interrupt_twice, workers=1)
+    began = time.monotonic()
+    assert main(["run", toy_spec(steps=500, seconds=0.05)]) == 128 + signal.SIGINT
+    assert time.monotonic() - began < launch.GRACE_SECONDS
+    assert not alive(pids[0])
+    [attempt] = json.loads((RUN / "versions.json").read_text())["attempts"]
+    assert (attempt["status"], attempt["signal"]) == (-signal.SIGKILL, signal.SIGINT)
+
+
 def test_workers_die_with_a_killed_launcher(
     toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     def kill_launcher(pids: list[int]) -> None:
-        parent = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(parent, signal.SIGKILL)
+        os.kill(parent(pids[0]), signal.SIGKILL)
 
     spec = toy_spec(processes=2, steps=500, seconds=0.05)
     pids = in_the_background(kill_launcher, workers=2)
@@ -158,10 +178,6 @@ def test_two_runs_cannot_share_a_directory(
         process.communicate("")
     assert f"is in use by another run (process {process.pid})" in capfd.readouterr().err
     assert not (RUN / "run.yaml").exists()
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def start_and_kill(polycom: list[str], spec: str, *victims: str) -> dict[str, int]:

@@ -13,6 +13,8 @@ import pytest
 
 from polycom_ext.cli import main
 
+from .test_training import metrics, write_spec
+
 RUN = Path("outputs/small")
 
 
@@ -22,9 +24,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def on_two_nodes(polycom: list[str]) -> list[subprocess.CompletedProcess[str]]:
+def on_two_nodes(polycom: list[str], run: Path = RUN) -> list[subprocess.CompletedProcess[str]]:
     """What each of two nodes ended with, node 0 first, which was started last."""
-    command = [*polycom, "node", str(RUN), "--rendezvous", f"127.0.0.1:{free_port()}", "--node-rank"]
+    command = [*polycom, "node", str(run), "--rendezvous", f"127.0.0.1:{free_port()}", "--node-rank"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     nodes = [(subprocess.Popen([*command, rank], **pipes), rank) for rank in "10"]  # type: ignore[call-overload]
     ended = [
@@ -92,3 +94,20 @@ def test_a_folder_that_no_run_has_planned_is_refused(
 ) -> None:
     assert main(["node", str(tmp_path)]) == 2
     assert f"polycom node: {tmp_path} is not a run directory" in capfd.readouterr().err
+
+
+@pytest.mark.full
+def test_megatron_on_two_nodes_is_megatron_on_one_with_as_many_processes(
+    polycom: list[str], tmp_path: Path
+) -> None:
+    layout = {"train_iters": 3, "tensor_model_parallel_size": 2}
+    spec = str(write_spec(tmp_path, "base-dense.yaml", "polynorm", **layout))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["run", spec, "--output", str(one), "--set", "processes_per_node=2"]) == 0
+    nodes = ["--set", "nodes=2", "--set", "environment.GLOO_SOCKET_IFNAME=lo"]
+    assert main(["run", spec, "--output", str(two), *nodes]) == 0
+    assert [node.returncode for node in on_two_nodes(polycom, two)] == [0, 0]
+    assert len(metrics(one)) == 3
+    assert metrics(two) == metrics(one)
+    coefficients = "coefficients.json"
+    assert (two / coefficients).read_text() == (one / coefficients).read_text()
