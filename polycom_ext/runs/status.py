@@ -172,8 +172,10 @@ class _Told:
             self.total_steps = told.total_steps(resolved)
             self.tokens_of_a_step = told.facts(resolved).tokens(1)
             self._latest = told.latest_step(resolved, record.path)
-        except (PolycomError, ImportError) as error:
-            self.problem = str(error)
+        except (
+            Exception
+        ) as error:  # a missing trainer, or what reading a checkpoint that is being written raises
+            self.problem = str(error) or type(error).__name__
 
     def checkpoint(self) -> tuple[int | None, float | None]:
         """(step, age in seconds) of the checkpoint from which the run would go on."""

@@ -289,6 +289,14 @@ def test_what_a_spec_asks_for_gives_tokens_and_the_time_left(tmp_path: Path) -> 
     assert found.checkpoint_age_seconds == pytest.approx(60, abs=30)
 
 
+def test_a_checkpoint_that_is_being_written_keeps_no_run_from_view(run: Record) -> None:
+    (run.checkpoints / "step").write_text("")
+    found = status.read(run.path)
+    assert (found.state, found.step, found.total_steps, found.checkpoint_step) == ("finished", 2, 2, None)
+    assert found.untold is not None
+    assert "invalid literal" in found.untold
+
+
 def test_a_run_is_told_of_without_its_trainer_and_without_torch(run: Record) -> None:
     run.spec.write_text(run.spec.read_text().replace("trainer: toy", "trainer: gone"))
     found = status.read(run.path)

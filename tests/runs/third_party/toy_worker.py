@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import NoReturn
 
+from polycom_ext.runs import entry, record
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        from polycom_ext.runs import entry
-
         entry.note_refusal(message)
         super().error(message)
 
@@ -36,8 +35,6 @@ def main() -> None:
     if args.mute:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if args.refuse:
-        from polycom_ext.runs import entry
-
         entry.refuse(args.refuse)
         sys.exit(2)
     if args.give_up:
@@ -65,9 +62,8 @@ def main() -> None:
         time.sleep(args.seconds)
         print(f"upstream's own chatter about step {step}", flush=True)
         if rank == 0:
-            record = {"step": step, "metrics": {"train/loss": 5.0 / step, "train/step_seconds": 0.5}}
-            with (args.run_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            values = {record.TRAIN_LOSS: 5.0 / step, record.STEP_SECONDS: 0.5}
+            record.append(record.Record(args.run_dir).metrics, step, values)
             if args.fill:
                 checkpoint.with_name("weights").write_bytes(bytes(args.fill << 20))
             checkpoint.write_text(str(step))
