@@ -17,6 +17,31 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"polycom {verb}" in capsys.readouterr().out
 
 
+FAST = (
+    ["--help"],
+    *([verb, "--help"] for verb in cli.VERBS if verb != "report"),
+    ["upstream", "list"],
+    ["run", "configs/tiny/dense-polynorm.yaml", "--dry-run"],
+    ["run", "configs/tiny/olmo-moe-polynorm.yaml", "--dry-run"],
+)
+
+
+@pytest.mark.parametrize("arguments", FAST, ids=" ".join)
+def test_a_door_opens_without_torch(arguments: list[str]) -> None:
+    """Importing torch takes two seconds. What a door takes is in the output, for `pytest -rP`."""
+    script = (
+        "import contextlib, sys, time; from polycom_ext.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(sys.argv[1:])\n"
+        "print('torch' in sys.modules, round(time.process_time(), 2))"
+    )
+    top = Path(__file__).parents[1]
+    command = [sys.executable, "-c", script, *arguments]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=top).stdout
+    imported, seconds = told.splitlines()[-1].split()
+    print(f"{seconds} s of processor time")
+    assert imported == "False"
+
+
 def test_no_verb_and_an_unknown_verb_exit_with_2() -> None:
     for arguments in ([], ["rum"]):
         with pytest.raises(SystemExit) as exit_:
