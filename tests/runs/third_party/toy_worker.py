@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from polycom_ext.files import write_text
 from polycom_ext.runs import entry, record
 
 
@@ -66,7 +67,7 @@ def main() -> None:
             record.append(record.Record(args.run_dir).metrics, step, values)
             if args.fill:
                 checkpoint.with_name("weights").write_bytes(bytes(args.fill << 20))
-            checkpoint.write_text(str(step))
+            write_text(checkpoint, str(step))  # whole, whoever reads it meanwhile
 
 
 if __name__ == "__main__":
