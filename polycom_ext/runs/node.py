@@ -81,6 +81,7 @@ def main(args: argparse.Namespace) -> int:
         args.verb = "run"  # which the user has typed
     run = plan.recorded(args.run_dir)
     place = _place(run, args.node_rank, args.rendezvous)
+    run.directory.check_place()
     secrets.check(run.spec.environment)
     if place.rank == 0 and inherited is None and run.says_finished():
         return DONE

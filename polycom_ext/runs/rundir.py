@@ -89,8 +89,18 @@ class RunDirectory(Record):
         for name, text in adapter.files(spec, self.path).items():
             write_text(self.path / name, text)
         write_text(self.command, command.script(), executable=True)
-        versions = {**_versions(spec, adapter), "attempts": self.attempts()}
+        where = {"directory": str(self.path)}
+        versions = {**_versions(spec, adapter), **where, "attempts": self.attempts()}
         write_text(self.versions, json.dumps(versions, indent=2) + "\n")
+
+    def check_place(self) -> None:
+        """Raise PolycomError if the command was written for another directory: this is a copy."""
+        planned = Path(self.read_versions().get("directory", self.path))
+        if not (planned.exists() and planned.samefile(self.path)):
+            raise PolycomError(
+                f"{self.path} was planned as {planned}, where its command would work; plan it anew: "
+                f"`polycom run {self.spec} --output {self.path}`"
+            )
 
     def clear_metrics(self, spec: Spec, adapter: Adapter) -> None:
         """Make the metrics fit for an attempt to add to.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from polycom_ext.cli import main
 
+from .conftest import register
 from .test_training import metrics, write_spec
 
 RUN = Path("outputs/small")
@@ -58,7 +60,7 @@ def test_two_nodes_are_one_run_whose_first_one_keeps_the_record(
     assert "loss" not in second.stdout
     [attempt] = json.loads((RUN / "versions.json").read_text())["attempts"]
     assert (attempt["status"], attempt["complete"]) == (0, True)
-    assert all("chatter" in (RUN / log).read_text() for log in ("log.txt", "log.node-1.txt"))
+    assert f"everything it says goes to {RUN.absolute()}/log.node-1.txt" in second.stdout
 
 
 def test_what_a_worker_of_any_node_refuses_is_each_nodes_sentence(
@@ -94,6 +96,19 @@ def test_a_folder_that_no_run_has_planned_is_refused(
 ) -> None:
     assert main(["node", str(tmp_path)]) == 2
     assert f"polycom node: {tmp_path} is not a run directory" in capfd.readouterr().err
+
+
+def test_a_copied_run_does_not_train_in_the_directory_that_it_was_copied_from(
+    finished_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    register(monkeypatch, tmp_path)
+    copy = Path(shutil.copytree(finished_directory, tmp_path / "copy"))
+    assert main(["node", str(copy)]) == 2
+    assert f"{copy} was planned as {finished_directory}" in capfd.readouterr().err
+    assert main(["node", str(finished_directory)]) == 0
 
 
 @pytest.mark.full
