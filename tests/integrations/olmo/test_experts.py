@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polycom_ext import reference
+from polycom_ext.activations import parse
 from polycom_ext.integrations.olmo.activation import build_activation
 from polycom_ext.integrations.olmo.experts import MoE, Routing
 from polycom_ext.integrations.olmo.router import RouterLosses, load_balancing_loss, z_loss
@@ -33,6 +34,7 @@ def make(activation: str, width: int = WIDTH, **changes: object) -> tuple[Simple
     """A configuration, a layer with random weights and the activation of its block."""
     settings = {
         "d_model": D_MODEL,
+        "mlp_hidden_size": 2 * width if parse(activation)[0].gated else width,
         "activation_type": activation,
         "init_device": "cpu",
         "include_bias": False,
