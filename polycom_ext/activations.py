@@ -103,8 +103,9 @@ def _others() -> dict[str, EntryPoint]:
 
 
 def parse(spec: str) -> tuple[Activation, int | None]:
-    """Resolve NAME or NAME-ORDER, as in `polynorm` and `polyrelu-4`, to an entry and an order: 3 unless
-    given, None where the activation has none.
+    """Resolve NAME or NAME-ORDER, as in `polynorm` and `polyrelu-4`, to an entry and an order.
+
+    The order is 3 unless given, None where the activation has none.
 
     Raises PolycomError for an unknown name, an order below 1, or an order for what is no polynomial.
     """
@@ -129,8 +130,9 @@ def build(
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Make the module for NAME or NAME-ORDER. It is given those of these that its constructor names, and
-    `order`.
+    """Make the module for NAME or NAME-ORDER.
+
+    It is given those of these that its constructor names, and `order`.
 
     Args:
         width: of the activation's result on this rank.

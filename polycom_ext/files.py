@@ -27,10 +27,10 @@ _told: set[int] = set()
 
 @contextmanager
 def atomic(path: Path, temporary: Path | None = None, executable: bool = False) -> Iterator[BinaryIO]:
-    """Write to `temporary` (default: hidden, beside `path`, this process's own); it becomes `path` when the
-    block ends well.
+    """Write to `temporary`, which becomes `path` when the block ends well.
 
-    Its permissions are what the umask leaves of 0666, or of 0777 if it is executable.
+    By default it is hidden, beside `path`, and this process's own. Its permissions are what the umask leaves
+    of 0666, or of 0777 if it is executable.
     """
     temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

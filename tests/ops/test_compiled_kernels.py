@@ -122,8 +122,10 @@ def test_the_usual_instances_are_no_worse_than_the_table() -> None:
 @pytest.mark.full
 @needs_compilers
 def test_the_cuda_library_is_no_worse_than_the_table_and_loads(tmp_path: Path) -> None:
-    """Every instance, for every architecture. A stand-in is the libtorch_cuda that a CPU torch lacks, loaded
-    as CUDA builds of torch load theirs: its symbols are not everybody's.
+    """Every instance, for every architecture.
+
+    A stand-in is the libtorch_cuda that a CPU torch lacks, loaded as CUDA builds of torch load theirs: its
+    symbols are not everybody's.
     """
     report = build.build_cuda(kernels.SOURCES, tmp_path / "_cuda.so", build.Torch.find())
     assert {used.architecture for used in report} == set(build.CUDA_ARCHITECTURES)

@@ -116,8 +116,10 @@ def _check_gradients(
 
 @pytest.mark.filterwarnings("ignore:PolyCom runs")
 def test_the_compiled_formula_is_the_function(unserved: None, quick: None) -> None:
-    """Compiled once for all numbers of rows; in another's torch.compile, and for more than a first gradient,
-    what torch compiles or differentiates itself.
+    """Compiled once for all numbers of rows.
+
+    In another's torch.compile, and for more than a first gradient, what torch compiles or differentiates
+    itself.
     """
     torch.manual_seed(0)
     torch._dynamo.reset()

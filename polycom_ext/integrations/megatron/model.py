@@ -1,5 +1,7 @@
-"""Which of Megatron's options make another model of a checkpoint: those that upstream builds a model from,
-but for the ones known to leave the function of a trained model as it is.
+"""Which of Megatron's options make another model of a checkpoint.
+
+Those that upstream builds a model from, but for the ones known to leave the function of a trained model as it
+is.
 
 An option that a later Megatron adds to its configuration counts until it is known, since a run that resumes
 as another function goes on without a word.

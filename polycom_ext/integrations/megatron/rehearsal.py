@@ -58,8 +58,10 @@ def _allow_no_cuda() -> None:
 
 
 def _use_the_compiled_helpers() -> None:
-    """core/datasets/utils.py runs `make` at every start; the wheel has its helper compiled and no
-    Makefile. In a checkout, make takes whatever `python3` and `python3-config` it finds first.
+    """core/datasets/utils.py runs `make` at every start.
+
+    The wheel has its helper compiled and no Makefile. In a checkout, make takes whatever `python3` and
+    `python3-config` it finds first.
     """
     utils: Any = import_module("megatron.core.datasets.utils")
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
@@ -97,9 +99,7 @@ def _split_sizes_as_numpy() -> None:
 
 
 def _norm_under_sequence_parallelism() -> None:
-    """transformer/torch_norm.py refuses sequence parallelism; only the mark that sums gradients is
-    missing.
-    """
+    """transformer/torch_norm.py refuses sequence parallelism: it lacks but the mark that sums gradients."""
     norm = import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     make = norm.__new__
 
@@ -115,8 +115,9 @@ def _norm_under_sequence_parallelism() -> None:
 
 
 def _parts_of_unequal_size() -> None:
-    """tensor_parallel/mappings.py gathers as many tokens as each rank has (experts under expert and expert
-    tensor parallelism), and scatters as many; gloo takes equal parts only.
+    """tensor_parallel/mappings.py gathers and scatters unequal parts; gloo takes equal ones only.
+
+    It does so for experts under expert and expert tensor parallelism: as many tokens as each rank has.
     """
     mappings: Any = import_module("megatron.core.tensor_parallel.mappings")
     gather_equal, scatter_equal = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
@@ -224,9 +225,7 @@ def _materialise_adam_state(optimizer: Any) -> None:
 
 
 def _step_is_not_a_saved_tensor(optimizer: Any) -> None:
-    """distrib_optimizer.py:955 looks for all of AdamW's state among the saved tensors; `step` is not
-    there.
-    """
+    """distrib_optimizer.py:955 looks for all of AdamW's state among saved tensors; `step` is not there."""
     set_states = optimizer._set_main_param_and_optimizer_states
 
     def with_step(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> Any:

@@ -92,8 +92,9 @@ def differentiable_gradients(
 
 
 def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
-    """Index of each row's set of coefficients: the first whose end, offsets[e], lies beyond the row; the
-    number of sets for rows past all ends, which are nobody's.
+    """Index of each row's set of coefficients: the first whose end, offsets[e], lies beyond the row.
+
+    It is the number of sets for rows past all ends, which are nobody's.
     """
     row = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets, row, right=True)
