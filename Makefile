@@ -17,7 +17,7 @@ OLMO_DATA := build/demo-olmo
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-olmo test test-full lint wheel clean
+.PHONY: demo demo-olmo operations test test-full lint wheel clean
 
 $(DEMO_READY): requirements.txt pyproject.toml setup.py
 	@echo "== set-up: a virtual environment in $(VENV), torch and what the demo needs (some minutes, once)"
@@ -36,6 +36,8 @@ $(READY): requirements-dev.txt $(OPERATIONS)
 	@echo "== set-up: what the tests and OLMo need beside it"
 	$(PIP) --requirement requirements-dev.txt
 	touch $@
+
+operations: $(OPERATIONS)
 
 demo: $(OPERATIONS)
 	$(BIN)/polycom upstream apply megatron
