@@ -48,9 +48,12 @@ class Activation:
     """Reads whole rows: a row sharded over ranks needs a reduction."""
 
     def load(self) -> Callable[..., Any]:
-        """The module's class, or the function."""
+        """The module's class, or the function; raises PolycomError where it cannot be imported."""
         module, _, name = self.target.partition(":")
-        loaded: Callable[..., Any] = getattr(import_module(module), name)
+        try:
+            loaded: Callable[..., Any] = getattr(import_module(module), name)
+        except Exception as error:
+            raise _unimportable(self.name, self.target, error) from error
         return loaded
 
 
@@ -92,10 +95,17 @@ def find(name: str) -> Activation:
             f"unknown activation {name!r}; known: {', '.join(names())} (NAME-ORDER for an order)"
         )
     point = _others()[name]
-    entry = point.load()
+    try:
+        entry = point.load()
+    except Exception as error:
+        raise _unimportable(name, point.value, error) from error
     if not isinstance(entry, Activation) or entry.name != name:
         raise PolycomError(f"the entry point {name} = {point.value!r} of {GROUP} is no Activation {name!r}")
     return entry
+
+
+def _unimportable(name: str, place: str, error: Exception) -> PolycomError:
+    return PolycomError(f"activation {name!r} cannot be imported from {place}: {error}")
 
 
 def _others() -> dict[str, EntryPoint]:

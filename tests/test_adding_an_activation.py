@@ -95,6 +95,26 @@ def test_what_an_entry_says_wrongly_is_named(
         activations.build("lisht")
 
 
+@pytest.mark.parametrize("broken", ["the package", "the entry's target"])
+def test_one_that_cannot_be_imported_is_a_sentence(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = tmp_path / "broken-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{activations.GROUP}]\nbroken = broken_entry:ENTRY\n")
+    if broken == "the entry's target":
+        (tmp_path / "broken_entry.py").write_text(
+            "from polycom_ext.activations import Activation\n"
+            "ENTRY = Activation('broken', 'Broken', 'no_such_module:f')\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    sentence = r"activation 'broken' cannot be imported from .*: No module named"
+    with pytest.raises(PolycomError, match=sentence):
+        activations.build("broken")
+    sys.modules.pop("broken_entry", None)
+
+
 @pytest.mark.full
 @pytest.mark.usefixtures("own")
 def test_it_trains_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

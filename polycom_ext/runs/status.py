@@ -172,9 +172,7 @@ class _Told:
             self.total_steps = told.total_steps(resolved)
             self.tokens_of_a_step = told.facts(resolved).tokens(1)
             self._latest = told.latest_step(resolved, record.path)
-        except (
-            Exception
-        ) as error:  # a missing trainer, or what reading a checkpoint that is being written raises
+        except Exception as error:  # a missing trainer, or a checkpoint that is just being written
             self.problem = str(error) or type(error).__name__
 
     def checkpoint(self) -> tuple[int | None, float | None]:
