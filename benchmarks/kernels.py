@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from polycom_ext.ops import build
 
@@ -56,9 +57,10 @@ class Kernel:
         )
         if (found := re.search(pattern, mangled)) is None:
             return None
-        direction, storage, order, rectified, biased, *hold, staged = found.groups()
+        direction, storage, order, rectified, biased, vectors, threads, asked, staged = found.groups()
         flags = (rectified == "1", biased == "1")
-        return cls(direction, storage, int(order), *flags, *map(int, hold), staged is not None)
+        hold = (int(vectors), int(threads), int(asked))
+        return cls(direction, storage, int(order), *flags, *hold, staged is not None)
 
     def __str__(self) -> str:
         flags = f"{self.rectified}, {self.biased}".lower()
@@ -384,7 +386,7 @@ _OF_TEXT: dict[object, Callable[[str], object]] = {
 def read_csv(path: Path) -> list[Row]:
     """What write_csv wrote."""
 
-    def values(kind: type[Row] | type[Kernel], line: dict[str, str]) -> dict[str, object]:
+    def values(kind: type[Row] | type[Kernel], line: dict[str, str]) -> dict[str, Any]:
         read = [field for field in fields(kind) if field.name in line]
         return {field.name: _OF_TEXT[field.type](line[field.name]) for field in read}
 

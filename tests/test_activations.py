@@ -52,7 +52,7 @@ def test_orders_in_names() -> None:
     assert parse("polynorm") == (REGISTRY["polynorm"], 3)
     assert parse("polyrelu-4") == (REGISTRY["polyrelu"], 4)
     assert parse("gelu") == (REGISTRY["gelu"], None)
-    assert build("polyrelu-2").weight.shape == (2,)  # type: ignore[union-attr]
+    assert build("polyrelu-2").weight.shape == (2,)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ class Wide(nn.Module):
     ],
 )
 def test_what_an_entry_says_wrongly_is_named(
-    monkeypatch: pytest.MonkeyPatch, target: str, learnable: bool, sizes: dict[str, int], reason: str
+    monkeypatch: pytest.MonkeyPatch, target: str, learnable: bool, sizes: dict[str, Any], reason: str
 ) -> None:
     package = importlib.import_module("own_activation")
     monkeypatch.setattr(package, "Wide", Wide, raising=False)

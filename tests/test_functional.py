@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from polycom_ext import PolyNorm, functional, reference
 from polycom_ext.ops.polynomial.inputs import Inputs
 
-from .oracle import FUNCTIONS, TOLERANCE, coefficients, error, leaves
+from .oracle import FUNCTIONS, TOLERANCE, coefficients, error, gradient, leaves, saved_tensors
 
 GPU = ["cuda"] if torch.cuda.is_available() else []
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -46,9 +47,9 @@ def test_values_and_gradients(path: str, name: str, dtype: torch.dtype, order: i
     assert error(y, expected) <= TOLERANCE[dtype]
     # A gradient may be a small difference of large terms, above all where rows are short.
     slack = 20 if width < 64 else 2
-    assert error(inputs[0].grad, exact[0].grad) <= slack * TOLERANCE[dtype]
+    assert error(gradient(inputs[0]), gradient(exact[0])) <= slack * TOLERANCE[dtype]
     for actual, wanted in zip(inputs[1:], exact[1:], strict=True):
-        assert error(actual.grad, wanted.grad) <= 1e-5
+        assert error(gradient(actual), gradient(wanted)) <= 1e-5
 
 
 @every_function
@@ -62,16 +63,16 @@ def test_non_contiguous_and_higher_dimensional_inputs(path: str, name: str) -> N
     function(x, weight, bias).sum().backward()  # the gradient of a sum is an expanded scalar
     exact = x.detach().double().requires_grad_()
     definition(exact, weight, bias).sum().backward()
-    assert error(x.grad, exact.grad) <= 5e-6
+    assert error(gradient(x), gradient(exact)) <= 5e-6
 
 
 @every_function
 def test_no_rows(path: str, name: str) -> None:
     inputs = leaves(torch.empty(0, 24), *coefficients(3))
     FUNCTIONS[name][0](*inputs).sum().backward()
-    assert inputs[0].grad.shape == (0, 24)
-    assert not inputs[1].grad.any()
-    assert not inputs[2].grad.any()
+    assert gradient(inputs[0]).shape == (0, 24)
+    assert not gradient(inputs[1]).any()
+    assert not gradient(inputs[2]).any()
 
 
 @pytest.mark.parametrize("name", ["poly_norm", "poly_relu_norm"])
@@ -102,17 +103,18 @@ def test_extreme_magnitudes(path: str, name: str, dtype: torch.dtype, magnitude:
     expected = definition(x, *inputs[1:])
     assert error(y, expected) <= TOLERANCE[dtype]
     y.sum().backward()
-    assert all(tensor.grad.isfinite().all() for tensor in inputs)
+    assert all(gradient(tensor).isfinite().all() for tensor in inputs)
 
 
 def test_coefficient_gradients_over_65536_rows(path: str) -> None:
     x, grad = torch.randn(65536, 8), torch.randn(65536, 8)
     inputs = leaves(x, *coefficients(3))
-    functional.poly_norm(*inputs).backward(grad)
+    x, weight, bias = inputs
+    functional.poly_norm(x, weight, bias).backward(grad)
     exact = leaves(*(tensor.double() for tensor in inputs))
-    reference.poly_norm(*exact).backward(grad.double())
+    reference.poly_norm(exact[0], exact[1], exact[2]).backward(grad.double())
     for actual, wanted in zip(inputs[1:], exact[1:], strict=True):
-        assert error(actual.grad, wanted.grad) <= 1e-5
+        assert error(gradient(actual), gradient(wanted)) <= 1e-5
 
 
 def test_results_are_bitwise_repeatable(path: str) -> None:
@@ -123,7 +125,7 @@ def test_results_are_bitwise_repeatable(path: str) -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         inputs = leaves(x, weight, bias)
-        functional.poly_norm(*inputs).backward(grad)
+        functional.poly_norm(inputs[0], inputs[1], inputs[2]).backward(grad)
         runs.append([tensor.grad for tensor in inputs])
         torch.set_num_threads(before)
     if path != "eager":
@@ -183,7 +185,7 @@ def test_variants_are_what_they_say(path: str, name: str) -> None:
     y.backward(grad)
     expected.backward(grad.double())
     for actual, wanted in zip(inputs, exact, strict=True):
-        assert error(actual.grad, wanted.grad) <= 1e-5
+        assert error(gradient(actual), gradient(wanted)) <= 1e-5
 
 
 @every_function
@@ -195,8 +197,8 @@ def test_parameters_in_another_type_have_gradients_of_that_type(path: str, name:
         variants = {"pre_bias": pre_bias, "row_scale": row_scale, "offsets": torch.tensor([1, 4])}
         FUNCTIONS[name][0](x, weight, bias, **variants).sum().backward()
     for actual, wanted in zip(inputs, exact, strict=True):
-        assert actual.grad.dtype == torch.bfloat16
-        assert error(actual.grad, wanted.grad) <= 2e-2
+        assert gradient(actual).dtype == torch.bfloat16
+        assert error(gradient(actual), gradient(wanted)) <= 2e-2
 
 
 @settings(max_examples=60, deadline=None)
@@ -239,7 +241,11 @@ def test_any_shape_stride_type_and_order(
     ],
 )
 def test_mistakes_are_named(change: dict[str, Tensor], message: str) -> None:
-    arguments = {"x": torch.zeros(3, 4), "weight": torch.zeros(3), "bias": torch.zeros(1)} | change
+    arguments: dict[str, Any] = {
+        "x": torch.zeros(3, 4),
+        "weight": torch.zeros(3),
+        "bias": torch.zeros(1),
+    } | change
     with pytest.raises(ValueError, match=message):
         functional.poly_norm(**arguments)
 
@@ -296,20 +302,18 @@ def test_a_linear_layer_behind_is_what_it_says(path: str, name: str, dtype: torc
     y.backward(grad)
     expected.backward(grad)
     for actual, wanted in zip(inputs, apart, strict=True):
-        assert error(actual.grad, wanted.grad) <= (1e-2 if dtype == torch.bfloat16 else 1e-6)
+        assert error(gradient(actual), gradient(wanted)) <= (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
 @fused_only
 @then_linear
 def test_a_linear_layer_behind_keeps_no_result(path: str, name: str) -> None:
     x, weight, bias, linear_weight, *_ = linear_inputs()
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saved_tensors() as kept:
         LINEAR[name][1](x, weight, bias, linear_weight)
     large = [t for t in kept if t.numel() >= x.numel() and t is not linear_weight]
     assert [t.untyped_storage().data_ptr() for t in large] == [x.untyped_storage().data_ptr()]
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saved_tensors() as kept:
         torch.nn.functional.linear(LINEAR[name][0](x, weight, bias), linear_weight)
     assert sum(t.numel() == x.numel() for t in kept) == 2  # what is saved: x and the result
 
@@ -325,7 +329,7 @@ def test_a_linear_layer_behind_under_autocast_or_frozen(path: str, name: str) ->
         assert y.dtype == torch.bfloat16
         assert torch.equal(y, expected)
     y.sum().backward()
-    assert linear_weight.grad.dtype == torch.float32
+    assert gradient(linear_weight).dtype == torch.float32
     frozen = both(x, weight, bias, linear_weight.detach())
     assert torch.autograd.grad(frozen.sum(), x)[0].isfinite().all()
 
@@ -342,7 +346,7 @@ def test_a_linear_layer_behind_under_autocast_or_frozen(path: str, name: str) ->
     ],
 )
 def test_mistakes_in_the_linear_layer_are_named(change: dict[str, Tensor], message: str) -> None:
-    arguments = {"x": torch.zeros(3, 4), "weight": torch.zeros(3), "bias": torch.zeros(1)}
+    arguments: dict[str, Any] = {"x": torch.zeros(3, 4), "weight": torch.zeros(3), "bias": torch.zeros(1)}
     arguments |= {"linear_weight": torch.zeros(8, 4)} | change
     with pytest.raises(ValueError, match=message):
         functional.poly_norm_linear(**arguments)
@@ -353,11 +357,13 @@ def test_a_call_is_one_node_of_the_graph(path: str) -> None:
     """A cast of the coefficients, or another shape, as a node of its own would take as long as a few rows."""
     x, weight, bias = torch.randn(2, 3, 8), torch.randn(3).bfloat16(), torch.randn(1).bfloat16()
     inputs = leaves(x, weight, bias, torch.randn(8), torch.rand(2, 3))
-    y = functional.poly_norm(*inputs[:3], pre_bias=inputs[3], row_scale=inputs[4])
+    x, weight, bias = inputs[:3]
+    y = functional.poly_norm(x, weight, bias, pre_bias=inputs[3], row_scale=inputs[4])
+    assert y.grad_fn is not None
     before = [node.name() for node, _ in y.grad_fn.next_functions if node is not None]
     assert before == ["torch::autograd::AccumulateGrad"] * 5
     y.sum().backward()
-    assert all((t.grad.shape, t.grad.dtype) == (t.shape, t.dtype) for t in inputs)
+    assert all((gradient(t).shape, gradient(t).dtype) == (t.shape, t.dtype) for t in inputs)
 
 
 @fused_only
@@ -378,7 +384,7 @@ def test_compiles_in_one_graph(path: str) -> None:
 def test_a_linear_layer_behind_compiles_in_one_graph(path: str) -> None:
     inputs = linear_inputs()[:5]
     expected = leaves(*inputs)
-    function = functional.poly_norm_linear
+    function: Callable[..., Tensor] = functional.poly_norm_linear
     compiled: Callable[..., Tensor] = torch.compile(function, fullgraph=True, backend="aot_eager")
     compiled(*inputs).sum().backward()
     function(*expected).sum().backward()
@@ -399,7 +405,7 @@ def test_checkpointing_and_autocast(path: str) -> None:
     checkpoint(block, *inputs, use_reentrant=False).sum().backward()
     block(*expected).sum().backward()
     for actual, wanted in zip(inputs, expected, strict=True):
-        assert torch.equal(actual.grad, wanted.grad)
+        assert torch.equal(gradient(actual), gradient(wanted))
 
 
 @pytest.mark.parametrize("path", GPU, indirect=True)
@@ -407,7 +413,7 @@ def test_cuda_graphs(path: str) -> None:
     module = PolyNorm(device="cuda")
     x, grad = torch.randn(64, 1536, device="cuda", requires_grad=True), torch.randn(64, 1536, device="cuda")
     (wanted,) = torch.autograd.grad(module(x), x, grad)
-    graphed = torch.cuda.make_graphed_callables(module, (x,))
+    graphed: Any = torch.cuda.make_graphed_callables(module, (x,))
     (actual,) = torch.autograd.grad(graphed(x), x, grad)
     assert torch.equal(actual, wanted)
 

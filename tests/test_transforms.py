@@ -6,6 +6,7 @@ import copy
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ def test_a_linear_layer_behind() -> None:
     ):
         close(one, other)
     found = []
-    for function, tensors in ((functional.poly_norm_linear, inputs), (apart, wide)):
+    both: tuple[Callable[..., Tensor], ...] = (functional.poly_norm_linear, apart)
+    for function, tensors in zip(both, (inputs, wide), strict=True):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
         first = torch.autograd.grad(function(*leaves).sin().sum(), leaves, create_graph=True)
         second = torch.autograd.grad(sum(one.square().sum() for one in first), leaves)  # type: ignore[arg-type]

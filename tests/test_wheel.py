@@ -36,7 +36,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (TOP / name).is_file():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(TOP / name, folder / "source" / name)
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
+    pip: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+    ]
     run([*pip, folder / "source"], folder, POLYCOM_BUILD_CUDA="0")
     [made] = folder.glob("*.whl")
     return made
@@ -63,7 +72,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip()
     (Path(site) / "packages.pth").write_text(f"{packages}\n")
     before = _contents(packages)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
     said = run([*pip, "install", f"{wheel}[megatron,data,report]"], folder)
     assert "Successfully installed polycom-ext" in said
     assert said.count("Successfully installed") == 1
@@ -121,7 +130,7 @@ def test_an_installed_polycom_does_what_a_checkout_does(environment: Path, tmp_p
     polycom = environment / "bin" / "polycom"
     home = {"XDG_DATA_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n\n" * 4000)
-    made = [polycom, "data", "prepare", "text.txt", "--output"]
+    made: list[str | Path] = [polycom, "data", "prepare", "text.txt", "--output"]
     run([*made, "build/demo/train", "--train-tokenizer", "300"], tmp_path, **home)
     run([*made, "build/demo/valid", "--tokenizer", "build/demo/train.tokenizer.json"], tmp_path, **home)
     run([polycom, "upstream", "apply", "megatron"], tmp_path, **home)

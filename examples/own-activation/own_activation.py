@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polycom_ext.activations import Activation
 from polycom_ext.modules import Learnable
@@ -21,6 +21,7 @@ def lisht(x: Tensor) -> Tensor:
 class ParametricELU(Learnable):
     """x for x > 0 and alpha (e^x - 1) elsewhere (Clevert et al., 2016), with a learnable alpha."""
 
+    alpha: nn.Parameter
     scalars: ClassVar = {"alpha": 1.0}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -70,10 +70,10 @@ def test_upstream_writes_the_same_bytes_and_reads_the_same_documents(
     )
     assert read.returncode == 0, read.stderr
     result = json.loads(read.stdout[read.stdout.index("{") :])
-    for prefix, (_, documents) in expected.items():
-        assert result[prefix]["documents"] == documents
-        assert result[prefix]["document_indices"] == list(range(len(documents) + 1))
+    for name, (_, documents) in expected.items():
+        assert result[name]["documents"] == documents
+        assert result[name]["document_indices"] == list(range(len(documents) + 1))
         for suffix in (".bin", ".idx"):
-            assert Path(prefix + suffix).read_bytes() == Path(f"{prefix}-upstream{suffix}").read_bytes()
+            assert Path(name + suffix).read_bytes() == Path(f"{name}-upstream{suffix}").read_bytes()
     assert [result[str(tmp_path / name)]["dtype"] for name in ("small", "large")] == ["uint16", "int32"]
     assert max(max(document) for document in expected[str(tmp_path / "large")][1]) > 65535

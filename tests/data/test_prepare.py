@@ -153,10 +153,10 @@ def test_finished_shards_are_not_made_again(tokenizer: Path, texts: list[str], t
 def _interrupting(suffix: str) -> Callable[..., None]:
     replace = os.replace
 
-    def interrupted(source: object, target: Path) -> None:
+    def interrupted(source: Path, target: Path) -> None:
         if str(target).endswith(f"out{suffix}"):
             raise KeyboardInterrupt
-        replace(source, target)  # type: ignore[call-overload]
+        replace(source, target)
 
     return interrupted
 
@@ -456,7 +456,16 @@ def test_names_that_are_not_utf8_are_names_like_others(
     settings = Settings(inputs, output, tokenizer=own_tokenizer)
     with pytest.raises(PolycomError, match=re.escape(f"{inputs[0]}:21: not JSON")):
         prepare_directly(settings)
-    command = [sys.executable, "-m", "polycom_ext.cli", "data", "prepare", *inputs, "--workers", "2"]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "polycom_ext.cli",
+        "data",
+        "prepare",
+        *inputs,
+        "--workers",
+        "2",
+    ]
     command += ["--output", output, "--tokenizer", own_tokenizer, "--on-bad-line", "skip"]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"}
     finished = subprocess.run(command, capture_output=True, env=environment, check=False)

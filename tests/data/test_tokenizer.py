@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -130,7 +131,7 @@ def test_tokenizer_that_cannot_be_used_gets_one_sentence(prepare: Prepare, tmp_p
         ({"a": 0, "</s>": 1}, "megatron", "leaves merges out by chance"),
         ({"a": 0, "b": 1}, "megatron", "name its token that ends a document with --eos"),
     ):
-        model = {"type": "BPE", "vocab": vocabulary, "merges": [], "dropout": None}
+        model: dict[str, Any] = {"type": "BPE", "vocab": vocabulary, "merges": [], "dropout": None}
         if "chance" in said:
             model["dropout"] = 0.1
         if vocabulary is None:

@@ -107,7 +107,7 @@ def _run(request: dict[str, Any], entry: Entry) -> list[int]:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     statuses[child] = os.waitstatus_to_exitcode(status)
-        text, log = request.get("kill_when"), Path(request["log"])
+        text, log = str(request.get("kill_when") or ""), Path(request["log"])
         killed = bool(text) and log.exists() and text in log.read_text()
         failed = any(status != 0 for status in statuses.values())
         if killed or failed or time.monotonic() > deadline:

@@ -96,10 +96,11 @@ class Emulator:
             return cls(library)
         flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-w"]
         include = [f"-I{here}", f"-I{SOURCES}"]
-        source = str(here / "emulated_kernels.cpp")
         library.parent.mkdir(exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}")
-        build.run([build.find_cxx(), *flags, *include, source, "-o", str(partial)])
+        build.run(
+            [build.find_cxx(), *flags, *include, str(here / "emulated_kernels.cpp"), "-o", str(partial)]
+        )
         partial.replace(library)
         return cls(library)
 

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_every_instruction_set_passes_the_same_tests(limit: str, name: str) -> N
     """Those that this machine would not choose by itself."""
     code = "import torch, polycom_ext; print(torch.ops.polycom.polynomial_build().split()[1])"
     environment = os.environ | {"ATEN_CPU_CAPABILITY": limit}
-    run = {"env": environment, "capture_output": True, "text": True, "check": False}
+    run: dict[str, Any] = {"env": environment, "capture_output": True, "text": True, "check": False}
     chosen = subprocess.run([sys.executable, "-c", code], **run).stdout.strip()
     if chosen != name:
         pytest.skip(f"this processor has no {name}")

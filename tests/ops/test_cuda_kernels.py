@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from polycom_ext import reference
 from polycom_ext.ops import build
 
+from ..oracle import gradient, leaves
 from .emulated import APPLY, REDUCE, Emulator
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
@@ -49,12 +51,11 @@ def _expected(
     x: Tensor, weight: Tensor, bias: Tensor, rho: int, normalize: bool, grad_y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, grad_x and the coefficient gradients (powers descending, constant) by autograd through float64."""
-    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
-    u = leaves[0].relu() if rho == RELU else leaves[0]
-    y = reference.poly_norm(u, *leaves[1:]) if normalize else reference.poly_relu(u, *leaves[1:])
+    x, weight, bias = leaves(x.double(), weight.double(), bias.double())
+    u = x.relu() if rho == RELU else x
+    y = reference.poly_norm(u, weight, bias) if normalize else reference.poly_relu(u, weight, bias)
     y.backward(grad_y.double())
-    grads = [leaf.grad for leaf in leaves]
-    return y.detach(), grads[0], torch.cat(grads[1:])
+    return y.detach(), gradient(x), torch.cat((gradient(weight), gradient(bias)))
 
 
 def _check(
@@ -75,6 +76,7 @@ def _check(
     assert _error(y, expected_y) < TOLERANCE[dtype]
     assert _error(grad_x, expected_grad_x) < TOLERANCE[dtype]
     assert _error(coefficients[0], expected_coefficients) < 1e-5
+    assert again is not None
     assert torch.equal(again, y)
 
 
@@ -123,6 +125,7 @@ def test_variants_agree_with_the_cpu_operations(emulator: Emulator, width: int) 
     ops = torch.ops.polycom
     y, scales = emulator.forward(x, weight, bias, *variants, 1e-6)
     backward = emulator.backward(grad_y, x, weight, bias, scales, *variants, False)
+    assert backward[2] is not None
     cpu_y, cpu_scales = ops.polynomial(x, weight, bias, *variants, 1e-6)
     cpu_backward = ops.polynomial_backward(x, weight, bias, *variants, 1e-6, grad_y, cpu_scales, False)
     torch.testing.assert_close(y, cpu_y, rtol=1e-5, atol=1e-5)
@@ -148,9 +151,9 @@ def test_two_shards_are_one_row(emulator: Emulator, member: str) -> None:
     common = (None, None, None, rho, normalize)
     for (part, _), total in zip(shards, sums, strict=True):
         emulator.forward(part, weight, bias, *common, 1e-6, step=REDUCE, power_sums=total)
-    arguments = {"step": APPLY, "total_width": 2 * width}
+    arguments: dict[str, Any] = {"step": APPLY, "total_width": 2 * width}
     outputs = [
-        emulator.forward(part, weight, bias, *common, 1e-6, power_sums=sum(sums), **arguments)
+        emulator.forward(part, weight, bias, *common, 1e-6, power_sums=sums[0] + sums[1], **arguments)
         for part, _ in shards
     ]
     assert _error(torch.cat([y for y, _ in outputs], 1), expected_y) < TOLERANCE[torch.float32]
@@ -158,7 +161,9 @@ def test_two_shards_are_one_row(emulator: Emulator, member: str) -> None:
     for (part, grad), (_, scales), total in zip(shards, outputs, dots, strict=True):
         emulator.backward(grad, part, weight, bias, scales, *common, False, step=REDUCE, dots=total)
     grads = [
-        emulator.backward(grad, part, weight, bias, scales, *common, False, dots=sum(dots), **arguments)[0]
+        emulator.backward(
+            grad, part, weight, bias, scales, *common, False, dots=dots[0] + dots[1], **arguments
+        )[0]
         for (part, grad), (_, scales) in zip(shards, outputs, strict=True)
     ]
     assert _error(torch.cat(grads, 1)[0], expected_grad_x[0]) < TOLERANCE[torch.float32]

@@ -245,7 +245,7 @@ def small_disk() -> Iterator[Path]:
     """A file system of two megabytes."""
     path = Path("disk")
     path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", path]
+    mount: list[str | Path] = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", path]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a small file system")
     yield path

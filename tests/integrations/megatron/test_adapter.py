@@ -275,7 +275,10 @@ def test_what_needs_a_package_that_is_there_is_accepted(
         )
     monkeypatch.syspath_prepend(tmp_path)
     for optimizer in ("muon", "lion", "adam"):
-        options = {"optimizer": optimizer, "use_precision_aware_optimizer": optimizer == "adam"}
+        options: dict[str, Any] = {
+            "optimizer": optimizer,
+            "use_precision_aware_optimizer": optimizer == "adam",
+        }
         options["transformer_impl"] = None
         MegatronAdapter().check_inputs(make(mock_data=True, **options))
 

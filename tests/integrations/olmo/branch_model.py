@@ -8,6 +8,7 @@ losses and the gradients of all parameters for a fixed batch.
 
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -20,7 +21,8 @@ if __name__ == "__main__":
     from olmo.model import OLMo
 
     released = TrainConfig.load(sys.argv[2], validate_paths=False).model
-    results = {"released": {name: tuple(t.shape) for name, t in OLMo(released).state_dict().items()}}
+    shapes = {name: tuple(t.shape) for name, t in OLMo(released).state_dict().items()}
+    results: dict[str, dict[str, Any]] = {"released": shapes}
     for case in sys.argv[3:]:
         config = ModelConfig(**json.loads(case))
         torch.manual_seed(5)

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from .conftest import Trainer
 
 pytestmark = pytest.mark.github
 
@@ -37,7 +40,7 @@ SHAPE = {
     "moe_zloss_weight": 0.001,
 }
 ACTIVATIONS = ("swiglu", "gelu", "relu2", "polyrelu", "polynorm", "polynorm-4", "polyrelunorm", "polyprelu")
-CASES = [
+CASES: list[dict[str, Any]] = [
     {"activation_type": activation, "moe_mlp_impl": layout}
     for activation in ACTIVATIONS
     for layout in ("sparse", "grouped")
@@ -97,7 +100,9 @@ def test_our_block_is_the_branchs(branch: dict, olmo: None, case: dict) -> None:
         }
     model.load_state_dict(state, strict=True)
     logits = model(expected["tokens"]).logits
-    routings = [layer.routing for layer in model.modules() if isinstance(layer, MoE)]
+    layers = [layer.routing for layer in model.modules() if isinstance(layer, MoE)]
+    routings = [routing for routing in layers if routing is not None]
+    assert len(routings) == len(layers)
     load_balancing = config.moe_loss_weight * load_balancing_loss(routings, 2, config.moe_lbl_in_fp32)
     z = config.moe_zloss_weight * z_loss(routings, 2, config.moe_lbl_in_fp32)
     (logits.square().mean() + load_balancing + z).backward()
@@ -133,7 +138,7 @@ def test_the_released_configuration_is_the_same_model(
 
 
 POLYNORM = {"activation_type": "polynorm", "mlp_hidden_size": 256}
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "sparse": {"moe_mlp_impl": "sparse"},
     "grouped": {"moe_mlp_impl": "grouped"},
     "capacity": {"moe_dropless": False},
@@ -143,8 +148,13 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "layout", ["sparse", *(pytest.param(name, marks=pytest.mark.full) for name in ("grouped", "capacity"))]
 )
-def test_kill_and_resume_on_the_branch_is_the_straight_run(train_branch, layout) -> None:
-    settings = {"moe": True, "processes": 2, "save_interval": 3, "model": POLYNORM | LAYOUTS[layout]}
+def test_kill_and_resume_on_the_branch_is_the_straight_run(train_branch: Trainer, layout: str) -> None:
+    settings: dict[str, Any] = {
+        "moe": True,
+        "processes": 2,
+        "save_interval": 3,
+        "model": POLYNORM | LAYOUTS[layout],
+    }
     straight = train_branch(**settings)
     killed = train_branch(kill_at=5, **settings)
     resumed = train_branch(folder=killed.folder, **settings)
@@ -156,7 +166,7 @@ def test_kill_and_resume_on_the_branch_is_the_straight_run(train_branch, layout)
     assert max(abs(value - 1 / 3) for value in straight.coefficients["layers"][1]["weight"]) > 1e-3
 
 
-def test_downstream_tasks_on_the_branch_are_060s_questions(train_branch) -> None:
+def test_downstream_tasks_on_the_branch_are_060s_questions(train_branch: Trainer) -> None:
     tasks = ("copa", "piqa", "mmlu_stem_var")
     run = train_branch(
         moe=True,
@@ -169,7 +179,7 @@ def test_downstream_tasks_on_the_branch_are_060s_questions(train_branch) -> None
         assert 0 <= run.metrics[1][f"eval/{task}/acc"] <= 1
 
 
-REFUSALS = {
+REFUSALS: dict[str, dict[str, Any]] = {
     "must both be above 0": {"moe_zloss_weight": None},
     "not a multiple of 128": {"moe_mlp_impl": "sparse", "mlp_hidden_size": 192},
     "has no gate in megablocks": {"activation_type": "swiglu", "moe_dropless": False},
@@ -183,7 +193,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("sentence", REFUSALS)
-def test_what_megablocks_cannot_do_is_refused_in_a_sentence(train_branch, sentence) -> None:
+def test_what_megablocks_cannot_do_is_refused_in_a_sentence(train_branch: Trainer, sentence: str) -> None:
     run = train_branch(moe=True, model=POLYNORM | REFUSALS[sentence])
     assert sentence in run.refusal
     assert "Traceback" not in run.log

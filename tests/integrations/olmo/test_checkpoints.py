@@ -3,6 +3,9 @@
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +13,13 @@ import yaml
 
 from polycom_ext.errors import PolycomError
 
+from .conftest import Run, Trainer
+
+Saved = Callable[[str], tuple[Run, Path]]
+
 POLYNORM = {"activation_type": "polynorm"}
-SHARDED = {"processes": 2, "save_interval": 3}
-UNSHARDED = {"processes": 2, "save_interval": None, "save_interval_unsharded": 3}
+SHARDED: dict[str, Any] = {"processes": 2, "save_interval": 3}
+UNSHARDED: dict[str, Any] = {"processes": 2, "save_interval": None, "save_interval_unsharded": 3}
 UNSHARDED |= {"save_num_checkpoints_to_keep": 0}
 HYBRID = {"sharding_strategy": "HYBRID_SHARD", "hybrid_sharding_num_model_replicas": 1}
 KINDS = {
@@ -25,15 +32,15 @@ KINDS = {
         "step3-unsharded",
     ),
 }
-COMMON = {"moe": True, "model": POLYNORM, "optimizer": {"name": "adamw", "weight_decay": 0.5}}
+COMMON: dict[str, Any] = {"moe": True, "model": POLYNORM, "optimizer": {"name": "adamw", "weight_decay": 0.5}}
 
 
 @pytest.fixture(scope="module")
-def saved(train):
+def saved(train: Trainer) -> Saved:
     """A run of six steps and the checkpoint of its third, by kind of checkpoint."""
-    runs = {}
+    runs: dict[str, Run] = {}
 
-    def make(kind):
+    def make(kind: str) -> tuple[Run, Path]:
         settings, step = KINDS[kind]
         if kind not in runs:
             runs[kind] = train(**COMMON, **settings)
@@ -45,7 +52,9 @@ def saved(train):
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind == "torch_legacy" else pytest.mark.full) for kind in KINDS]
 )
-def test_a_run_goes_on_from_another_runs_checkpoint_as_that_run_did(train, saved, kind):
+def test_a_run_goes_on_from_another_runs_checkpoint_as_that_run_did(
+    train: Trainer, saved: Saved, kind: str
+) -> None:
     if kind == "olmo_core":
         pytest.importorskip("olmo_core", reason="needs ai2-olmo-core==0.1.0")
     first, checkpoint = saved(kind)
@@ -56,7 +65,7 @@ def test_a_run_goes_on_from_another_runs_checkpoint_as_that_run_did(train, saved
 
 
 @pytest.mark.full
-def test_a_sharded_checkpoint_is_unsharded_by_a_run_that_trains_nothing(train, saved):
+def test_a_sharded_checkpoint_is_unsharded_by_a_run_that_trains_nothing(train: Trainer, saved: Saved) -> None:
     first, checkpoint = saved("torch_legacy")
     run = train(**COMMON, load_path=str(checkpoint), dry_run=True, force_save_unsharded=True, **SHARDED)
     assert not run.metrics
@@ -68,29 +77,29 @@ def test_a_sharded_checkpoint_is_unsharded_by_a_run_that_trains_nothing(train, s
 class Command:
     """Runs when it is unpickled."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.system, ("touch ran",)
 
 
-def add_code(folder):
+def add_code(folder: Path) -> None:
     torch.save({"model": {}, "optim": Command()}, folder / "rank0.pt")
 
 
-def name_another_activation(folder):
+def name_another_activation(folder: Path) -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["model"]["activation_type"] = "polyrelu"
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def remove_a_shard(folder):
+def remove_a_shard(folder: Path) -> None:
     (folder / "rank1.pt").unlink()
 
 
-def add_safetensors(folder):
+def add_safetensors(folder: Path) -> None:
     (folder / "rank0.safetensors").touch()
 
 
-REFUSALS = {
+REFUSALS: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any]]] = {
     "holds a .safetensors file, whose names OLMo unpickles": (add_safetensors, {}),
     "was trained with polyrelu, not polynorm": (name_another_activation, {}),
     "does not exist": (shutil.rmtree, {}),
@@ -102,7 +111,9 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("sentence", REFUSALS)
-def test_what_could_not_be_loaded_is_refused_in_a_sentence(train, saved, tmp_path, monkeypatch, sentence):
+def test_what_could_not_be_loaded_is_refused_in_a_sentence(
+    train: Trainer, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentence: str
+) -> None:
     change, settings = REFUSALS[sentence]
     if "olmo_core" in sentence:
         pytest.importorskip("olmo_core", reason="needs ai2-olmo-core==0.1.0")
@@ -122,8 +133,8 @@ def test_what_could_not_be_loaded_is_refused_in_a_sentence(train, saved, tmp_pat
 )
 @pytest.mark.parametrize("option", ["sharded_checkpointer", "load_path_sharded_checkpointer"])
 def test_a_format_that_does_not_work_here_is_refused_before_a_start(
-    olmo, monkeypatch, option, name, sentence
-):
+    olmo: None, monkeypatch: pytest.MonkeyPatch, option: str, name: str, sentence: str
+) -> None:
     from olmo.config import TrainConfig
 
     from polycom_ext.integrations.olmo.checkpoint import check_format

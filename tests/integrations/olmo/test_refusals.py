@@ -1,6 +1,7 @@
 """What cannot train, or not rightly, is one sentence and exit status 2 before the first step."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def file(folder: Path, name: str, content: bytes) -> str:
     return str(folder / name)
 
 
-INPUTS = {
+INPUTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "tokenizer /nowhere/t.json: does not exist": lambda folder: {
         "tokenizer": {"identifier": "/nowhere/t.json"}
     },

@@ -16,7 +16,13 @@ def config(**changes: Any) -> Any:
     """A tiny ModelConfig."""
     from olmo.config import ModelConfig
 
-    settings = {"d_model": 32, "n_heads": 2, "n_layers": 2, "mlp_hidden_size": 96, "vocab_size": 64}
+    settings: dict[str, Any] = {
+        "d_model": 32,
+        "n_heads": 2,
+        "n_layers": 2,
+        "mlp_hidden_size": 96,
+        "vocab_size": 64,
+    }
     settings |= {"embedding_size": 64, "max_sequence_length": 16, "rope": True, "init_device": "cpu"}
     return ModelConfig(**(settings | changes))
 

@@ -4,10 +4,14 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from .conftest import Run, Trainer
+
+Straight = Callable[[str, bool], Run]
 SETTINGS = {
     "device_train_microbatch_size": 1,  # so that the routers' losses are of the same micro-batches everywhere
     "max_grad_norm": 0.1,  # so that every step is clipped
@@ -17,14 +21,14 @@ SETTINGS = {
     "max_duration": 4,
     "save_num_checkpoints_to_keep": 0,
 }
-DDP = {"distributed_strategy": "ddp", "ddp": {"grad_sync_mode": "batch"}}
-LAYOUTS = {
+DDP: dict[str, Any] = {"distributed_strategy": "ddp", "ddp": {"grad_sync_mode": "batch"}}
+LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},
     "FSDP": {"processes": 2, "model": {"init_device": "meta"}},
     "NO_SHARD": {"processes": 2, "fsdp": {"sharding_strategy": "NO_SHARD"}},
     "DDP": {"processes": 2} | DDP,
 }
-FULL_LAYOUTS = {
+FULL_LAYOUTS: dict[str, dict[str, Any]] = {
     "FSDP from the CPU": {"processes": 2},
     "FSDP as one unit": {"processes": 2, "fsdp": {"wrapping_strategy": None}},
     "FSDP on 4 ranks": {"processes": 4, "fsdp": {"wrapping_strategy": "size_based"}},
@@ -34,10 +38,10 @@ FULL_LAYOUTS = {
     },
 }
 FULL = pytest.mark.full
-POLYNORM = {"activation_type": "polynorm", "init_cutoff_factor": 3.0}
+POLYNORM: dict[str, Any] = {"activation_type": "polynorm", "init_cutoff_factor": 3.0}
 
 
-def run_of(train: Callable, name: str, moe: bool, **settings: object):
+def run_of(train: Trainer, name: str, moe: bool, **settings: object) -> Run:
     """Four steps in a layout."""
     layout = (LAYOUTS | FULL_LAYOUTS)[name]
     model = POLYNORM | layout.get("model", {})
@@ -45,16 +49,16 @@ def run_of(train: Callable, name: str, moe: bool, **settings: object):
 
 
 @pytest.fixture(scope="module")
-def straight(train) -> Callable:
+def straight(train: Trainer) -> Straight:
     """The run of a layout from scratch, once each."""
     return cache(lambda name, moe: run_of(train, name, moe))
 
 
-def initial_weights(run) -> dict[str, torch.Tensor]:
+def initial_weights(run: Run) -> dict[str, torch.Tensor]:
     return torch.load(run.folder / "checkpoints" / "step0-unsharded" / "model.pt")
 
 
-def assert_same_training(run, expected, steps: list[int]) -> None:
+def assert_same_training(run: Run, expected: Run, steps: list[int]) -> None:
     for name in ("train/loss", "train/grad_norm"):
         actual, wanted = run.series(name), expected.series(name)
         assert list(actual) == steps
@@ -69,7 +73,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "moe"), CASES[1:])
-def test_a_training_from_scratch_is_the_same_under_every_strategy(straight, name, moe):
+def test_a_training_from_scratch_is_the_same_under_every_strategy(
+    straight: Straight, name: str, moe: bool
+) -> None:
     expected, run = straight("one process", moe), straight(name, moe)
     weights, wanted = initial_weights(run), initial_weights(expected)
     assert [key for key in wanted if not torch.equal(weights[key], wanted[key])] == []
@@ -77,7 +83,7 @@ def test_a_training_from_scratch_is_the_same_under_every_strategy(straight, name
     assert min(run.series("train/grad_norm").values()) > 0.2, "clipping had something to do"
 
 
-def test_the_embedding_and_the_output_layer_start_apart(straight):
+def test_the_embedding_and_the_output_layer_start_apart(straight: Straight) -> None:
     weights = initial_weights(straight("FSDP", False))
     pair = torch.stack([weights[f"transformer.{name}.weight"].flatten() for name in ("wte", "ff_out")])
     assert abs(pair.corrcoef()[0, 1].item()) < 0.05
@@ -95,8 +101,8 @@ def test_the_embedding_and_the_output_layer_start_apart(straight):
     ],
 )
 def test_an_unsharded_checkpoint_is_resumed_under_another_strategy(
-    train, straight, tmp_path, saved, name, moe
-):
+    train: Trainer, straight: Straight, tmp_path: Path, saved: str, name: str, moe: bool
+) -> None:
     before = straight(saved, moe)
     checkpoint = Path("checkpoints", "step2-unsharded")
     shutil.copytree(before.folder / checkpoint, tmp_path / checkpoint)
@@ -104,12 +110,12 @@ def test_an_unsharded_checkpoint_is_resumed_under_another_strategy(
     assert_same_training(resumed, before, steps=[3, 4])
 
 
-def test_a_rank_a_replica_is_refused(train):
+def test_a_rank_a_replica_is_refused(train: Trainer) -> None:
     settings = {"sharding_strategy": "HYBRID_SHARD", "hybrid_sharding_num_model_replicas": 2}
     assert "leave nothing to shard" in train(processes=2, fsdp=settings).refusal
 
 
-def test_a_sharded_checkpoint_is_refused_under_ddp(train, tmp_path):
+def test_a_sharded_checkpoint_is_refused_under_ddp(train: Trainer, tmp_path: Path) -> None:
     for rank in range(2):
         (tmp_path / f"rank{rank}.pt").touch()
     run = train(processes=2, load_path=str(tmp_path), **DDP, save_interval_unsharded=2)
@@ -119,6 +125,6 @@ def test_a_sharded_checkpoint_is_refused_under_ddp(train, tmp_path):
 @pytest.mark.full
 @pytest.mark.github
 @pytest.mark.parametrize("name", ["FSDP", "DDP"])
-def test_a_training_from_scratch_is_the_same_on_the_branch(train_branch, name):
+def test_a_training_from_scratch_is_the_same_on_the_branch(train_branch: Trainer, name: str) -> None:
     expected, run = (run_of(train_branch, layout, True) for layout in ("one process", name))
     assert_same_training(run, expected, steps=[1, 2, 3, 4])

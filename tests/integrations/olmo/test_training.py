@@ -3,21 +3,29 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from polycom_ext.activations import build
 
-FSDP2 = {"processes": 2, "save_interval": 3}
-UNSHARDED = {"save_interval": None, "save_interval_unsharded": 3, "save_num_checkpoints_to_keep": 0}
+from .conftest import Trainer
+
+FSDP2: dict[str, Any] = {"processes": 2, "save_interval": 3}
+UNSHARDED: dict[str, Any] = {
+    "save_interval": None,
+    "save_interval_unsharded": 3,
+    "save_num_checkpoints_to_keep": 0,
+}
 DDP2 = {"processes": 2, "distributed_strategy": "ddp", "ddp": {"grad_sync_mode": "batch"}} | UNSHARDED
 BF16 = {"precision": "amp_bf16"}
-POLYNORM = {"activation_type": "polynorm"}
+POLYNORM: dict[str, Any] = {"activation_type": "polynorm"}
 FULL = pytest.mark.full
 
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "dense, FSDP": FSDP2,
     "MoE, FSDP": FSDP2 | {"moe": True},
 }
@@ -37,7 +45,7 @@ CASES += [pytest.param(run, id=name, marks=FULL) for name, run in FULL_RUNS.item
 
 
 @pytest.mark.parametrize("settings", CASES)
-def test_kill_and_resume_is_the_straight_run(train, settings):
+def test_kill_and_resume_is_the_straight_run(train: Trainer, settings: dict[str, Any]) -> None:
     straight = train(model=POLYNORM, **settings)
     losses = straight.series("train/loss")
     assert list(losses) == [1, 2, 3, 4, 5, 6]
@@ -59,8 +67,11 @@ def test_kill_and_resume_is_the_straight_run(train, settings):
 
 
 @pytest.mark.parametrize("wrapping", ["by_block", None])
-def test_coefficients_are_trained_complete_and_saved(train, wrapping):
-    settings = {"model": POLYNORM | {"init_device": "meta"}, "fsdp": {"wrapping_strategy": wrapping}}
+def test_coefficients_are_trained_complete_and_saved(train: Trainer, wrapping: str | None) -> None:
+    settings: dict[str, Any] = {
+        "model": POLYNORM | {"init_device": "meta"},
+        "fsdp": {"wrapping_strategy": wrapping},
+    }
     run = train(moe=True, processes=2, **settings, **UNSHARDED)
     saved = torch.load(run.folder / "checkpoints" / "step6-unsharded" / "model.pt")
     assert run.coefficients["step"] == 6
@@ -86,7 +97,7 @@ def test_coefficients_are_trained_complete_and_saved(train, wrapping):
     ],
 )
 @pytest.mark.parametrize("moe", [False, True])
-def test_every_activation_trains(train, activation, moe):
+def test_every_activation_trains(train: Trainer, activation: str, moe: bool) -> None:
     losses = train(moe=moe, model={"activation_type": activation}).series("train/loss")
     assert losses[6] < losses[1] - 0.3
 
@@ -95,8 +106,11 @@ def test_every_activation_trains(train, activation, moe):
     ("activation", "moe"),
     [("xielu", True), *(pytest.param(name, False, marks=FULL) for name in ("swish", "prelu"))],
 )
-def test_learnable_scalars_are_trained_complete_and_saved(train, activation, moe):
-    settings = {"model": {"activation_type": activation, "init_device": "meta"}, "processes": 2}
+def test_learnable_scalars_are_trained_complete_and_saved(train: Trainer, activation: str, moe: bool) -> None:
+    settings: dict[str, Any] = {
+        "model": {"activation_type": activation, "init_device": "meta"},
+        "processes": 2,
+    }
     run = train(moe=moe, **settings, **UNSHARDED)
     saved = torch.load(run.folder / "checkpoints" / "step6-unsharded" / "model.pt")
     start = {name: value.tolist() for name, value in build(activation).state_dict().items()}
@@ -110,8 +124,14 @@ def test_learnable_scalars_are_trained_complete_and_saved(train, activation, moe
 
 @pytest.mark.full
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
-def test_a_compiled_mixture_of_experts_trains_as_it_does_otherwise(train, precision):
-    settings = {"moe": True, "processes": 2, "model": POLYNORM, "precision": precision, "max_duration": 3}
+def test_a_compiled_mixture_of_experts_trains_as_it_does_otherwise(train: Trainer, precision: str) -> None:
+    settings: dict[str, Any] = {
+        "moe": True,
+        "processes": 2,
+        "model": POLYNORM,
+        "precision": precision,
+        "max_duration": 3,
+    }
     losses = train(**settings).series("train/loss")
     compiled = train(compile={}, **settings).series("train/loss")
     assert compiled == pytest.approx(losses, rel=1e-5 if precision == "fp32" else 1e-2)
@@ -128,8 +148,10 @@ def _unpatched(tree: Path, folder: Path) -> Path:
     return folder
 
 
-def test_swiglu_is_bit_identical_to_unpatched_olmo(train, tree, train_on, tmp_path):
-    settings = {"processes": 2, "model": {"activation_type": "swiglu"}} | UNSHARDED
+def test_swiglu_is_bit_identical_to_unpatched_olmo(
+    train: Trainer, tree: Path, train_on: Callable[[list[Path]], Trainer], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"processes": 2, "model": {"activation_type": "swiglu"}} | UNSHARDED
     patched = train(**settings)
     unpatched = train_on([_unpatched(tree, tmp_path)])(**settings)
     for name in ("train/loss", "train/grad_norm"):
@@ -143,7 +165,7 @@ def test_swiglu_is_bit_identical_to_unpatched_olmo(train, tree, train_on, tmp_pa
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-def test_evaluation_uses_the_wheels_questions_and_table_2s_labels(train, valid_path):
+def test_evaluation_uses_the_wheels_questions_and_table_2s_labels(train: Trainer, valid_path: str) -> None:
     label = "c4_en-validation"
     tasks = ["copa", "sciq", "piqa"]
     run = train(
@@ -166,7 +188,7 @@ def test_evaluation_uses_the_wheels_questions_and_table_2s_labels(train, valid_p
 
 
 @pytest.mark.full
-def test_all_offline_tasks_of_the_paper_are_there(train):
+def test_all_offline_tasks_of_the_paper_are_there(train: Trainer) -> None:
     groups = [f"mmlu_{group}_var" for group in ("stem", "humanities", "social_sciences", "other")]
     tasks = [
         *("hellaswag", "arc_easy", "arc_challenge", "winogrande", "openbook_qa", "boolq"),
@@ -186,7 +208,7 @@ def test_all_offline_tasks_of_the_paper_are_there(train):
     )
 
 
-REFUSALS = {
+REFUSALS: dict[str, dict[str, Any]] = {
     "unknown activation 'polynrm'": {"model": {"activation_type": "polynrm"}},
     "must be at least 1": {"model": {"activation_type": "polynorm-0"}},
     "not a multiple of 2 processes": {"processes": 2, "global_train_batch_size": 5},
@@ -204,14 +226,14 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("sentence", REFUSALS)
-def test_what_cannot_be_right_is_refused_in_a_sentence(train, sentence):
+def test_what_cannot_be_right_is_refused_in_a_sentence(train: Trainer, sentence: str) -> None:
     run = train(**REFUSALS[sentence])
     assert sentence in run.refusal
     assert "Traceback" not in run.log
     assert not run.metrics
 
 
-def test_router_z_loss_may_be_null(train):
+def test_router_z_loss_may_be_null(train: Trainer) -> None:
     run = train(moe=True, model={"moe_zloss_weight": None, "activation_type": "polynorm"}, max_duration=2)
     assert "train/router_z_loss" not in run.metrics[2]
     assert run.metrics[2]["train/load_balancing_loss"] > 0
@@ -221,7 +243,7 @@ def test_router_z_loss_may_be_null(train):
     ("hidden", "sentence"),
     [(None, "olmo is not on PYTHONPATH"), ("wandb", "wandb, which OLMo needs, is not installed")],
 )
-def test_what_is_missing_is_named(tree, tmp_path, hidden, sentence):
+def test_what_is_missing_is_named(tree: Path, tmp_path: Path, hidden: str | None, sentence: str) -> None:
     hide = f"import sys; sys.modules[{hidden!r}] = None\n" if hidden else ""
     (tmp_path / "sitecustomize.py").write_text(hide)
     paths = [tmp_path, tree] if hidden else [tmp_path]

@@ -50,7 +50,7 @@ class ToyAdapter:
         return {"activation": spec.activation, "toy.size": spec.options.get("size")}
 
     def facts(self, spec: Spec) -> Facts:
-        return Facts(*[None] * 3, 0, *[None] * 4, data=())  # type: ignore[arg-type]
+        return Facts(None, None, None, 0, None, None, None, None, data=())
 
     def total_steps(self, spec: Spec) -> int | None:
         return int(spec.options["steps"])
