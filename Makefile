@@ -17,7 +17,7 @@ OLMO_DATA := build/demo-olmo
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-olmo operations test test-full lint wheel clean
+.PHONY: demo demo-olmo operations test test-full lint docs wheel clean
 
 $(DEMO_READY): requirements.txt pyproject.toml setup.py
 	@echo "== set-up: a virtual environment in $(VENV), torch and what the demo needs (some minutes, once)"
@@ -33,7 +33,7 @@ $(OPERATIONS): $(DEMO_READY) polycom_ext/ops/build.py $(shell find polycom_ext/o
 	touch $@
 
 $(READY): requirements-dev.txt $(OPERATIONS)
-	@echo "== set-up: what the tests and OLMo need beside it"
+	@echo "== set-up: what the tests, the pages and OLMo need beside it"
 	$(PIP) --requirement requirements-dev.txt
 	touch $@
 
@@ -68,6 +68,10 @@ test: lint
 
 test-full: $(READY)
 	$(BIN)/pytest -m full -n 2 --dist loadfile
+
+# The pages and the API, into build/docs; a warning is an error.
+docs: $(READY)
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going docs build/docs
 
 # CPU operations for every instruction set, CUDA operations for sm_80, sm_90, sm_100 and PTX; needs nvcc, takes minutes.
 wheel: $(READY)

@@ -221,7 +221,7 @@ def poly_norm_linear(
         linear_weight: (features, x.shape[-1]).
         linear_bias: (features,).
 
-    Returns: (*x.shape[:-1], features), as torch.nn.functional.linear does, also under autocast. Raises
+    Returns: `(*x.shape[:-1], features)`, as torch.nn.functional.linear does, also under autocast. Raises
     ValueError for shapes or devices that do not match.
     """
     _check_linear(x, linear_weight, linear_bias)

@@ -57,11 +57,11 @@ class Adapter(Protocol):
     """
 
     name: str
-    """As in `trainer:` of a spec."""
+    """What `trainer` is in a spec."""
     section: str
     """The spec's section of upstream's own options."""
     upstreams: Mapping[str, Upstream]
-    """`upstream:` of a spec -> the pinned version, the default first. Empty where nothing is pinned."""
+    """What `upstream` may be in a spec -> the pinned version, the default first; empty if none is pinned."""
 
     def needs_patches(self, spec: Spec) -> bool:
         """Whether the run needs its trees patched: not for an activation that upstream has itself."""

@@ -57,7 +57,7 @@ class Record:
         self.log = path / "log.txt"
         """All that the trainer says. Who works in the directory holds its lock."""
         self.metrics = path / "metrics.jsonl"
-        """`{"step": …, "metrics": {NAME: value}}`, a line a logged step."""
+        """A JSON line a logged step, of its `step` and its `metrics` by name."""
         self.coefficients = path / "coefficients.json"
         """What `coefficients` makes, of the last step."""
         self.checkpoints = path / "checkpoints"
