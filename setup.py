@@ -90,7 +90,7 @@ def _extensions() -> list[Extension]:
     try:
         cuda = build.wants_cuda(build.Torch.find())
     except build.BuildError:
-        cuda = False
+        cuda = build.cuda_demanded()  # then the build says what is missing
     names = ["_cpu", "_cuda"] if cuda else ["_cpu"]
     modules = [f"polycom_ext.ops.{family}.{name}" for family in build.FAMILIES for name in names]
     return [Extension(module, sources=[], optional=True) for module in modules]

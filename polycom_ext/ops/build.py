@@ -25,8 +25,9 @@ from pathlib import Path
 
 FAMILIES = {"polynomial": Path(__file__).resolve().parent / "polynomial"}
 """Folders with a family's sources in csrc and, when built, its libraries."""
-TARGET_TORCH = "0x020b000000000000"
-"""2.11 in the encoding of torch/csrc/stable/version.h."""
+OLDEST_TORCH = (2, 11)
+TARGET_TORCH = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
+"""In the encoding of torch/csrc/stable/version.h."""
 CUDA_ARCHITECTURES = ("80", "90", "100")
 SMALL_SPILL = 32
 """Bytes a thread: a few registers of the widest instances, spilled, cost less than the block that it wins."""
@@ -67,11 +68,14 @@ class Torch:
 
     @classmethod
     def find(cls) -> Torch:
+        """The torch that can be imported; raises BuildError where it is missing or too old."""
         try:
             import torch
         except ImportError as error:
             sentence = "torch is not installed in the building environment (pip's build isolation hides it)"
             raise BuildError(sentence) from error
+        if sentence := too_old(torch.__version__):
+            raise BuildError(sentence)
         return cls(Path(torch.__file__).parent, torch.version.cuda)
 
     @property
@@ -83,6 +87,13 @@ class Torch:
     def link(self) -> list[str]:
         # Every symbol must be in a library that is linked: none is found by accident, in what else is loaded.
         return ["-Xlinker", "-zdefs", f"-L{self.root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+def too_old(torch_version: str) -> str:
+    """Why the operations do not work with a torch of this version; an alpha counts as its release."""
+    if tuple(int(number) for number in torch_version.split(".")[:2]) >= OLDEST_TORCH:
+        return ""
+    return "they need torch {}.{} or later, and this is {}".format(*OLDEST_TORCH, torch_version)
 
 
 def sources_digest(sources: Path) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from polycom_ext.ops import build
 from polycom_ext.ops.polynomial import library
@@ -95,6 +97,48 @@ def test_the_first_use_says_why_the_build_failed(tmp_path: Path) -> None:
     assert not devices
     note = tmp_path / "polycom_ext" / "ops" / "polynomial" / "_cpu.failed.txt"
     assert f"are installed (false failed: exit status 1; all of it in {note}); build it with" in problem
+
+
+@pytest.mark.parametrize("version", ["2.6.0+cu124", "2.10.1"])
+def test_an_older_torch_is_told_what_the_operations_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """Of a wheel, whose library it cannot load, and of its own build, which there is none of."""
+    monkeypatch.setattr(torch, "__version__", version)
+    said = f"they need torch 2.11 or later, and this is {version}"
+    (tmp_path / "_cpu.so").write_text("no library")
+    assert library._load(tmp_path)[1].endswith(f"; {said}")
+    (tmp_path / "_cpu.so").unlink()
+    assert library._load(tmp_path)[1] == f"no compiled operations are installed; {said}"
+    with pytest.raises(build.BuildError, match=re.escape(said)):
+        build.Torch.find()
+
+
+@pytest.mark.parametrize("version", ["2.11.0a0+x.nv26.02", "2.11.0", "3.0.0"])
+def test_an_alpha_counts_as_its_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    assert library._load(tmp_path)[1].endswith("; build it with `pip install . --no-build-isolation`")
+    build.Torch.find()
+
+
+def test_cuda_operations_beside_a_torch_without_cuda_are_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (tmp_path / "_cuda.so").write_text("no library")
+    said = f"torch {torch.__version__} is built without CUDA; _cuda.so needs one that has it"
+    assert library._load_cuda(tmp_path / "_cuda.so") == said
+
+
+def test_cuda_operations_that_were_demanded_are_not_left_out_where_pip_hides_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError\n")
+    result = _install(tmp_path / "lib", POLYCOM_BUILD_CUDA="1", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert (
+        "POLYCOM_BUILD_CUDA is set, but torch is not installed in the building environment" in result.stderr
+    )
 
 
 def test_a_build_of_the_cuda_operations_that_was_demanded_must_succeed(tmp_path: Path, old_nvcc: str) -> None:

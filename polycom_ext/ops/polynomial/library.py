@@ -31,12 +31,12 @@ def _load(directory: Path) -> tuple[frozenset[str], str]:
         raise PolycomError(f"POLYCOM_OPS must be `eager` or unset, got {mode!r}")
     library = directory / "_cpu.so"
     if not library.exists():
-        return frozenset(), f"no compiled operations are installed{_noted(library)}; {_REBUILD}"
+        return frozenset(), f"no compiled operations are installed{_noted(library)}; {_way_out()}"
     try:
         torch.ops.load_library(str(library))
         built_from = torch.ops.polycom.polynomial_build().split()[0]
     except (OSError, RuntimeError, AttributeError) as error:
-        return frozenset(), f"{library.name} cannot be loaded ({str(error).splitlines()[0]}); {_REBUILD}"
+        return frozenset(), f"{library.name} cannot be loaded ({str(error).splitlines()[0]}); {_way_out()}"
     if built_from != build.sources_digest(_HERE / "csrc"):
         return frozenset(), f"{library.name} was built from other sources than those in csrc; {_REBUILD}"
     _register()
@@ -45,8 +45,10 @@ def _load(directory: Path) -> tuple[frozenset[str], str]:
 
 
 def _load_cuda(library: Path) -> str:
-    if torch.version.cuda is None or not library.exists():
+    if not library.exists():
         return f"the CUDA operations are not compiled{_noted(library)}; with nvcc at hand {_REBUILD}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; {library.name} needs one that has it"
     try:
         torch.ops.load_library(str(library))
         built_from = torch.ops.polycom.polynomial_cuda_build()
@@ -55,6 +57,10 @@ def _load_cuda(library: Path) -> str:
     if built_from != build.sources_digest(_HERE / "csrc"):
         return f"{library.name} was built from other sources than those in csrc; {_REBUILD}"
     return ""
+
+
+def _way_out() -> str:
+    return build.too_old(torch.__version__) or _REBUILD
 
 
 def _noted(library: Path) -> str:
