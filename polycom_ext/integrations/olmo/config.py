@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import torch
 from torch.compiler import list_backends
 
 from polycom_ext import activations
@@ -46,6 +47,10 @@ def check(cfg: Any, world_size: int, on_branch: bool) -> None:
             raise PolycomError(
                 "model.moe_dropless: false needs megablocks, and so the MoE branch; on OLMo 0.6.0 every "
                 "token reaches its experts"
+            )
+        elif not hasattr(torch.nn.functional, "grouped_mm"):
+            raise PolycomError(
+                f"model.block_type: on OLMo 0.6.0 moe needs torch 2.10, and this is {torch.__version__}"
             )
 
 

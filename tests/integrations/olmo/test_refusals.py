@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from polycom_ext.errors import PolycomError
 
@@ -107,6 +108,18 @@ def test_a_configuration_is_refused(olmo: None, inputs: dict[str, Any], change: 
             [f"--{name}={value if value == '.nan' else json.dumps(value)}" for name, value in options.items()]
         )
     assert sentence in str(refusal.value)
+
+
+def test_a_mixture_of_experts_needs_a_torch_that_multiplies_groups(
+    olmo: None, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polycom_ext.integrations.olmo.train import parse
+
+    settings = {key: value for key, value in inputs.items() if key != "valid_path"}
+    options = flat(settings) | flat({"model": MODEL | MOE | {"activation_type": "polynorm"}})
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    with pytest.raises(PolycomError, match=r"block_type: .* moe needs torch 2\.10, and this is"):
+        parse([f"--{name}={json.dumps(value)}" for name, value in options.items()])
 
 
 def test_the_tests_configuration_is_not_refused(olmo: None, inputs: dict[str, Any]) -> None:
