@@ -61,7 +61,7 @@ def _formula(inputs: Inputs, slope: Tensor | None, group: dist.ProcessGroup | No
     """What `_Polynomial` computes, in operations that torch differentiates, batches and transforms itself."""
     if group_size(group) > 1:
         raise NotImplementedError(SHARDED)
-    x, weight, bias = inputs[:3]
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
     # Not clamp, whose gradient at 0 is 1.
     relu = inputs.rho == Rho.RELU
     u = x.to(compute_dtype(x.dtype)).relu() if relu else rectify(x, inputs.rho, slope)

@@ -18,7 +18,10 @@ class Rho(IntEnum):
 
 
 class Inputs(NamedTuple):
-    """In the order of the operators' schemas (csrc/operators.h); tensors as in functional.py."""
+    """In the order of the operators' schemas (csrc/operators.h); tensors as in functional.py.
+
+    Never sliced: torch.compile of torch 2.6 cannot.
+    """
 
     x: Tensor
     weight: Tensor
@@ -37,12 +40,12 @@ class Inputs(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those that have gradients, and offsets."""
-        return self[:6]
+        return self.x, self.weight, self.bias, self.pre_bias, self.row_scale, self.offsets
 
     @property
     def options(self) -> tuple[Any, ...]:
         """What is no tensor."""
-        return self[6:]
+        return self.rho, self.normalize, self.eps
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Inputs:

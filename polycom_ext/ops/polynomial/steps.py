@@ -91,7 +91,7 @@ def forward(
 
     weight is (r,) and bias (1,), or (*rows, r) and (*rows, 1): coefficients of each row. No variants.
     """
-    x, weight, bias = inputs[:3]
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
     u = rectify(x, inputs.rho, slope)
     scales = _row_scales(u, inputs.order, inputs.eps, group) if inputs.normalize else None
     v, _, s = _scaled(u, scales, inputs.order)
@@ -107,7 +107,7 @@ def backward(
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of x, weight, bias and slope."""
-    x, weight, bias = inputs[:3]
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
     rho, order = inputs.rho, inputs.order
     u = rectify(x, rho, slope)
     g = grad_output.to(u.dtype)
