@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from polycom_ext import functional
 from polycom_ext.activations import DEFAULT_ORDER
+from polycom_ext.functional import Variants
 
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -30,6 +32,8 @@ class Learnable(nn.Module):
     scalars: ClassVar[Mapping[str, float]] = {}
     constants: ClassVar[tuple[str, ...]] = ()
     """Attributes that fix the function besides its parameters."""
+    takes_variants: ClassVar[bool] = False
+    """`forward` takes the variants of functional.py, pre_bias, row_scale and offsets, by name."""
     titles: ClassVar[Mapping[str, str]] = {}
     """Parameter -> as it is written on paper, where that is not its name."""
     note: ClassVar[str] = ""
@@ -106,6 +110,13 @@ class _Polynomial(Learnable):
         rest = {name: p.item() for name, p in self.named_parameters() if name not in ("weight", "bias")}
         return named | {self.titles.get(name, name): value for name, value in rest.items()}
 
+    def _of_all_experts(self, variants: Variants) -> tuple[Tensor, Tensor]:
+        """Weight and bias as functional.py takes them; where rows are grouped by expert, one set for all."""
+        offsets = variants.get("offsets")
+        if offsets is None:
+            return self.weight, self.bias
+        return self.weight.expand(len(offsets), -1), self.bias.expand(len(offsets), -1)
+
     def extra_repr(self) -> str:
         return f"order={self.order}"
 
@@ -113,8 +124,11 @@ class _Polynomial(Learnable):
 class PolyReLU(_Polynomial):
     """sum_i a_i ReLU(x)^i + a_0; see `functional.poly_relu`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.poly_relu(x, self.weight, self.bias, group=self.group)
+    takes_variants = True
+
+    def forward(self, x: Tensor, **variants: Unpack[Variants]) -> Tensor:
+        weight, bias = self._of_all_experts(variants)
+        return functional.poly_relu(x, weight, bias, group=self.group, **variants)
 
 
 class PolyPReLU(_Polynomial):
@@ -133,9 +147,11 @@ class PolyNorm(_Polynomial):
 
     eps = 1e-6
     constants = ("eps",)
+    takes_variants = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.poly_norm(x, self.weight, self.bias, self.eps, group=self.group)
+    def forward(self, x: Tensor, **variants: Unpack[Variants]) -> Tensor:
+        weight, bias = self._of_all_experts(variants)
+        return functional.poly_norm(x, weight, bias, self.eps, group=self.group, **variants)
 
 
 class PolyReLUNorm(_Polynomial):
@@ -143,9 +159,11 @@ class PolyReLUNorm(_Polynomial):
 
     eps = 1e-6
     constants = ("eps",)
+    takes_variants = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.poly_relu_norm(x, self.weight, self.bias, self.eps, group=self.group)
+    def forward(self, x: Tensor, **variants: Unpack[Variants]) -> Tensor:
+        weight, bias = self._of_all_experts(variants)
+        return functional.poly_relu_norm(x, weight, bias, self.eps, group=self.group, **variants)
 
 
 class SquaredReLU(nn.Module):
