@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from polycom_ext import functional
 from polycom_ext.activations import DEFAULT_ORDER
 from polycom_ext.functional import Variants
+from polycom_ext.ops.polynomial.inputs import Inputs, Rho
 
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -85,6 +86,8 @@ class _Polynomial(Learnable):
     They start as 1/order and 0, as in the paper (section 4.1).
     """
 
+    rho: ClassVar[Rho] = Rho.IDENTITY
+    normalize: ClassVar[bool] = True
     weight: nn.Parameter
     bias: nn.Parameter
     scalars: ClassVar = {"bias": 0.0}
@@ -117,6 +120,12 @@ class _Polynomial(Learnable):
             return self.weight, self.bias
         return self.weight.expand(len(offsets), -1), self.bias.expand(len(offsets), -1)
 
+    def inputs(self, x: Tensor, **variants: Unpack[Variants]) -> Inputs:
+        """What `forward` computes, if it `takes_variants`: for who differentiates it himself."""
+        weight, bias = self._of_all_experts(variants)
+        options = {name: getattr(self, name) for name in ("rho", "normalize", *self.constants)}
+        return Inputs(x, weight, bias, **options, **variants)
+
     def extra_repr(self) -> str:
         return f"order={self.order}"
 
@@ -124,6 +133,7 @@ class _Polynomial(Learnable):
 class PolyReLU(_Polynomial):
     """sum_i a_i ReLU(x)^i + a_0; see `functional.poly_relu`."""
 
+    rho, normalize = Rho.RELU, False
     takes_variants = True
 
     def forward(self, x: Tensor, **variants: Unpack[Variants]) -> Tensor:
@@ -134,6 +144,7 @@ class PolyReLU(_Polynomial):
 class PolyPReLU(_Polynomial):
     """sum_i a_i PReLU(x)^i + a_0, the slope learnable, 0.25 at the start; see `functional.poly_prelu`."""
 
+    rho, normalize = Rho.PRELU, False
     slope: nn.Parameter
     scalars: ClassVar = {"bias": 0.0, "slope": 0.25}
     titles: ClassVar = {"slope": "negative slope"}
@@ -157,6 +168,7 @@ class PolyNorm(_Polynomial):
 class PolyReLUNorm(_Polynomial):
     """PolyNorm of ReLU(x); see `functional.poly_relu_norm`."""
 
+    rho = Rho.RELU
     eps = 1e-6
     constants = ("eps",)
     takes_variants = True

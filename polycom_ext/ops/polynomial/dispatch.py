@@ -64,13 +64,14 @@ def choose(device: torch.device, dtype: torch.dtype, order: int, rho: int) -> Pa
     return Path.PLAIN if torch.compiler.is_compiling() else path
 
 
-def _choose(inputs: Inputs) -> Path:
+def path_of(inputs: Inputs) -> Path:
+    """`choose` for a call."""
     return choose(inputs.x.device, inputs.x.dtype, inputs.order, inputs.rho)
 
 
 def polynomial(inputs: Inputs, slope: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
     """One member of the family, with its variants; arguments as in functional.py, already checked."""
-    path = _choose(inputs)
+    path = path_of(inputs)
     if path is Path.FUSED:
         return fused.polynomial(inputs, group)
     return (compiled if path is Path.COMPILED else eager).polynomial(inputs, slope, group)
@@ -81,7 +82,7 @@ def polynomial_linear(inputs: Inputs, linear_weight: Tensor, linear_bias: Tensor
     linear_type, device = linear_weight.dtype, inputs.x.device.type
     if torch.is_autocast_enabled(device):
         linear_type = torch.get_autocast_dtype(device)
-    if linear_type == inputs.x.dtype and _choose(inputs) is Path.FUSED:
+    if linear_type == inputs.x.dtype and path_of(inputs) is Path.FUSED:
         bias = None if linear_bias is None else linear_bias.to(linear_type)
         return fused.polynomial_linear(inputs, linear_weight.to(linear_type), bias)
     return torch.nn.functional.linear(polynomial(inputs), linear_weight, linear_bias)

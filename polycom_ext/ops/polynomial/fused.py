@@ -7,7 +7,7 @@ forward, order + 1 float32 numbers backward) and then applied.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -73,11 +73,7 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, *values: Any) -> Tensor:
         inputs = Inputs(*values)
-        if inputs.normalize:
-            sums = all_reduce(_ops.polynomial_sums(*inputs), group)
-            y, scales = _ops.polynomial_from_sums(*inputs, sums, inputs.x.shape[1] * group_size(group))
-        else:
-            y, scales = _ops.polynomial(*inputs)
+        y, scales = _sharded(inputs, group)
         _keep(ctx, inputs, scales)
         ctx.group = group
         return y
@@ -86,18 +82,32 @@ class _Sharded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         inputs, scales = _kept(ctx)
-        group, grad_y = ctx.group, grad_y.contiguous()
-        if inputs.normalize:
-            dots = _ops.polynomial_backward_sums(*inputs, grad_y, scales)
-            grad_row_scale = _row_scale_gradient(dots, inputs)
-            all_reduce(dots, group)
-            coefficients = _coefficient_gradients(dots, inputs)
-            total_width = inputs.x.shape[1] * group_size(group)
-            grad_x = _ops.polynomial_backward_from_sums(*inputs, grad_y, scales, dots, total_width)
-        else:
-            grad_x, coefficients, grad_row_scale, _ = _ops.polynomial_backward(*inputs, grad_y, scales, False)
-            all_reduce(coefficients, group)
-        return None, *_of_inputs(inputs, inputs.pre_bias is not None, grad_x, coefficients, grad_row_scale)
+        return None, *_sharded_gradients(inputs, scales, grad_y.contiguous(), ctx.group)
+
+
+def _sharded(inputs: Inputs, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    if not inputs.normalize:
+        y, scales = _ops.polynomial(*inputs)
+    else:
+        sums = all_reduce(_ops.polynomial_sums(*inputs), group)
+        y, scales = _ops.polynomial_from_sums(*inputs, sums, inputs.x.shape[1] * group_size(group))
+    return y, scales
+
+
+def _sharded_gradients(
+    inputs: Inputs, scales: Tensor, grad_y: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor | None, ...]:
+    if inputs.normalize:
+        dots = _ops.polynomial_backward_sums(*inputs, grad_y, scales)
+        grad_row_scale = _row_scale_gradient(dots, inputs)
+        all_reduce(dots, group)
+        coefficients = _coefficient_gradients(dots, inputs)
+        total_width = inputs.x.shape[1] * group_size(group)
+        grad_x = _ops.polynomial_backward_from_sums(*inputs, grad_y, scales, dots, total_width)
+    else:
+        grad_x, coefficients, grad_row_scale, _ = _ops.polynomial_backward(*inputs, grad_y, scales, False)
+        all_reduce(coefficients, group)
+    return _of_inputs(inputs, inputs.pre_bias is not None, grad_x, coefficients, grad_row_scale)
 
 
 def _keep(ctx: Any, inputs: Inputs, scales: Tensor, *more: Tensor) -> None:
@@ -232,6 +242,41 @@ def polynomial_linear(inputs: Inputs, linear_weight: Tensor, linear_bias: Tensor
     """linear(polynomial(x)) without keeping the polynomial; whole rows, and x of linear_weight's type."""
     y: Tensor = _ThenLinear.apply(*_as_rows(inputs), linear_weight, linear_bias)
     return y.view(*inputs.x.shape[:-1], linear_weight.shape[0])
+
+
+def forward(inputs: Inputs, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """y and what `backward` needs beside the inputs, for those who keep the graph of a model themselves."""
+    rows = _as_rows(inputs)
+    with _below_autograd():
+        y, scales = _ops.polynomial(*rows) if group_size(group) == 1 else _sharded(rows, cast(Any, group))
+    return y.view(inputs.x.shape), scales
+
+
+def backward(
+    inputs: Inputs,
+    scales: Tensor,
+    grad_y: Tensor,
+    group: dist.ProcessGroup | None = None,
+    recompute: bool = False,
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """The gradient of each tensor of `inputs`, and y if it is to be recomputed.
+
+    Where rows are sharded, recomputing reduces their sums once more.
+    """
+    rows, shape = _as_rows(inputs), inputs.x.shape
+    grad_y = grad_y.reshape(rows.x.shape).contiguous()
+    y: Tensor | None = None
+    with _below_autograd():
+        if group_size(group) > 1:
+            found = _sharded_gradients(rows, scales, grad_y, cast(Any, group))
+            y = _sharded(rows, cast(Any, group))[0] if recompute else None
+        else:
+            *parts, again = _ops.polynomial_backward(*rows, grad_y, scales, recompute)
+            found = _of_inputs(rows, rows.pre_bias is not None, *parts)
+            y = again if recompute else None
+    shaped = zip(found, inputs.tensors, strict=False)
+    gradients = tuple(None if one is None or of is None else one.view(of.shape) for one, of in shaped)
+    return gradients, None if y is None else y.view(shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

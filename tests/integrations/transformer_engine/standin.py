@@ -1,0 +1,225 @@
+"""Transformer Engine's real Python over a stand-in for its compiled module, so that it runs without a GPU.
+
+`install(sources)` lets `import transformer_engine` find an unpacked `transformer-engine` wheel, and the
+compiled module and the others that no test makes use of: packages for debugging, TE's ONNX export and Triton
+kernels. The names that TE only mentions (enumerations it compares, kernels it may call) are `Placeholder`s,
+which raise when called. What the tests do call torch forms, below: TE's matrix products, layer norm and the
+sum of a bias's gradient. `without_driver()` puts these functions where a compiled module, the real one too,
+has kernels.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COMPILED = "transformer_engine_torch"
+UNUSED = ("nvdlfw_inspect", "transformer_engine.pytorch.onnx_extensions", "transformer_engine.pytorch.triton")
+
+
+class Placeholder:
+    """Stands for a name of a compiled module: has any attribute, and raises when it is called."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def __getattr__(self, name: str) -> Placeholder:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Placeholder(f"{self.__name__}.{name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and isinstance(args[0], types.FunctionType | type):
+            return args[0]  # as a decorator
+        raise NotImplementedError(f"{self.__name__} has no stand-in")
+
+    def __int__(self) -> int:
+        return 0
+
+    @property
+    def __members__(self) -> Members:
+        return Members(self.__name__.rpartition(".")[2])
+
+
+class Members:
+    """Of an enumeration that TE compares at import with its Python twin: whatever the twin has."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __iter__(self) -> Iterator[str]:
+        prefix = "NVTE_" if self.name.startswith("NVTE_") else ""
+        said = self.name.replace("NVTE_", "").replace("_", "")
+        caller = sys._getframe(1).f_globals
+        twins = [v for v in caller.values() if isinstance(v, type) and issubclass(v, enum.Enum)]
+        twin = next((twin for twin in twins if twin.__name__ in said), None)
+        return iter([f"{prefix}{member.name}" for member in twin or ()])
+
+
+class PlaceholderModule(types.ModuleType):
+    __path__ = ()
+    __file__ = "<stand-in>"
+
+    def __getattr__(self, name: str) -> Placeholder:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = Placeholder(f"{self.__name__}.{name}")
+        setattr(self, name, made)
+        return made
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the modules of UNUSED, and any module in them."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not f"{fullname}.".startswith(tuple(f"{name}." for name in UNUSED)):
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return PlaceholderModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class DType(enum.IntEnum):
+    kByte = 0
+    kInt32 = 2
+    kFloat32 = 4
+    kFloat16 = 5
+    kBFloat16 = 6
+    kFloat8E4M3 = 7
+    kFloat8E5M2 = 8
+    kFloat4E2M1 = 10
+
+
+class FP8FwdTensors(enum.IntEnum):
+    GEMM1_INPUT = 0
+    GEMM1_WEIGHT = 1
+    GEMM1_OUTPUT = 2
+    GEMM2_INPUT = 3
+    GEMM2_WEIGHT = 4
+    GEMM2_OUTPUT = 5
+    GEMM3_INPUT = 6
+    GEMM3_WEIGHT = 7
+    GEMM3_OUTPUT = 8
+
+
+class FP8BwdTensors(enum.IntEnum):
+    GRAD_OUTPUT1 = 0
+    GRAD_INPUT1 = 1
+    GRAD_OUTPUT2 = 2
+    GRAD_INPUT2 = 3
+    GRAD_OUTPUT3 = 4
+    GRAD_INPUT3 = 5
+
+
+class FP8TensorMeta:
+    def __init__(self) -> None:
+        self.scale = self.scale_inv = self.amax_history = None
+
+
+def generic_gemm(
+    A: Tensor,
+    transA: bool,
+    B: Tensor,
+    transB: bool,
+    D: Tensor | None,
+    quantizer: Any,
+    output_dtype: Any,
+    bias: Tensor | None,
+    bias_type: Any,
+    gelu: bool,
+    gelu_in: Any,
+    grad: bool,
+    workspace: Any,
+    workspaceSize: int,
+    accumulate: bool,
+    *rest: Any,
+    **keywords: Any,
+) -> tuple[Tensor, None, None, None]:
+    """D = op(B) op(A), matrices of rows: what cuBLAS, column by column, calls op(A) op(B)."""
+    a, b = A.reshape(-1, A.shape[-1]), B.reshape(-1, B.shape[-1])
+    out = (b.T if transB else b) @ (a.T if transA else a)
+    if not transB:
+        out = out.reshape(*B.shape[:-1], out.shape[-1])
+    if bias is not None and not grad:
+        out = out + bias
+    if D is not None:
+        out = D.add_(out) if accumulate else D.copy_(out)
+    return out, None, None, None
+
+
+def layernorm_fwd(
+    input: Tensor, weight: Tensor, bias: Tensor, eps: float, ln_out: Any, quantizer: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = input.mean(dim=-1)
+    rstd = (input.var(dim=-1, unbiased=False) + eps).rsqrt()
+    out = (input - mean[:, None]) * rstd[:, None] * weight + bias
+    return out if quantizer is None else quantizer(out), mean, rstd
+
+
+def layernorm_bwd(
+    dz: Tensor, x: Tensor, mu: Tensor, rsigma: Tensor, gamma: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    normal, scaled = (x - mu[:, None]) * rsigma[:, None], dz * gamma
+    dots = (scaled * normal).mean(dim=-1, keepdim=True)
+    dx = (scaled - scaled.mean(dim=-1, keepdim=True) - normal * dots) * rsigma[:, None]
+    return dx, (dz * normal).sum(dim=0), dz.sum(dim=0)
+
+
+def bgrad_quantize(grad_output: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    return grad_output.sum(dim=tuple(range(grad_output.dim() - 1))), quantizer(grad_output)
+
+
+KERNELS = (generic_gemm, layernorm_fwd, layernorm_bwd, bgrad_quantize)
+"""What needs a driver in the real module, and the tests call."""
+TYPES = (DType, FP8FwdTensors, FP8BwdTensors, FP8TensorMeta)
+
+
+def install(sources: Path) -> None:
+    """Let `import transformer_engine` find the unpacked wheel in `sources`."""
+    tex = PlaceholderModule(COMPILED)
+    tex.__spec__ = importlib.machinery.ModuleSpec(COMPILED, None)
+    for one in TYPES:
+        setattr(tex, one.__name__, one)
+    sys.modules[COMPILED] = tex
+    sys.meta_path.insert(0, Finder())
+    # Not its __init__, which loads libraries of CUDA before anything.
+    package = types.ModuleType("transformer_engine")
+    package.__path__ = [str(sources / "transformer_engine")]
+    package.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None, is_package=True)
+    package.__version__ = next(sources.glob("*.dist-info")).stem.partition("-")[2]  # type: ignore
+    sys.modules["transformer_engine"] = package
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # TE's own: these libraries are not looked for later either
+    importlib.import_module("transformer_engine.common").load_framework_extension = lambda framework: None
+
+
+def without_driver() -> None:
+    """Import Transformer Engine, and let torch form what its compiled module, real or not, has a GPU do."""
+    if not torch.cuda.is_available():
+        torch.cuda.is_current_stream_capturing = lambda: False  # type: ignore[assignment]
+    tex = sys.modules[COMPILED] if COMPILED in sys.modules else importlib.import_module(COMPILED)
+    for one in KERNELS:
+        setattr(tex, one.__name__, one)
+    gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions.gemm")
+    utils = importlib.import_module("transformer_engine.pytorch.utils")
+    quantization = importlib.import_module("transformer_engine.pytorch.quantization")
+    utils._empty_tensor = lambda: torch.empty(0)
+    gemm.get_cublas_workspace = lambda *_: torch.empty(0, dtype=torch.uint8)
+    quantization.check_recipe_support = lambda recipe: None
+    quantization.get_device_compute_capability = lambda: (9, 0)
