@@ -181,6 +181,15 @@ def build_cpu(sources: Path, output: Path, torch: Torch) -> None:
         _link([cxx, "-shared", *map(str, objects), *torch.link], output)
 
 
+def cuda_stamp(sources: Path, architectures: Sequence[str], ptx: str | None = None) -> str:
+    """What a CUDA library says of itself: the sources it was built from, and what it holds code for.
+
+    Divided at colons: nvcc divides what it is given at commas.
+    """
+    codes = [f"sm_{a}" for a in architectures] + ([] if ptx is None else [f"compute_{ptx}"])
+    return ":".join([sources_digest(sources), *codes])
+
+
 def cuda_flags(architectures: Sequence[str], ptx: str | None = None) -> list[str]:
     """Flags of nvcc for machine code of each architecture, and PTX of one for those that come later."""
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
@@ -266,7 +275,8 @@ def build_cuda(sources: Path, output: Path, torch: Torch) -> list[Resources]:
     """Compile a family's CUDA operations into the file `output`; returns what the kernels take."""
     nvcc = find_nvcc()
     check_nvcc(nvcc, torch)
-    flags = cuda_flags(*cuda_targets(nvcc))
+    targets = cuda_targets(nvcc)
+    flags = cuda_flags(*targets)
     with tempfile.TemporaryDirectory() as scratch:
         objects = []
         commands = []
@@ -274,7 +284,7 @@ def build_cuda(sources: Path, output: Path, torch: Torch) -> list[Resources]:
             objects.append(str(Path(scratch) / f"{source.stem}.o"))
             include = torch.include if source.stem == "cuda_ops" else []
             macros = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DUSE_CUDA"] if include else []
-            macros += [f'-DPOLYCOM_SOURCES="{sources_digest(sources)}"'] if include else []
+            macros += [f'-DPOLYCOM_SOURCES="{cuda_stamp(sources, *targets)}"'] if include else []
             commands.append([nvcc, *flags, *macros, *include, "-c", str(source), "-o", objects[-1]])
         report = [used for output_of_nvcc in run_all(commands) for used in resources(output_of_nvcc)]
         _link([nvcc, "-shared", "--cudart", "static", *objects, *torch.link, "-ldl"], output)

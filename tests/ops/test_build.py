@@ -69,6 +69,13 @@ def test_architectures_that_cannot_be_are_named(
         build.cuda_targets(old_nvcc)
 
 
+def test_a_cuda_library_says_what_it_was_built_from_and_for() -> None:
+    sources = build.FAMILIES["polynomial"] / "csrc"
+    stamp = build.cuda_stamp(sources, ["80", "90a"], "90")
+    assert stamp == f"{build.sources_digest(sources)}:sm_80:sm_90a:compute_90"
+    assert build.cuda_stamp(sources, ["80"]).split(":")[1:] == ["sm_80"]
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which is not on PATH")
 def test_the_nvcc_at_hand_compiles_for_every_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)

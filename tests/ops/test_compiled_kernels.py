@@ -150,6 +150,8 @@ def test_the_cuda_library_is_no_worse_than_the_table_and_loads(tmp_path: Path) -
         "for name in ('', '_backward', '_sums', '_from_sums', '_backward_sums', '_backward_from_sums'):\n"
         "    operator = f'polycom::polynomial{name}'\n"
         "    assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, 'CUDA'), name\n"
+        "build = torch.ops.polycom.polynomial_cuda_build()\n"
+        "assert build.endswith(':sm_80:sm_90:sm_100:compute_100'), build\n"
         "print(torch.ops.polycom.polynomial_cuda_problem(0))\n"
     )
 

@@ -51,7 +51,7 @@ def _load_cuda(library: Path) -> str:
         return f"torch {torch.__version__} is built without CUDA; {library.name} needs one that has it"
     try:
         torch.ops.load_library(str(library))
-        built_from = torch.ops.polycom.polynomial_cuda_build()
+        built_from = torch.ops.polycom.polynomial_cuda_build().partition(":")[0]
     except (OSError, RuntimeError, AttributeError) as error:
         return f"{library.name} cannot be loaded ({str(error).splitlines()[0]}); {_REBUILD}"
     if built_from != build.sources_digest(_HERE / "csrc"):
@@ -69,6 +69,16 @@ def _noted(library: Path) -> str:
     if not note.exists():
         return ""
     return f" ({note.read_text().splitlines()[0]}; all of it in {note})"
+
+
+def instruction_set() -> str | None:
+    """What the CPU's operations have chosen (`avx512`, `avx2`, `baseline`); None if they are not loaded."""
+    return str(torch.ops.polycom.polynomial_build().split()[1]) if "cpu" in devices else None
+
+
+def cuda_architectures() -> list[str]:
+    """What the CUDA operations hold code for: `sm_90`, and `compute_100` for PTX, which later ones run."""
+    return torch.ops.polycom.polynomial_cuda_build().split(":")[1:] if "cuda" in devices else []
 
 
 def gpu_problem(index: int) -> str:
