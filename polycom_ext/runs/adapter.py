@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +50,18 @@ class Facts:
         return None if self.sequence is None or self.batch is None else steps * self.batch * self.sequence
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs of a machine beside this package, its extra of the trainer's name, and the trees."""
+
+    gpu: str = ""
+    """Why it runs on GPUs only, a clause; nothing where it is rehearsed on a CPU."""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """Modules of other projects that it imports -> why, a clause."""
+    on_gpu: Mapping[str, str] = field(default_factory=dict)
+    """Those that it imports only where it runs on GPUs."""
+
+
 class Adapter(Protocol):
     """One trainer. A run is `torchrun … arguments(spec, run_dir)`.
 
@@ -74,6 +86,9 @@ class Adapter(Protocol):
 
     def check_inputs(self, spec: Spec) -> None:
         """Raise PolycomError for an input file that is not there; asked before a start, not for a dry run."""
+
+    def needs(self, spec: Spec) -> Needs:
+        """For `polycom doctor`, which looks whether it is there."""
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
         """What follows torchrun's own options: `-m MODULE …`, or a script."""

@@ -11,7 +11,7 @@ from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.integrations.megatron import blends, checks, model, options, tokens
 from polycom_ext.integrations.megatron.native import FLAGS
-from polycom_ext.runs.adapter import Facts, Upstream, chosen_tree, integer
+from polycom_ext.runs.adapter import Facts, Needs, Upstream, chosen_tree, integer
 from polycom_ext.runs.record import Record
 from polycom_ext.runs.spec import Spec
 
@@ -49,6 +49,9 @@ class MegatronAdapter:
     def check_inputs(self, spec: Spec) -> None:
         checks.check_packages(spec)
         tokens.check(spec)
+
+    def needs(self, spec: Spec) -> Needs:
+        return checks.needs(spec)
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
         record = Record(run_dir)

@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from polycom_ext.errors import PolycomError
+from polycom_ext.runs.adapter import Needs
 from polycom_ext.runs.spec import Spec
 
 UNEVEN_PIPELINE = (
@@ -53,11 +54,32 @@ def check_packages(spec: Spec) -> None:
                 f"{spec.name}: megatron.use-precision-aware-optimizer needs Transformer Engine's Adam, "
                 "which is not installed"
             )
-        if options.get("transformer-impl", "transformer_engine") != "local":
+        if _on_transformer_engine(spec):
             raise PolycomError(
                 f"{spec.name}: Megatron's layers are Transformer Engine's, which is not installed, unless "
                 "megatron.transformer-impl is local"
             )
+
+
+def needs(spec: Spec) -> Needs:
+    """What a run imports of others' and whether it is one for GPUs only."""
+    modules, on_gpu = {}, {}
+    gpu = ""
+    if _on_transformer_engine(spec):
+        gpu = "Transformer Engine's layers run on GPUs only (megatron.transformer-impl is not local)"
+        modules["transformer_engine.pytorch"] = "megatron.transformer-impl is not local"
+    elif spec.options.get("use-precision-aware-optimizer"):
+        on_gpu["transformer_engine.pytorch"] = "megatron.use-precision-aware-optimizer takes its Adam"
+    if spec.options.get("distributed-backend", "nccl") == "nccl":
+        gpu = gpu or "megatron.distributed-backend is nccl"
+    if not spec.options.get("no-gradient-accumulation-fusion"):
+        why = "megatron.no-gradient-accumulation-fusion is not set"
+        modules |= {"apex": why, "fused_weight_gradient_mlp_cuda": f"it is of apex, and {why}"}
+    return Needs(gpu, modules, on_gpu)
+
+
+def _on_transformer_engine(spec: Spec) -> bool:
+    return bool(spec.options.get("transformer-impl", "transformer_engine") != "local")
 
 
 def integer(spec: Spec, name: str, default: int | None, least: int = 1) -> int | None:

@@ -16,7 +16,7 @@ from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.integrations.olmo import options, tokens
 from polycom_ext.integrations.olmo.native import NATIVE
 from polycom_ext.runs import document
-from polycom_ext.runs.adapter import Facts, Upstream, chosen_tree, integer, trees
+from polycom_ext.runs.adapter import Facts, Needs, Upstream, chosen_tree, integer, trees
 from polycom_ext.runs.record import Record
 from polycom_ext.runs.spec import Spec
 
@@ -132,6 +132,14 @@ class OLMoAdapter:
         problem = tokens.problem(SECTION, files, {**defaults, **model}, tokenizer)
         if problem:
             raise PolycomError(f"{spec.name}: {problem}")
+
+    def needs(self, spec: Spec) -> Needs:
+        """The branch's experts are those of megablocks, whose kernels a rehearsal stands in for."""
+        model = _section(spec, "model")
+        if "megablocks" not in trees(self, spec) or model.get("block_type") != "moe":
+            return Needs()
+        why = "megablocks takes its products from it"
+        return Needs(on_gpu={"stk": why, "megablocks_ops": "it is the compiled part of megablocks"})
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
         entry = ("-m", "polycom_ext.integrations.olmo.train")

@@ -283,6 +283,32 @@ def test_what_needs_a_package_that_is_there_is_accepted(
         MegatronAdapter().check_inputs(make(mock_data=True, **options))
 
 
+CPU = {"distributed_backend": "gloo", "no_gradient_accumulation_fusion": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "gpu", "modules", "on_gpu"),
+    [
+        (CPU, "", (), ()),
+        (CPU | {"distributed_backend": "nccl"}, "distributed-backend is nccl", (), ()),
+        (CPU | {"distributed_backend": None}, "distributed-backend is nccl", (), ()),
+        (CPU | {"transformer_impl": None}, "layers run on GPUs only", ("transformer_engine.pytorch",), ()),
+        (
+            CPU | {"no_gradient_accumulation_fusion": None},
+            *("", ("apex", "fused_weight_gradient_mlp_cuda"), ()),
+        ),
+        (CPU | {"use_precision_aware_optimizer": True}, "", (), ("transformer_engine.pytorch",)),
+    ],
+)
+def test_what_a_run_needs_of_a_machine(
+    options: dict[str, Any], gpu: str, modules: tuple[str, ...], on_gpu: tuple[str, ...]
+) -> None:
+    needs = MegatronAdapter().needs(make(**options))
+    assert gpu in needs.gpu
+    assert bool(gpu) is bool(needs.gpu)
+    assert (tuple(needs.modules), tuple(needs.on_gpu)) == (modules, on_gpu)
+
+
 def test_token_files_must_be_there_weights_need_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trainer = MegatronAdapter()

@@ -1,6 +1,7 @@
 """An OLMo spec in OLMo's own terms: options, activation, widths and data, checked before a start."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,16 @@ def test_the_branch_has_its_own_trees(tmp_path: Path) -> None:
     assert trees(OLMoAdapter(), make()) == ("olmo",)
     with pytest.raises(PolycomError, match=r"has no upstream 'olmo-mo' \(did you mean 'olmo-moe'"):
         load(path, ["upstream=olmo-mo"])
+
+
+def test_experts_of_the_branch_need_megablocks_kernels_on_gpus_only() -> None:
+    for version, block, wanted in (
+        ("olmo-moe", "moe", ("stk", "megablocks_ops")),
+        ("olmo-moe", "sequential", ()),
+        ("olmo", "moe", ()),
+    ):
+        needs = OLMoAdapter().needs(replace(make(model={"block_type": block}), upstream=version))
+        assert (needs.gpu, tuple(needs.modules), tuple(needs.on_gpu)) == ("", (), wanted)
 
 
 def test_facts_of_a_spec() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from polycom_ext.activations import parse
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs.adapter import Facts, Upstream
+from polycom_ext.runs.adapter import Facts, Needs, Upstream
 from polycom_ext.runs.spec import Spec
 
 
@@ -31,6 +31,12 @@ class ToyAdapter:
         needed = spec.options.get("needs")
         if needed and not Path(needed).exists():
             raise PolycomError(f"{spec.name}: toy.needs: {needed} not found")
+
+    def needs(self, spec: Spec) -> Needs:
+        return Needs(
+            gpu=spec.options.get("only-on-gpus", ""),
+            modules=dict.fromkeys(spec.options.get("imports", ()), "toy.imports names it"),
+        )
 
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
         options = [
