@@ -18,6 +18,7 @@ from polycom_ext.errors import PolycomError
 
 VERBS = {
     "data": ("polycom_ext.data.command", "turn text into token files"),
+    "doctor": ("polycom_ext.doctor.command", "what this machine has, and whether a run can start here"),
     "node": ("polycom_ext.runs.node", "execute a planned run on this node of it"),
     "report": ("polycom_ext.report.command", "tables and plots of finished runs"),
     "run": ("polycom_ext.runs.command", "start or resume a training run"),

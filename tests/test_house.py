@@ -24,7 +24,7 @@ FLOORS = (
     ("upstream",),
     ("data",),
     ("runs",),
-    ("integrations", "report"),
+    ("integrations", "report", "doctor"),
     ("cli",),
 )
 """From the ground up: a room imports those below its own floor, and itself. An adapter stands on the contract

@@ -1,0 +1,253 @@
+"""`polycom doctor`: what it prints, and its exit status for this package and for a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from polycom_ext.cli import main
+from polycom_ext.doctor import machine, run
+from polycom_ext.doctor.findings import Mark
+from polycom_ext.doctor.machine import Machine
+from polycom_ext.runs import plan
+from polycom_ext.runs.adapter import Upstream
+from polycom_ext.runs.plan import Run
+from polycom_ext.upstream import fetch, trees
+
+from ..runs.conftest import register, write_spec
+from ..upstream.conftest import Small, make_small
+from .conftest import MACHINE, NO_GPU
+
+OK, MISSING, WRONG, UNNEEDED = Mark.OK, Mark.MISSING, Mark.WRONG, Mark.UNNEEDED
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
+    """The one upstream that is pinned; the toy trainer is its trainer, and needs its patches."""
+    register(monkeypatch, tmp_path)
+    adapter: Any = import_module("toy").ToyAdapter
+    monkeypatch.setattr(adapter, "upstreams", {"small": Upstream("Small", ("small",))})
+    monkeypatch.setattr(adapter, "needs_patches", lambda self, spec: True)
+    return make_small(tmp_path, monkeypatch)
+
+
+def planned(**options: Any) -> Run:
+    return plan.planned(Path(write_spec("a-run", 1, {"steps": 1, **options})), [], None, Path("outputs"))
+
+
+def test_a_run_that_can_start_here_for_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(monkeypatch, tmp_path)
+    spec = write_spec("small", 2, {"steps": 1, "imports": ["numpy"]})
+    assert main(["doctor", "--json", "--config", spec]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["ready"], told["subject"]) == (True, "small")
+    facts = told["machine"]["torch"]
+    assert (facts["version"], facts["cuda"], facts["problem"]) == (torch.__version__, torch.version.cuda, "")
+    assert len(facts["devices"]) == torch.cuda.device_count()
+    operations = told["machine"]["operations"]
+    fused = "fused" if "cpu" in operations["fused_on"] else "plain"
+    assert operations["checked"]["cpu"] == {
+        **dict.fromkeys(("prelu", "swish", "xielu", "polyprelu"), "plain"),
+        **dict.fromkeys(("polyrelu", "polynorm", "polyrelunorm"), fused),
+    }
+    found = {one["subject"]: one for one in told["findings"]}
+    assert {"python", "torch", "clock", "devices", "packages", "spec", "inputs"} <= set(found)
+    assert found["numpy"]["text"] == numpy.__version__
+    assert found["devices"]["mark"] == "ok"
+    assert set(found["devices"]) == {"subject", "mark", "text", "way_out", "stops"}
+    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+
+
+def test_a_torch_that_crashes_is_a_line_and_the_others_are_told(
+    installed: Callable[..., Path], tmp_path: Path, small: Small
+) -> None:
+    """The process that crashes is not doctor's own."""
+    installed({"torch/__init__.py": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"})
+    command = [sys.executable, "-m", "polycom_ext.cli", "doctor"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (2, "")
+    lines = finished.stdout.splitlines()
+    assert any(line.startswith("wrong") and "its import crashes (SIGSEGV)" in line for line in lines)
+    assert any(line.startswith("ok") and " python " in line for line in lines)
+    assert lines[-1] == "polycom-ext does not work here, because of: torch, polycom-ext"
+
+
+TE = "transformer_engine.pytorch"
+RUNS: dict[str, tuple[Machine, list[str], int, str]] = {
+    "on a GPU": (MACHINE, [], 0, "a-run can start here"),
+    "rehearsed": (NO_GPU, [], 0, "a-run can start here"),
+    "more processes than GPUs": (
+        *(MACHINE, ["processes_per_node=2"], 2),
+        "a-run cannot start here, because of: devices",
+    ),
+    "on GPUs only": (
+        *(NO_GPU, ["toy.only-on-gpus=it says so"], 2),
+        "a-run cannot start here, because of: devices",
+    ),
+    "a package that is there": (MACHINE, [f"toy.imports=[{TE}]"], 0, "a-run can start here"),
+    "a package that is not": (
+        *(NO_GPU, [f"toy.imports=[{TE}]"], 2),
+        "a-run cannot start here, because of: transformer-engine",
+    ),
+    "data that is not there": (
+        *(MACHINE, ["toy.needs=nowhere.bin"], 2),
+        "a-run cannot start here, because of: inputs",
+    ),
+    "options that are refused": (
+        *(MACHINE, ["toy.steps=null"], 2),
+        "a-run cannot start here, because of: spec",
+    ),
+    "no run at all": (
+        *(MACHINE, ["activation=polynom"], 2),
+        "a-run.yaml cannot start here, because of: spec",
+    ),
+}
+
+
+@pytest.mark.parametrize(("looked", "changes", "status", "verdict"), RUNS.values(), ids=RUNS)
+def test_the_exit_status_says_whether_a_run_can_start(
+    looked: Machine,
+    changes: list[str],
+    status: int,
+    verdict: str,
+    small: Small,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On machines that are given as their facts: no GPU can be had here."""
+    monkeypatch.setattr(import_module("toy").ToyAdapter, "upstreams", {})
+    monkeypatch.setattr(machine, "look", lambda *_: looked)
+    spec = write_spec("a-run", 1, {"steps": 1})
+    sets = [word for change in changes for word in ("--set", change)]
+    assert main(["doctor", "--config", spec, *sets]) == status
+    assert capsys.readouterr().out.splitlines()[-1] == verdict
+
+
+def test_what_is_of_a_run_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--set", "nodes=2"], ["--output", "x"]):
+        assert main(["doctor", *option]) == 2
+        assert "name its spec with --config" in capsys.readouterr().err
+
+
+def bring(small: Small, state: str) -> None:
+    """The tree of the small upstream into this state."""
+    if state == "absent":
+        return
+    fetch.fetch(small.pin)
+    if state != "pristine":
+        trees.apply(small.pin)
+    if state == "partly applied":
+        path = small.tree / "small" / "mlp.py"
+        path.write_text(path.read_text().replace("line three", "line 3"))
+    if state == "drifted":
+        (small.tree / "small" / "mlp.py").write_text("mine\n")
+
+
+@pytest.mark.parametrize(
+    ("state", "alone", "on_patches", "without_patches"),
+    [
+        ("absent", (UNNEEDED, False), (MISSING, True), (MISSING, True)),
+        ("pristine", (MISSING, False), (MISSING, True), (OK, False)),
+        ("applied", (OK, False), (OK, False), (OK, False)),
+        ("partly applied", (WRONG, False), (WRONG, True), (WRONG, False)),
+        ("drifted", (WRONG, False), (WRONG, True), (WRONG, False)),
+    ],
+)
+def test_the_state_of_an_upstream_and_which_runs_it_stops(
+    state: str,
+    alone: tuple[Mark, bool],
+    on_patches: tuple[Mark, bool],
+    without_patches: tuple[Mark, bool],
+    small: Small,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bring(small, state)
+    for needs_patches, wanted in ((None, alone), (True, on_patches), (False, without_patches)):
+        adapter = import_module("toy").ToyAdapter
+        monkeypatch.setattr(adapter, "needs_patches", lambda self, spec, needs=needs_patches: needs)
+        [found] = run.upstreams(None if needs_patches is None else planned())
+        assert found.text.startswith(f"1.0: {state}")
+        assert (found.mark, found.stops) == wanted
+        verb = {OK: "", WRONG: "polycom upstream status small"}
+        assert found.way_out == verb.get(found.mark, "polycom upstream apply small")
+
+
+def test_an_upstream_of_no_tree_of_the_run_is_not_needed(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("toy").ToyAdapter, "upstreams", {})
+    [found] = run.upstreams(planned())
+    assert (found.mark, found.stops) == (UNNEEDED, False)
+
+
+def test_a_series_that_is_broken_is_told(small: Small) -> None:
+    (small.series / "series").unlink()
+    [found] = run.upstreams(planned())
+    assert (found.mark, found.stops) == (WRONG, True)
+    assert "series" in found.text
+
+
+REQUIRES = ("numpy", "PyYAML>=5", "tomli; python_version < '3.0'", "nothing-like-it; extra == 'other'")
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ((), None),
+        (("absent-one; extra == 'toy'",), "absent-one is not installed"),
+        (("PyYAML>=99; extra == 'toy'",), " is not >=99"),
+        (("PyYAML>=99; extra == 'other'",), None),
+    ],
+)
+def test_the_packages_of_the_trainers_extra_and_their_versions(
+    more: tuple[str, ...], problem: str | None, small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    about = tmp_path / "polycom_ext-0.1.0.dist-info"
+    about.mkdir()
+    lines = [f"Requires-Dist: {text}\n" for text in (*REQUIRES, *more)]
+    (about / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: polycom-ext\nVersion: 0.1.0\n{''.join(lines)}"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = run.requirements(planned())
+    if problem is None:
+        assert (found.mark, found.text) == (OK, "2 of polycom-ext[toy]")
+    else:
+        assert (found.mark, found.stops) == (WRONG, True)
+        assert problem in found.text
+        assert found.way_out == "pip install 'polycom-ext[toy]'"
+
+
+def test_without_packaging_versions_are_not_compared(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    found = run.requirements(planned())
+    assert (found.mark, found.stops, found.way_out) == (MISSING, False, "pip install packaging")
+
+
+def test_the_directory_of_a_run_must_be_one_that_it_can_go_on_in(small: Small) -> None:
+    (Path("outputs")).mkdir()
+    (Path("outputs") / "a-run").touch()
+    [spec, inputs] = run.checks(planned())
+    assert (spec.mark, spec.stops, inputs.mark) == (WRONG, True, OK)
+    assert "is a file, not a folder" in spec.text
+
+
+def test_secrets_are_inputs(small: Small) -> None:
+    found = planned()
+    os.environ.pop("TOY_TOKEN", None)
+    found.spec.environment["TOY_TOKEN"] = "${TOY_TOKEN}"
+    [_, inputs] = run.checks(found)
+    assert (inputs.mark, inputs.stops) == (WRONG, True)
+    assert "TOY_TOKEN" in inputs.text

@@ -1,0 +1,169 @@
+"""What a machine has, from real packages, files and clocks; whatever breaks at its import, doctor goes on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from polycom_ext import reference
+from polycom_ext.doctor import machine, probe
+from polycom_ext.doctor.machine import Package
+
+Installed = Callable[..., Path]
+CRASH = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
+TORCH = {"torch/__init__.py": ""}
+"""Packages on top of it import it first; this one takes no seconds."""
+
+
+def test_an_activation_that_differs_from_its_definition_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    definition = reference.prelu
+    monkeypatch.setattr(reference, "swish", lambda x, beta: 1.1 * beta * x)
+    monkeypatch.setattr(reference, "prelu", lambda x, slope: definition(x, slope.detach() + 0 * slope))
+    checked = probe._checked(torch.device("cpu"))
+    assert checked["swish"].startswith("y is off by ")
+    assert checked["prelu"].startswith("the gradient of slope is off by ")
+    assert checked["xielu"] == "plain"
+
+
+@pytest.mark.parametrize(
+    ("init", "says"),
+    [
+        (CRASH, "its import crashes (SIGSEGV)"),
+        ("raise ImportError('libcudart.so.13: not found')\n", "ImportError: libcudart.so.13: not found"),
+        ('print(\'{"version": "9"}\')\nimport nothing_like_it\n', "ModuleNotFoundError: No module named"),
+    ],
+)
+def test_a_torch_that_cannot_be_imported_is_told(installed: Installed, init: str, says: str) -> None:
+    """What it prints is not taken for what was found."""
+    installed({"torch/__init__.py": init})
+    told, _ = machine._torch()
+    assert told.version is None
+    assert told.problem.startswith(says)
+
+
+def test_a_package_that_is_not_there(installed: Installed) -> None:
+    assert machine.package("flash_attn") == Package("flash_attn")
+
+
+def test_a_package_of_others_its_version_and_place(installed: Installed) -> None:
+    folder = installed({**TORCH, "grouped_gemm/__init__.py": ""}, "grouped_gemm", "1.1.4")
+    found = machine.package("grouped_gemm")
+    assert found == Package("grouped_gemm", str(folder / "grouped_gemm"), "1.1.4", imported=True)
+
+
+@pytest.mark.parametrize(
+    ("init", "says"),
+    [
+        (CRASH, "its import crashes (SIGSEGV)"),
+        ("raise OSError('undefined symbol: _ZN2at')", "OSError: undefined"),
+    ],
+)
+def test_a_package_whose_import_breaks_keeps_its_version(installed: Installed, init: str, says: str) -> None:
+    installed({**TORCH, "flash_attn/__init__.py": init}, "flash-attn", "2.8.3")
+    found = machine.package("flash_attn")
+    assert (found.version, found.imported) == ("2.8.3", False)
+    assert found.problem.startswith(says)
+
+
+def test_an_import_that_hangs_is_given_up(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed({"flash_attn/__init__.py": "import time; time.sleep(60)", **TORCH})
+    monkeypatch.setattr(probe, "SECONDS", 0.5)
+    assert machine.package("flash_attn").problem == "its import has not ended in 0.5 s"
+
+
+PYPI_APEX = {
+    "apex/__init__.py": "from pyramid.interfaces import ISessionFactory\n",
+    "apex/lib/flash.py": "",
+    "apex/views.py": "",
+}
+SUMMARY = "Pyramid toolkit to add Velruse, Flash Messages,CSRF, ReCaptcha and Sessions"
+
+
+def test_apex_of_pypi_is_told_apart_from_nvidias(installed: Installed) -> None:
+    installed(PYPI_APEX, "apex", "0.9.10.dev0", SUMMARY)
+    found = machine.package("apex")
+    assert (found.foreign, found.imported, found.problem) == (SUMMARY, False, "")
+
+
+def test_apex_of_nvidia(installed: Installed) -> None:
+    files = {"apex/__init__.py": "", "apex/multi_tensor_apply/__init__.py": ""}
+    installed({**TORCH, **files}, "apex", "0.1")
+    found = machine.package("apex")
+    assert (found.version, found.foreign, found.imported) == ("0.1", "", True)
+
+
+@pytest.mark.parametrize(
+    "doors",
+    [
+        (),
+        ("register_forward_fusion", "register_backward_fusion"),
+        ("register_forward_fusion", "register_backward_fusion", "register_forward_backward_fusion"),
+    ],
+    ids=("2.12", "2.13", "2.17"),
+)
+def test_the_extension_api_of_transformer_engine(installed: Installed, doors: tuple[str, ...]) -> None:
+    ops = "".join(f"def {door}(): ...\n" for door in doors)
+    files = {"__init__.py": "", "pytorch/__init__.py": "from . import ops\n", "pytorch/ops.py": ops}
+    files = {f"transformer_engine/{name}": text for name, text in files.items()}
+    installed({**TORCH, **files}, "transformer_engine", "2.20.2")
+    found = machine.package("transformer_engine.pytorch")
+    assert (found.version, found.features, found.imported) == ("2.20.2", doors, True)
+
+
+def test_nvcc_is_compared_with_torchs_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert machine._nvcc(machine.Torch("2.14", "12.6")) == machine.Compiler(str(nvcc), "12.4")
+    assert "of CUDA 12.4 but torch of CUDA 13.0" in machine._nvcc(machine.Torch("2.14", "13.0")).problem
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    assert machine._nvcc(machine.Torch("2.14", "13.0")).problem.startswith("nvcc failed")
+
+
+def test_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert machine._nvcc(machine.Torch()) == machine.Compiler(None)
+
+
+def test_a_folder_that_is_not_made_yet_is_judged_by_the_one_above(tmp_path: Path) -> None:
+    found = machine.folder("runs", tmp_path / "outputs" / "small")
+    assert found.writable
+    assert 0 < found.free < 1 << 60
+    (tmp_path / "file").touch()
+    assert not machine.folder("runs", tmp_path / "file" / "small").writable
+    assert not machine.folder("runs", Path("/proc/outputs")).writable or os.access("/proc", os.W_OK)
+
+
+def test_the_clock_is_set_beside_the_files_of_the_package(tmp_path: Path) -> None:
+    (tmp_path / "old.py").touch()
+    (tmp_path / "new.py").touch()
+    os.utime(tmp_path / "old.py", (1e9, 1e9))
+    os.utime(tmp_path / "new.py", (9e9, 9e9))
+    found = machine.clock(tmp_path)
+    assert found.newest_file == 9e9
+    assert abs(found.now - time.time()) < 60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="adjtimex is Linux's")
+def test_the_kernel_is_asked_whether_the_clock_is_synchronised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a C library of which only the one function is another's."""
+    for state, told in ((0, True), (5, False), (-1, None)):
+        (tmp_path / "clock.c").write_text(f"int adjtimex(void *timex) {{ return timex ? {state} : 99; }}\n")
+        library = tmp_path / f"clock{state}.so"
+        assert os.system(f"cc -shared -o {library} {tmp_path / 'clock.c'}") == 0
+        load = machine.ctypes.CDLL
+        monkeypatch.setattr(
+            machine.ctypes, "CDLL", lambda name, library=library, load=load: load(str(library))
+        )
+        assert machine.clock(tmp_path).synchronised is told
+        monkeypatch.undo()
