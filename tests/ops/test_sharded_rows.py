@@ -12,7 +12,8 @@ import pytest
 RANK_PROGRAM = """
 import sys
 import torch, torch.distributed as dist
-from polycom_ext import functional
+from polycom_ext import functional, modules
+from polycom_ext.ops.polynomial import fused, library
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
@@ -54,6 +55,18 @@ for function in (functional.poly_norm, functional.poly_relu_norm, functional.pol
             close(shard[3].grad, whole[3].grad[own])
             dist.all_reduce(shard[4].grad)  # its gradient is each rank's own share
             close(shard[4].grad, whole[4].grad)
+
+for module in (modules.PolyNorm(), modules.PolyReLU()) if library.devices else ():
+    x, grad, extra = torch.randn(7, 32), torch.randn(7, 64), (torch.randn(32), torch.rand(7))
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, *extra)]
+    module.group = group
+    y = module(leaves[0], pre_bias=leaves[1], row_scale=leaves[2])
+    expected = torch.autograd.grad(y, (leaves[0], *module.parameters(), *leaves[1:]), grad[:, own])
+    inputs = module.inputs(x, pre_bias=extra[0], row_scale=extra[1])
+    by_hand, scales = fused.forward(inputs, group)
+    found, again = fused.backward(inputs, scales, grad[:, own], group, recompute=True)
+    assert torch.equal(by_hand, y) and torch.equal(again, y)
+    assert all(torch.equal(*pair) for pair in zip(found[:5], expected, strict=True))
 dist.destroy_process_group()
 """
 

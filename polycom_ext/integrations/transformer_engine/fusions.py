@@ -22,6 +22,7 @@ from transformer_engine.pytorch.ops import BasicLinear, BasicOperation, Bias, Fu
 from transformer_engine.pytorch.ops.fused import ForwardLinearBiasActivation
 from transformer_engine.pytorch.ops.fuser import OperationFuser
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
 
 from polycom_ext.integrations.transformer_engine.operations import Activation
 
@@ -180,10 +181,12 @@ def _in_epilogue(operations: Sequence[Any]) -> bool:
     return len(ForwardLinearBiasActivation.fuse_forward_ops(list(operations), recipe=None)) == 1
 
 
-def _recomputed(activation: Activation, recipe: Any) -> bool:
+def _recomputed(activation: Activation, linear: BasicLinear, recipe: Any) -> bool:
     if recipe is None:
         return True
-    return activation.activation_recompute_in_mlp and not recipe.delayed() and not _overridden(recipe)
+    # A custom recipe too may have the quantizer whose scale is of earlier steps.
+    delayed = recipe.delayed() or isinstance(linear.get_input_quantizer(), Float8Quantizer)
+    return activation.activation_recompute_in_mlp and not delayed and not _overridden(recipe)
 
 
 def fuse_bias_activation(operations: list[Any], *, recipe: Any) -> list[Any]:
@@ -203,10 +206,9 @@ def fuse_activation_linear(operations: list[Any], *, recipe: Any) -> list[Any]:
     while rest:
         one: Any = rest[0]
         linear: Any = rest[1] if len(rest) > 1 else None
-        fits = isinstance(one, Activation) and isinstance(linear, BasicLinear) and _recomputed(one, recipe)
-        if (
-            not fits or linear._userbuffers_options is not None
-        ):  # overlapped communication has fusions of its own
+        fits = isinstance(one, Activation) and isinstance(linear, BasicLinear)
+        # Communication that overlaps has fusions of its own.
+        if not fits or linear._userbuffers_options is not None or not _recomputed(one, linear, recipe):
             out.append(rest.pop(0))
             continue
         run = [rest.pop(0), rest.pop(0)]

@@ -211,15 +211,20 @@ def install(sources: Path) -> None:
 
 def without_driver() -> None:
     """Import Transformer Engine, and let torch form what its compiled module, real or not, has a GPU do."""
-    if not torch.cuda.is_available():
-        torch.cuda.is_current_stream_capturing = lambda: False  # type: ignore[assignment]
-    tex = sys.modules[COMPILED] if COMPILED in sys.modules else importlib.import_module(COMPILED)
-    for one in KERNELS:
-        setattr(tex, one.__name__, one)
-    gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions.gemm")
-    utils = importlib.import_module("transformer_engine.pytorch.utils")
-    quantization = importlib.import_module("transformer_engine.pytorch.quantization")
-    utils._empty_tensor = lambda: torch.empty(0)
-    gemm.get_cublas_workspace = lambda *_: torch.empty(0, dtype=torch.uint8)
-    quantization.check_recipe_support = lambda recipe: None
-    quantization.get_device_compute_capability = lambda: (9, 0)
+    for name in ("ops", "cpp_extensions.gemm", "utils", "quantization"):
+        importlib.import_module(f"transformer_engine.pytorch.{name}")
+    theirs = [module for name, module in sys.modules.items() if name.startswith("transformer_engine")]
+    for module in theirs:  # some import the function, not the module
+        for one in KERNELS:
+            if one.__name__ in vars(module) or module.__name__ == COMPILED:
+                setattr(module, one.__name__, one)
+    replaced: dict[str, Any] = {
+        "utils._empty_tensor": lambda: torch.empty(0),
+        "cpp_extensions.gemm.get_cublas_workspace": lambda *_: torch.empty(0, dtype=torch.uint8),
+        "quantization.check_recipe_support": lambda recipe: None,
+        "quantization.get_device_compute_capability": lambda: (9, 0),
+    }
+    for path, function in replaced.items():
+        module, _, name = path.rpartition(".")
+        setattr(sys.modules[f"transformer_engine.pytorch.{module}"], name, function)
+    torch.cuda.is_current_stream_capturing = lambda: False  # type: ignore[assignment]
