@@ -17,7 +17,7 @@ OLMO_DATA := build/demo-olmo
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-olmo operations test test-full lint docs wheel clean
+.PHONY: demo demo-olmo operations test test-full test-te lint docs wheel clean
 
 $(DEMO_READY): requirements.txt pyproject.toml setup.py
 	@echo "== set-up: a virtual environment in $(VENV), torch and what the demo needs (some minutes, once)"
@@ -73,6 +73,30 @@ test-full: $(READY)
 docs: $(READY)
 	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going docs build/docs
 
+# Transformer Engine as it is compiled, in an environment of its own of 6.6 GB: torch's CUDA build, and TE's 33 C++
+# files, which take two cores about 10 minutes. Needs the CUDA toolkit's headers and no GPU.
+TE_VENV := .venv-te
+TE_PIP := $(TE_VENV)/bin/python -m pip --disable-pip-version-check
+TE := 2.20.2
+
+$(TE_VENV)/.ready:
+	$(PYTHON) -m venv $(TE_VENV)
+	$(TE_PIP) install torch==2.14.1 numpy PyYAML pytest setuptools wheel pybind11 ninja packaging einops onnx onnxscript \
+		pydantic nvdlfw-inspect nvidia-cudnn-frontend nvidia-mathdx
+	$(TE_PIP) install --no-deps transformer-engine==$(TE) transformer-engine-cu13==$(TE)
+	rm -rf $(TE_VENV)/sources && mkdir $(TE_VENV)/sources
+	$(TE_PIP) download --no-deps --no-binary :all: --no-build-isolation --dest $(TE_VENV)/sources transformer-engine-torch==$(TE)
+	tar -xf $(TE_VENV)/sources/*.tar.gz -C $(TE_VENV)/sources --strip-components 1
+	cd $(TE_VENV)/sources && CPATH="$$(ls -d $(CURDIR)/$(TE_VENV)/lib/python3.*/site-packages/nvidia/*/include \
+		$(CURDIR)/$(TE_VENV)/lib/python3.*/site-packages/include $${CUDA_HOME:-/usr/local/cuda}/include | paste -sd :)" \
+		NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_FRAMEWORK=pytorch MAX_JOBS=2 \
+		$(CURDIR)/$(TE_PIP) install --no-build-isolation --no-deps .
+	touch $@
+
+test-te: $(OPERATIONS) $(TE_VENV)/.ready
+	PYTHONPATH=$(CURDIR) $(TE_VENV)/bin/python -m pytest -p no:cacheprovider \
+		tests/integrations/transformer_engine/claims.py tests/integrations/transformer_engine/compiled.py
+
 # CPU operations for every instruction set, CUDA operations for sm_80, sm_90, sm_100 and PTX; needs nvcc, takes minutes.
 wheel: $(READY)
 	rm -rf build/lib build/bdist.* build/wheel
@@ -80,4 +104,4 @@ wheel: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 
 clean:
-	rm -rf $(VENV) .upstream build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TE_VENV) .upstream build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache
