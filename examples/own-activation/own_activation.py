@@ -10,12 +10,14 @@ from polycom_ext.modules import Learnable
 from polycom_ext.ops.elementwise import elementwise
 
 LISHT = Activation("lisht", "LiSHT", "own_activation:lisht")
-ELU = Activation("elu", "ELU-α", "own_activation:ParametricELU", learnable=True)
 
 
 def lisht(x: Tensor) -> Tensor:
     """x tanh(x) (Roy et al., 2019)."""
     return x * torch.tanh(x)
+
+
+ELU = Activation("elu", "ELU-α", "own_activation:ParametricELU", learnable=True)
 
 
 class ParametricELU(Learnable):
