@@ -20,16 +20,17 @@ import functools
 import importlib.util
 import os
 import runpy
-import subprocess
 import sys
 import sysconfig
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.megatron import torch_cuda
+from polycom_ext.ops import build
 
 
 def enable() -> None:
@@ -58,28 +59,33 @@ def _allow_no_cuda() -> None:
 
 
 def _use_the_compiled_helpers() -> None:
-    """core/datasets/utils.py runs `make` at every start.
+    """core/datasets/utils.py runs `make` at every start, with whatever `python3` it finds first.
 
-    The wheel has its helper compiled and no Makefile. In a checkout, make takes whatever `python3` and
-    `python3-config` it finds first.
+    The wheel has no Makefile, and its helper compiled for one version of Python.
     """
     utils: Any = import_module("megatron.core.datasets.utils")
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
         utils.compile_helpers = lambda: None
     else:
-        utils.compile_helpers = functools.partial(_compile_helpers, os.path.dirname(utils.__file__))
+        utils.compile_helpers = functools.partial(_compile_helpers, Path(utils.__file__).parent)
 
 
-def _compile_helpers(folder: str) -> None:
-    """Compile the helper for this very Python."""
-    told = subprocess.run(
-        [sys.executable, "-m", "pybind11", "--includes"], stdout=subprocess.PIPE, text=True, check=False
-    )
-    variables = (f"CPPFLAGS={told.stdout.strip()}", f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}")
-    if told.returncode or subprocess.run(["make", "-C", folder, *variables], check=False).returncode:
+def _compile_helpers(folder: Path) -> None:
+    """Compile the helper for this very Python, as upstream's Makefile does."""
+    library = folder / f"helpers_cpp{sysconfig.get_config_var('EXT_SUFFIX')}"
+    partial = folder / f".{library.name}.{os.getpid()}"
+    try:
+        include = build.run([sys.executable, "-m", "pybind11", "--includes"]).split()
+        flags = ["-O3", "-shared", "-std=c++17", "-fPIC", *include]
+        build.run([build.find_cxx(), *flags, str(folder / "helpers.cpp"), "-o", str(partial)])
+        partial.replace(library)
+    except build.BuildError as error:
         raise PolycomError(
-            "Megatron's data helpers cannot be compiled: they need pybind11, make and a C++ compiler"
-        )
+            "Megatron's data helpers must be compiled for this Python, by pybind11 and a C++ compiler: "
+            f"{error.sentence}"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _no_kernels_to_warm_up() -> None:
