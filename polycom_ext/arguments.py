@@ -13,3 +13,10 @@ def output(text: str) -> Path:
     if not Path(text).resolve().name:
         raise argparse.ArgumentTypeError(f"{text} is the root folder; name one of your own")
     return Path(text) if Path(text).name else Path(text).resolve()
+
+
+def count(text: str) -> int:
+    """How many of something there are to be, at least one."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)

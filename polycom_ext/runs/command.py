@@ -7,6 +7,7 @@ from pathlib import Path
 
 from polycom_ext import arguments, shipped
 from polycom_ext.runs import backends, plan
+from polycom_ext.runs.submit import submit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="run directory (default: outputs/NAME); with several CONFIGs the folder of their directories",
     )
+    parser.add_argument(
+        "--jobs",
+        type=arguments.count,
+        default=1,
+        metavar="N",
+        help="runs at once, for those that leave processors idle (default: 1)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print each command and write nothing")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check every run, then start one after the other; 0, or the status of the first that is not complete."""
+    """Check every run, then have them executed; 0, or the highest status of those that are not complete."""
     alone, folder = len(args.configs) == 1, args.output or Path("outputs")
     own = args.output if alone else None
     runs = [plan.planned(shipped.find(config), args.set, own, folder) for config in args.configs]
@@ -44,13 +52,4 @@ def main(args: argparse.Namespace) -> int:
         for run in runs:
             plan.show(run)
         return 0
-    backend = backends.find("local")
-    return next((status for run in runs if (status := _start(run, backend))), 0)
-
-
-def _start(run: plan.Run, backend: backends.Backend) -> int:
-    if run.says_finished():
-        return 0
-    with run.directory.locked() as log:
-        run.directory.write(run.spec, run.adapter, run.command)
-        return backend.submit(run, log)
+    return submit(runs, backends.find("local"), args.jobs)

@@ -164,6 +164,7 @@ class _Follower:
     def __init__(self, run: Run) -> None:
         self.began = time.monotonic()
         self.records = 0
+        self._name = run.name
         self._log, self._log_start = run.directory.log, run.directory.log.stat().st_size
         self._tail = progress.MetricsTail(run.directory.metrics)
         self._total = run.adapter.total_steps(run.spec)
@@ -175,12 +176,13 @@ class _Follower:
                 self.records += 1
                 line = progress.format_line(step, metrics, self._total)
                 if line is not None:
-                    print(f"  {line}", flush=True)
+                    print(f"{self._name}: {line}", flush=True)
             waited = time.monotonic() - self.began
             if not self.records and waited > self._patience:
                 self._patience *= 2
                 said = progress.last_line(self._log, self._log_start) or "nothing"
-                print(f"  no step after {progress.duration(waited)}; the log ends with: {said}", flush=True)
+                waited_for = progress.duration(waited)
+                print(f"{self._name}: no step after {waited_for}; the log ends with: {said}", flush=True)
 
 
 def _note_end(run: Run, outcome: launch.Outcome) -> None:
@@ -221,9 +223,9 @@ def _explain_failure(run: Run, place: Place, outcome: launch.Outcome) -> None:
 
 def _show_end_of_log(run: Run, place: Place, outcome: launch.Outcome, what: str) -> None:
     log = run.directory.log_of(place.rank)
-    print(f"{run.name}: {what}; the last lines of {log}:", file=sys.stderr)
-    for line in outcome.last_lines(TAIL_LINES):
-        print(f"    {line}", file=sys.stderr)
+    head = f"{run.name}: {what}; the last lines of {log}:"
+    lines = [head, *(f"    {line}" for line in outcome.last_lines(TAIL_LINES))]
+    print("\n".join(lines), file=sys.stderr)  # at once: other runs may write there too
 
 
 def _since(began: float) -> str:

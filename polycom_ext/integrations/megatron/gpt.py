@@ -5,6 +5,8 @@ Imports Megatron; on a CPU `rehearsal.enable()` comes first.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -33,6 +35,8 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 from torch import Tensor
+
+from polycom_ext import files
 
 
 def build_model(
@@ -158,7 +162,22 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
 
     print_rank_0("> building train, validation, and test datasets")
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, on_this_rank, config).build()
+    with _one_run_at_a_time(args.data_cache_path):
+        return BlendedMegatronDatasetBuilder(dataset, num_samples, on_this_rank, config).build()
+
+
+@contextlib.contextmanager
+def _one_run_at_a_time(cache: str | None) -> Iterator[None]:
+    """Hold --data-cache-path against other runs, which would take a half-written index for a whole one.
+
+    The first rank writes to it, the others wait for that. Where it cannot write there is nothing to hold.
+    """
+    with contextlib.ExitStack() as held:
+        if cache is not None and torch.distributed.get_rank() == 0:
+            with contextlib.suppress(OSError):
+                os.makedirs(cache, exist_ok=True)
+                files.lock(held.enter_context(open(os.path.join(cache, ".lock"), "ab")), wait=True)
+        yield
 
 
 build_datasets.is_distributed = True  # type: ignore[attr-defined]  # read by megatron.training

@@ -11,11 +11,21 @@ BACKENDS = {"local": "polycom_ext.runs.backends.local:Local"}
 """name -> its class, imported when it is asked for."""
 
 
+class Submitted(Protocol):
+    """A run that was handed over."""
+
+    def status(self) -> int | None:
+        """What `polycom run` is to return for it; None as long as it has to be waited for."""
+
+    def signal(self, signum: int) -> None:
+        """Pass on a signal that asks it to end."""
+
+
 class Backend(Protocol):
     """One way to start the nodes of a run."""
 
-    def submit(self, run: Run, log: BinaryIO) -> int:
-        """Hand over a run whose record is written; what it returns is the exit status of `polycom run`.
+    def submit(self, run: Run, log: BinaryIO) -> Submitted:
+        """Hand over a run whose record is written; the signals that end a run are held back meanwhile.
 
         Args:
             log: the run's log, open and locked. Whoever inherits it holds the directory without a gap.
