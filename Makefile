@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo
 READY := $(VENV)/.ready
 OPERATIONS := $(VENV)/.operations
-PIP := $(BIN)/python -m pip --disable-pip-version-check install
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 
 DENSE := swiglu gelu relu polyrelu polynorm
 MOE := swiglu polynorm
@@ -44,7 +44,7 @@ demo: $(OPERATIONS)
 	$(BIN)/polycom data corpus shakespeare --output $(DATA)
 	$(BIN)/polycom data prepare $(DATA)/train.jsonl --output $(DATA)/train --train-tokenizer 2048
 	$(BIN)/polycom data prepare $(DATA)/valid.jsonl --output $(DATA)/valid --tokenizer $(DATA)/train.tokenizer.json
-	$(BIN)/polycom run $(DEMO)
+	$(BIN)/polycom run $(DEMO) --jobs 2
 	$(BIN)/polycom report $(DEMO:configs/tiny/%.yaml=outputs/tiny-%) --output outputs/report --title "PolyCom rehearsal on Megatron-LM"
 
 demo-olmo: $(READY)
