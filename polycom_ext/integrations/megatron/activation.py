@@ -1,5 +1,8 @@
 """The activation as Megatron's MLP and expert blocks hold it: exact and complete in gradient in every layout.
 
+It takes FC1's output, FC1's bias and the router's weight of each token, and does the rest: one pass over
+memory where the operations are fused, and plain operations in the order of upstream's own where not.
+
 Width sharded over tensor parallelism: row sums are reduced over the group that shards it, see
 `functional.py`.
 
@@ -9,12 +12,16 @@ live on different ranks of the expert-, expert-tensor- and tensor-parallel group
 therefore kept as ordinary (non-expert) parameters: their gradient is the sum over all ranks of tensor and
 data parallelism. The former sum is what Megatron does to parameters marked `sequence_parallel`, the latter is
 data parallelism itself.
+
+Gradients of the others. FC1's bias is sharded as the width is, and every rank sees all of its rows, so that
+its gradient is complete. The gradient of a router's weight is the rank's share of the row, as that of the row
+itself, and is summed where that is: by the token dispatcher, which gathered both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -31,8 +38,60 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class _Replicated(nn.Module):
-    """Coefficients that are whole on every rank: float32 whatever the model's type, saved once."""
+class _InMLP(nn.Module):
+    """An activation between FC1 and FC2. Its coefficients are whole on every rank: float32, saved once."""
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        tokens_per_expert: list[int] | None = None,
+    ) -> Tensor:
+        """act(x + bias) * token_weight, in x's type.
+
+        The fused operations form it in float32 and round once. Plain ones round each of the three, and
+        multiply in the wider type of the two, as upstream does for its own activations.
+
+        Args:
+            x: [..., width], FC1's output.
+            bias: (width,); (experts, width) where x is [tokens, width], grouped by expert.
+            token_weight: x.shape[:-1], any floating-point type.
+            tokens_per_expert: with such a bias, how many rows each expert has; their sum is all rows.
+        """
+        act = super().forward
+        if bias is None and token_weight is None:
+            return cast(Tensor, act(x))
+        grouped = bias is not None and bias.dim() == 2
+        if getattr(self, "takes_variants", False):
+            offsets = None
+            if grouped:
+                offsets = torch.tensor(tokens_per_expert, device=x.device).cumsum(0)
+            return cast(Tensor, act(x, pre_bias=bias, row_scale=token_weight, offsets=offsets))
+        if bias is not None:
+            if grouped:
+                counts = torch.tensor(tokens_per_expert, device=x.device)
+                bias = bias.repeat_interleave(counts, dim=0, output_size=x.shape[0])
+            x = x + bias
+        y = cast(Tensor, act(x))
+        return y if token_weight is None else (y * token_weight.unsqueeze(-1)).to(y.dtype)
+
+    def of_experts(
+        self, biases: list[Tensor] | None, tokens_per_expert: list[int]
+    ) -> tuple[Callable[[Tensor, Tensor | None, Tensor], Tensor], Tensor | None]:
+        """For a TEGroupedMLP: what takes the place of its `bias_act_func`, and the biases as one tensor.
+
+        Tensors are its only arguments, as an output-discarding checkpoint needs it.
+
+        Args:
+            biases: of each local expert (width,); None where the linear layers have none.
+            tokens_per_expert: how many rows each local expert has.
+        """
+
+        def bias_act_func(x: Tensor, bias: Tensor | None, probs: Tensor) -> Tensor:
+            return cast(Tensor, self(x, bias, probs.squeeze(-1), tokens_per_expert))
+
+        return bias_act_func, None if biases is None else torch.stack(list(biases))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Let `fn` move the coefficients but not change their type (Float16Module casts every parameter)."""
@@ -67,7 +126,7 @@ def build_activation(config: TransformerConfig, tp_group: ProcessGroup, is_exper
         tp_group: the group that shards the activation's width: tensor parallel, or expert tensor parallel.
         is_expert: whether routed experts use it; then it is one for the whole block.
 
-    Returns a module with `forward(x)` and `sharded_state_dict`; x is [..., width / tp_group.size()].
+    Returns an `_InMLP`; x is [..., width / tp_group.size()].
     """
     width = config.moe_ffn_hidden_size if is_expert else config.ffn_hidden_size
     module: Any = build(
@@ -78,7 +137,7 @@ def build_activation(config: TransformerConfig, tp_group: ProcessGroup, is_exper
         device="cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
         dtype=torch.float32,
     )
-    module.__class__ = type(type(module).__name__, (_Replicated, type(module)), {})
+    module.__class__ = type(type(module).__name__, (_InMLP, type(module)), {})
     if is_expert:
         copies = tp_group.size()  # ranks that each have the complete gradient, over which it will be summed
         for parameter in module.parameters():

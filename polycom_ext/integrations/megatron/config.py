@@ -47,6 +47,8 @@ def _reason_against(config: TransformerConfig, activation: Activation) -> str | 
         )
     if config.experimental_attention_variant == "gated_delta_net":
         return "gated_delta_net applies the MLP's activation inside attention"
+    if recomputes(config, "mlp_act") and config.moe_shared_expert_overlap:
+        return "--moe-shared-expert-overlap goes past mlp_act in --recompute-modules: remove one of them"
     if config.moe_apply_probs_on_input and activation.normalizes:
         return "it normalises rows, so router weights on its input (--moe-apply-probs-on-input) vanish"
     if config.num_moe_experts and config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
@@ -54,11 +56,26 @@ def _reason_against(config: TransformerConfig, activation: Activation) -> str | 
     return _wrong_layout(config)
 
 
+def recomputes(config: TransformerConfig, module: str) -> bool:
+    """Whether --recompute-modules has it and is heeded."""
+    return config.recompute_granularity == "selective" and module in config.recompute_modules
+
+
 def _wrong_layout(config: TransformerConfig) -> str | None:
     """Why a model trains wrongly in this layout, with any activation: silent faults of Megatron's own."""
     tensor, expert_tensor = config.tensor_model_parallel_size, config.expert_tensor_parallel_size
+    if config.add_bias_linear and recomputes(config, "mlp"):
+        return (
+            "--recompute-modules mlp needs --disable-bias-linear: with biases Megatron's backward pass never "
+            "ends and takes all memory"
+        )
     if not config.num_moe_experts:
         return None
+    if config.add_bias_linear and tensor > 1 and config.transformer_impl == "local":
+        return (
+            "experts under tensor parallelism need --disable-bias-linear: Megatron's own linear layers sum "
+            "the gradients of different experts' biases"
+        )
     if config.expert_model_parallel_size == 1 and expert_tensor != tensor:
         return (
             f"--expert-tensor-parallel-size {expert_tensor} other than --tensor-model-parallel-size {tensor} "

@@ -45,6 +45,7 @@ def enable() -> None:
     _norm_under_sequence_parallelism()
     _parts_of_unequal_size()
     _sends_are_finished()
+    _discarded_outputs_come_back()
     _writers_copy()
     optimizer = import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     _materialise_adam_state(optimizer)
@@ -185,6 +186,21 @@ def _sends_are_finished() -> None:
 
     cast(Any, torch.distributed).isend = c10d.isend = isend
     torch.cuda.synchronize = synchronize
+
+
+def _discarded_outputs_come_back() -> None:
+    """tensor_parallel/random.py compiles, in the first backward pass, what gives a tensor another's memory.
+
+    A copy serves as well, and needs no compiler.
+    """
+
+    def share_storage(discarded: torch.Tensor, recomputed: torch.Tensor) -> None:
+        memory = discarded.untyped_storage()
+        memory.resize_(recomputed.untyped_storage().nbytes())
+        memory.copy_(recomputed.untyped_storage())
+
+    random: Any = import_module("megatron.core.tensor_parallel.random")
+    random._get_share_storage = lambda: share_storage
 
 
 def _writers_copy() -> None:

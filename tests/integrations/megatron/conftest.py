@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,9 @@ CPU_OPTIONS = """
     --distributed-backend gloo --use-cpu-initialization --num-workers 0
     --attention-dropout 0 --hidden-dropout 0
 """.split()
+
+BIASES = "--no-disable-bias-linear"
+"""Takes --disable-bias-linear away, for which upstream has no option."""
 
 TINY = """
     --num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --seq-length 32
@@ -57,13 +61,16 @@ class Trainer:
         """Train; options are Megatron's, after the tiny model's and the CPU's."""
         self._count += 1
         metrics, log = self._folder / f"{self._count}.jsonl", self._folder / f"{self._count}.log"
+        arguments = [
+            *CPU_OPTIONS,
+            *TINY,
+            *("--train-iters", str(iterations), "--polycom-metrics", str(metrics)),
+            *options,
+        ]
+        if BIASES in options:
+            arguments = [option for option in arguments if option not in (BIASES, "--disable-bias-linear")]
         request = {
-            "arguments": [
-                *CPU_OPTIONS,
-                *TINY,
-                *("--train-iters", str(iterations), "--polycom-metrics", str(metrics)),
-                *options,
-            ],
+            "arguments": arguments,
             "processes": processes,
             "log": str(log),
             "timeout": 240,
@@ -77,6 +84,15 @@ class Trainer:
         if kill_when is None and any(run.statuses) and 2 not in run.statuses:
             pytest.fail(f"training failed with {run.statuses}:\n{run.log[-6000:]}")
         return run
+
+    def script(self, name: str) -> dict[str, Any]:
+        """What a script beside this file prints last, as JSON; it finds Megatron imported."""
+        log = self._folder / f"{name}.log"
+        request = {"script": str(Path(__file__).with_name(name)), "processes": 1, "log": str(log)}
+        statuses = self._zygote.run({**request, "timeout": 120})
+        assert statuses == [0], log.read_text()[-6000:]
+        said: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
+        return said
 
     def close(self) -> None:
         """End the forking process."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Run, Trainer
+from .conftest import BIASES, Run, Trainer
 
 FROM_CHECKPOINT = ("--finetune", "--no-load-optim", "--no-load-rng")
 
@@ -122,6 +122,12 @@ EXPERTS_IN_PARTS = {
 SHARED_EXPERT_AND_MTP = [*MOE_MODEL, *"--moe-shared-expert-intermediate-size 24 --mtp-num-layers 1".split()]
 
 
+MLP_ACT = "--recompute-granularity selective --recompute-modules mlp_act".split()
+
+# some biases' gradients are zero but for rounding, and AdamW's eps is to keep it from stepping by their sign
+BIASED = [BIASES, *"--adam-eps 1e-4".split()]
+
+
 def assert_same(run: Run, reference: Run) -> None:
     """Six digits of loss and gradient norm, from the third iteration on."""
     for name in ("train/loss", "train/grad_norm"):
@@ -132,22 +138,24 @@ def assert_same(run: Run, reference: Run) -> None:
 
 
 class Start:
-    """A checkpoint of each model, and the straight run from it on one process."""
+    """A checkpoint of each model, and the straight run from it on one process, or in another layout."""
 
     def __init__(self, train: Trainer, folder: Path) -> None:
         self._train, self._folder = train, folder
         self._made: dict[str, tuple[list[str], Run]] = {}
 
-    def __call__(self, activation: str, model: list[str]) -> tuple[list[str], Run]:
+    def __call__(
+        self, activation: str, model: list[str], layout: str = "", processes: int = 1
+    ) -> tuple[list[str], Run]:
         """Options that start from the checkpoint, and the straight run."""
         key = f"{activation} {' '.join(model)}"
         if key not in self._made:
             options = [*model, "--polycom-activation", activation]
             checkpoint = str(self._folder / str(len(self._made)))
             save = ("--save", checkpoint, "--save-interval", "2", "--no-save-optim", "--no-save-rng")
-            self._train(*options, *save, iterations=2)
+            self._train(*options, *layout.split(), *save, processes=processes, iterations=2)
             options += ["--load", checkpoint, *FROM_CHECKPOINT]
-            self._made[key] = options, self._train(*options)
+            self._made[key] = options, self._train(*options, *layout.split(), processes=processes)
         return self._made[key]
 
 
@@ -170,6 +178,14 @@ def test_moe(train: Trainer, start: Start, activation: str, layout: str) -> None
     options, straight = start(activation, MOE_MODEL)
     processes, more = MOE[layout]
     assert_same(train(*options, *more.split(), processes=processes), straight)
+
+
+@pytest.mark.parametrize("recompute", [[], MLP_ACT], ids=["kept", "recomputed"])
+def test_dense_with_biases(train: Trainer, start: Start, recompute: list[str]) -> None:
+    """FC1's bias, added with the activation, is sharded as the width is, and its gradient is whole."""
+    options, straight = start("polynorm", BIASED)
+    processes, more = DENSE["TP2+SP"]
+    assert_same(train(*options, *more.split(), *recompute, processes=processes), straight)
 
 
 @pytest.mark.parametrize("layout", ["ETP2", "TP2, ETP1, EP2"])
@@ -219,6 +235,49 @@ def test_moe_matrix(train: Trainer, start: Start, activation: str, layout: str) 
     options, straight = start(activation, MOE_MODEL)
     processes, more = {**MOE, **MOE_MORE, **MOE_OTHERWISE}[layout]
     assert_same(train(*options, *more.split(), processes=processes), straight)
+
+
+WITH_BIASES = ["polynorm", "polyrelu", "polyprelu"]  # the last one adds them by plain operations
+RECOMPUTED = {
+    "TP2, MLP's activation recomputed": (2, " ".join(["--tensor-model-parallel-size 2", *MLP_ACT])),
+    "MLP's activation recomputed": (1, " ".join(MLP_ACT)),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("layout", "activation"),
+    [
+        *product([layout for layout in DENSE if layout != "selective recompute"], WITH_BIASES),
+        *product([*DENSE_MORE, *RECOMPUTED], WITH_BIASES[:1]),
+    ],
+)
+def test_dense_matrix_with_biases(train: Trainer, start: Start, activation: str, layout: str) -> None:
+    options, straight = start(activation, BIASED)
+    processes, more = {**DENSE, **DENSE_MORE, **RECOMPUTED}[layout]
+    assert_same(train(*options, *more.split(), processes=processes), straight)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("activation", WITH_BIASES)
+@pytest.mark.parametrize("layout", ["EP2xPP2", "EP2, distributed optimizer", "EP2, recomputed"])
+def test_moe_matrix_with_biases(train: Trainer, start: Start, activation: str, layout: str) -> None:
+    """Upstream has them without tensor parallelism, and on one process fails to add FC2's."""
+    processes, more = MOE["EP2"]
+    options, straight = start(activation, [*BIASED, *MOE_MODEL], more, processes)
+    if layout == "EP2, recomputed":
+        more = " ".join([more, *MLP_ACT])
+    else:
+        processes, more = MOE_MORE[layout]
+    assert_same(train(*options, *more.split(), processes=processes), straight)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", ["TP2, ETP1, EP2", "ETP2"])
+def test_shared_expert_and_mtp_recomputed(train: Trainer, start: Start, layout: str) -> None:
+    options, straight = start("polynorm", SHARED_EXPERT_AND_MTP)
+    processes, more = MOE[layout]
+    assert_same(train(*options, *more.split(), *MLP_ACT, processes=processes), straight)
 
 
 @pytest.mark.full

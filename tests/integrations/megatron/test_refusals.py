@@ -11,7 +11,7 @@ from polycom_ext.activations import REGISTRY, Activation
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.megatron.config import _reason_against, check_arguments
 
-from .conftest import Trainer
+from .conftest import BIASES, Trainer
 from .test_layouts import MOE_MODEL
 
 REFUSED = {
@@ -55,6 +55,38 @@ REFUSED = {
         2,
         "--calculate-per-token-loss weighs",
     ),
+    "recomputing an MLP with biases, GELU too": (
+        f"{BIASES} --no-bias-gelu-fusion --recompute-granularity selective --recompute-modules mlp",
+        1,
+        "--recompute-modules mlp needs --disable-bias-linear",
+    ),
+    "experts with biases under tensor parallelism, GELU too": (
+        " ".join(
+            [
+                f"{BIASES} --no-bias-gelu-fusion --tensor-model-parallel-size 2 --sequence-parallel "
+                "--expert-tensor-parallel-size 1 --expert-model-parallel-size 2",
+                *MOE_MODEL,
+            ]
+        ),
+        2,
+        "sum the gradients of different experts' biases",
+    ),
+    "recomputing Megatron's own activation in an MLP": (
+        "--recompute-granularity selective --recompute-modules mlp_act",
+        1,
+        "Invalid choices for recompute_modules: {'mlp_act'}",
+    ),
+    "recomputing the activation of overlapped shared experts": (
+        " ".join(
+            [
+                "--polycom-activation polynorm --recompute-granularity selective --recompute-modules mlp_act "
+                "--moe-shared-expert-intermediate-size 24 --moe-shared-expert-overlap",
+                *MOE_MODEL,
+            ]
+        ),
+        1,
+        "--moe-shared-expert-overlap goes past mlp_act",
+    ),
     "upcycling": (
         " ".join(
             [
@@ -89,6 +121,7 @@ def test_what_shards_parameters_wants_one_type_of_them(
         num_moe_experts=None,
         tensor_model_parallel_size=1,
         expert_tensor_parallel_size=1,
+        add_bias_linear=False,
     )
     if words is None:
         check_arguments(args, config)

@@ -1,6 +1,7 @@
-"""Serves ranks of the Megatron training entry; see forked_ranks.py."""
+"""Serves ranks of the Megatron training entry, or of a script beside this one; see forked_ranks.py."""
 
 import importlib
+import runpy
 import sys
 from typing import Any
 
@@ -10,6 +11,9 @@ from polycom_ext.integrations.megatron import pretrain, rehearsal
 
 
 def _entry(request: dict[str, Any]) -> None:
+    if script := request.get("script"):
+        runpy.run_path(script, run_name="__main__")
+        return
     sys.argv = ["pretrain", *request["arguments"]]
     pretrain.main()
 
