@@ -7,7 +7,7 @@ torch's stand in for.
 import contextlib
 import json
 from types import MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,8 @@ def make(kind: str, activation: str, **options: Any) -> nn.Module:
 
 def of_two_sums(activation: Any) -> None:
     """Take the seam out: x + bias, the registry's module, times the weights, each an operation of its own."""
-    plain = MethodType(type(activation).__mro__[2].forward, activation)
+    registered: Any = type(activation).__mro__[2]
+    plain = MethodType(registered.forward, activation)
 
     def forward(
         x: Tensor,
@@ -174,7 +175,7 @@ def of_both_experts() -> dict[str, Any]:
     """TEGroupedMLP beside SequentialMLP, on the same weights."""
     grouped, sequential = make("grouped", "polynorm"), make("sequential", "polynorm")
     with torch.no_grad():
-        for i, expert in enumerate(sequential.local_experts):  # type: ignore[arg-type]
+        for i, expert in enumerate(cast(nn.ModuleList, sequential.local_experts)):
             for linear in ("linear_fc1", "linear_fc2"):
                 for name in ("weight", "bias"):
                     getattr(getattr(expert, linear), name).copy_(
