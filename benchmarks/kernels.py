@@ -29,6 +29,8 @@ from polycom_ext.ops import build
 SOURCES = build.FAMILIES["polynomial"] / "csrc"
 RESULTS = Path(__file__).parent / "results"
 STORAGES = {"FloatStorage": "float32", "BFloat16Storage": "bfloat16", "HalfStorage": "float16"}
+NARROW_THREADS = 128
+"""Of a block in which every warp has a row of its own, as in cuda_kernels.cuh."""
 WIDTHS = (1024, 1536, 5504, 8192, 8256, 11008, 14336, 16384)
 """1536 and 8256 are the paper's, 5504 its gated one; the others are common in other models."""
 
@@ -69,6 +71,16 @@ class Kernel:
         return f"{self.direction}_kernel<{self.storage}, {self.order}, {flags}, {hold}>"
 
     @property
+    def block_sizes(self) -> range:
+        """The threads of a block that it is launched with: few where a row is narrower than it holds."""
+        least = self.threads if self.threads == NARROW_THREADS else 32
+        return range(least, self.threads + 1, 32)
+
+    def staged_bytes(self, threads: int) -> int:
+        """Dynamic shared memory of such a block, for a row of x and one of y's gradient."""
+        return 2 * threads * (self.vectors | 1) * 16 if self.staged else 0
+
+    @property
     def usual(self) -> bool:
         """Whether its slots are counted: PolyNorm, no bias before, the row in registers."""
         return not self.rectified and not self.biased and self.vectors > 0
@@ -86,6 +98,11 @@ class Row:
     blocks: int
     slots_beside: int | None
     slots_vector: int | None
+
+    def blocks_of(self, threads: int) -> int:
+        """Blocks of so many threads that a processor holds; `blocks` are those of the widest."""
+        shared = self.shared + self.kernel.staged_bytes(threads)
+        return resident_blocks(self.architecture, threads, self.registers, shared)
 
     def slots(self, width: int, threads_per_row: int) -> int:
         """Of all warps, for a row of that width."""
@@ -177,7 +194,8 @@ def rows_of(report: list[build.Resources], slots: dict[tuple[str, Kernel], Slots
     for used in report:
         if (kernel := Kernel.of_name(used.kernel)) is None:
             continue
-        blocks = resident_blocks(used.architecture, kernel.threads, used.registers, used.shared)
+        shared = used.shared + kernel.staged_bytes(kernel.threads)
+        blocks = resident_blocks(used.architecture, kernel.threads, used.registers, shared)
         taken = (used.registers, used.spilled, used.shared, blocks)
         counted = slots.get((used.architecture, kernel))
         two = (None, None) if counted is None else (counted.beside, counted.vector)
@@ -209,14 +227,16 @@ _LIST = """
 #include <cstdio>
 #include "cuda_launch.cuh"
 using namespace polycom;
+constexpr int MOST_SHARED = 163 * 1024;  // of a block on an A100; an H100 has more
 void list(const char* direction, const Hold (&holds)[HOLDS], int count, char** widths) {
   for (const Hold& hold : holds) {
-    printf("hold %s %d %d %d %d %d %d\\n", direction, hold.vectors, hold.threads, asked_blocks(hold, false),
-           asked_blocks(hold, true), int(hold.staged), int(hold.biased));
+    printf("hold %s %d %d %d %d %d %d %d\\n", direction, hold.vectors, hold.threads,
+           asked_blocks(hold, false), asked_blocks(hold, true), int(hold.staged), int(hold.biased),
+           staged_bytes(hold, hold.threads));
   }
   for (int at = 1; at < count; ++at) {
     for (int per_vector : {4, 8}) {
-      const Shape shape = choose_shape(atoll(widths[at]), per_vector, true, false, holds);
+      const Shape shape = choose_shape(atoll(widths[at]), per_vector, true, false, holds, MOST_SHARED);
       printf("shape %s %s %d %d %d %d %d\\n", direction, widths[at], per_vector, shape.hold,
              shape.threads_per_row, shape.threads, shape.shared);
     }
@@ -260,7 +280,7 @@ class Choices:
         kernels, shapes = [], {}
         for kind, direction, *rest in lines:
             if kind == "hold":
-                vectors, threads, blocks, biased_blocks, staged, has_biased = map(int, rest)
+                vectors, threads, blocks, biased_blocks, staged, has_biased, dynamic = map(int, rest)
                 holds[direction].append((vectors, threads, blocks, bool(staged)))
                 kernels += [
                     Kernel(
@@ -279,6 +299,7 @@ class Choices:
                     for rectified in (False, True)
                     for biased in ((False, True) if has_biased else (False,))
                 ]
+                assert kernels[-1].staged_bytes(threads) == dynamic
             else:
                 width, per_vector, hold, threads_per_row, threads, shared = map(int, rest)
                 for storage in STORAGES:
@@ -317,8 +338,8 @@ exponential ones do: groups that stay staggered would do better, groups in step 
 
 Assumed, not measured: the copy rates, latencies and clocks above; 85 % of 4 issue slots a cycle can be used,
 and 0.6 by one warp; a reduction takes 250 cycles within a warp and 400 in a block; the start of a forward
-block 300 (backward's blocks stay). Shuffles count as one slot. The share is of the copy rate, of the bytes
-that cannot be avoided: {bytes}.
+block 300 (backward's blocks stay). A shuffle counts as one slot, as does a copy to or from shared memory.
+The share is of the copy rate, of the bytes that cannot be avoided: {bytes}.
 """
 
 
@@ -352,10 +373,13 @@ def worse(committed: Iterable[Row], measured: Iterable[Row]) -> list[str]:
         if before is None:
             said.append(f"{name} is not in the table")
             continue
-        if row.blocks < before.blocks:
-            said.append(f"{name} holds {row.blocks} blocks a processor, before {before.blocks}")
-        if row.spilled > before.spilled:
-            said.append(f"{name} spills {row.spilled} bytes, before {before.spilled}")
+        for threads in row.kernel.block_sizes:
+            if (now := row.blocks_of(threads)) < (then := before.blocks_of(threads)):
+                said.append(f"{name} holds {now} blocks of {threads} threads a processor, before {then}")
+                break
+        for what in ("spilled", "shared"):
+            if (now := getattr(row, what)) > (then := getattr(before, what)):
+                said.append(f"{name} has {now} bytes {what}, before {then}")
         for what in ("slots_beside", "slots_vector"):
             now, then = getattr(row, what), getattr(before, what)
             if now is not None and now > then:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from polycom_ext.ops import build
 
 SOURCES = build.FAMILIES["polynomial"] / "csrc"
 WHOLE, REDUCE, APPLY = 0, 1, 2
+MOST_SHARED = 163 * 1024
+"""Bytes of shared memory that a block may have on an A100; others that the kernels are made for have more."""
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -81,6 +85,7 @@ class Emulator:
 
     def __init__(self, library: Path, max_blocks: int = 3) -> None:
         self._library = ctypes.CDLL(str(library))
+        self._library.set_most_shared(MOST_SHARED)
         self._library.chosen_shape.restype = ctypes.c_char_p
         self._max_blocks = ctypes.c_int64(max_blocks)
 
@@ -108,6 +113,15 @@ class Emulator:
     def shape(self) -> str:
         """The instance that the last call chose."""
         return str(self._library.chosen_shape().decode())
+
+    @contextmanager
+    def with_shared_memory(self, most: int) -> Iterator[None]:
+        """As on a GPU whose blocks may have that many bytes of it."""
+        self._library.set_most_shared(most)
+        try:
+            yield
+        finally:
+            self._library.set_most_shared(MOST_SHARED)
 
     def _problem(
         self, x: Tensor, order: int, rho: int, normalize: bool, step: int, eps: float, width: int | None

@@ -6,6 +6,7 @@ using namespace polycom;
 namespace {
 
 char chosen[64];
+int most_shared;
 
 void choose(const Hold (&holds)[HOLDS], const Shape& shape) {
   snprintf(chosen, sizeof chosen, "%d vectors, %d of %d threads", holds[shape.hold].vectors, shape.threads_per_row,
@@ -14,7 +15,7 @@ void choose(const Hold (&holds)[HOLDS], const Shape& shape) {
 
 template <typename S>
 void forward(const ForwardArguments& arguments, int64_t max_blocks) {
-  launch<S>(arguments, [&](auto kernel, const Shape& shape, const ForwardArguments& with) {
+  launch<S>(arguments, most_shared, [&](auto kernel, const Shape& shape, const ForwardArguments& with) {
     const int64_t blocks = blocks_for(shape, with.problem.rows);
     choose(FORWARD_HOLDS, shape);
     emulator::launch(unsigned(blocks < max_blocks ? blocks : max_blocks), unsigned(shape.threads),
@@ -27,7 +28,7 @@ void backward(BackwardArguments arguments, float* coefficients, int64_t max_bloc
   const Problem& problem = arguments.problem;
   const Parameters& parameters = arguments.parameters;
   std::vector<float> terms;
-  launch<S>(arguments, [&](auto kernel, const Shape& shape, BackwardArguments with) {
+  launch<S>(arguments, most_shared, [&](auto kernel, const Shape& shape, BackwardArguments with) {
     int64_t blocks = blocks_for(shape, problem.rows);
     blocks = blocks < max_blocks ? blocks : max_blocks;
     choose(BACKWARD_HOLDS, shape);
@@ -59,6 +60,9 @@ void backward(BackwardArguments arguments, float* coefficients, int64_t max_bloc
 extern "C" {
 
 const char* chosen_shape() { return chosen; }
+
+// Bytes that a block of the emulated device may have.
+void set_most_shared(int bytes) { most_shared = bytes; }
 
 void run_forward(const ForwardArguments* arguments, int64_t max_blocks) {
   switch (arguments->problem.storage) {

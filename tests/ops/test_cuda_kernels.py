@@ -21,22 +21,24 @@ MEMBERS = {"polynorm": (IDENTITY, True), "polyrelunorm": (RELU, True), "polyrelu
 
 # Width -> the instances it must choose, forward and backward, for 16-bit types and for float32.
 NARROW, NARROW_8 = "4 vectors, 32 of 128 threads", "8 vectors, 32 of 128 threads"
+WIDEST, LOOPED = "16 vectors, 256 of 256 threads", "0 vectors, 512 of 512 threads"
 INSTANCES_16 = {
     8: (NARROW, NARROW),
     1024: (NARROW, NARROW),
     1536: (NARROW_8, NARROW_8),
     2056: ("8 vectors, 64 of 64 threads", "8 vectors, 64 of 64 threads"),
     8192 + 8: ("8 vectors, 160 of 160 threads", "8 vectors, 160 of 160 threads"),
-    32768: ("8 vectors, 512 of 512 threads", "16 vectors, 256 of 256 threads"),
-    1001: ("0 vectors, 512 of 512 threads", "0 vectors, 512 of 512 threads"),
-    32768 + 8: ("0 vectors, 512 of 512 threads", "0 vectors, 512 of 512 threads"),
+    32768: (WIDEST, WIDEST),
+    1001: (LOOPED, LOOPED),
+    32768 + 8: (LOOPED, LOOPED),
 }
 INSTANCES_32 = {
     512: (NARROW, NARROW),
     1024: (NARROW_8, NARROW_8),
     1536: ("8 vectors, 64 of 64 threads", "8 vectors, 64 of 64 threads"),
-    8192 + 4: ("8 vectors, 288 of 288 threads", "16 vectors, 160 of 160 threads"),
-    16384 + 4: ("0 vectors, 512 of 512 threads", "0 vectors, 512 of 512 threads"),
+    8192 + 4: ("16 vectors, 160 of 160 threads", "16 vectors, 160 of 160 threads"),
+    16384: (WIDEST, WIDEST),
+    16384 + 4: (LOOPED, LOOPED),
     37: ("0 vectors, 64 of 64 threads", "0 vectors, 64 of 64 threads"),
 }
 CASES = [(dtype, width) for dtype in (torch.bfloat16, torch.float16) for width in INSTANCES_16]
@@ -99,6 +101,22 @@ def test_every_instance_matches_float64(
     emulator: Emulator, dtype: torch.dtype, width: int, order: int, member: str
 ) -> None:
     _check(emulator, dtype, width, order, member)
+
+
+@pytest.mark.parametrize(
+    ("kibibytes", "width", "backward"), [(163, 16384, WIDEST), (99, 16384, LOOPED), (99, 8256, None)]
+)
+def test_no_row_is_staged_in_more_shared_memory_than_a_block_may_have(
+    emulator: Emulator, kibibytes: int, width: int, backward: str | None
+) -> None:
+    """99 KiB are those of compute capability 8.6, 8.9 and 12.0, for which code of sm_80 or PTX runs."""
+    x, weight, bias = torch.randn(7, width), torch.randn(3), torch.randn(1)
+    common = (None, None, None, IDENTITY, True)
+    with emulator.with_shared_memory(kibibytes * 1024):
+        _, scales = emulator.forward(x, weight, bias, *common, 1e-6)
+        grad_x = emulator.backward(x.cos(), x, weight, bias, scales, *common, False)[0]
+    assert emulator.shape == (backward or "16 vectors, 160 of 160 threads")
+    assert _error(grad_x, _expected(x, weight, bias, IDENTITY, True, x.cos())[1]) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("width", [1024, 1001])

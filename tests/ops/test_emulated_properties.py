@@ -17,6 +17,7 @@ Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tenso
 WIDTHS = (
     st.integers(1, 80)
     | st.sampled_from([1024, 1536, 2048, 2056])  # narrow, and the first that is wide
+    | st.sampled_from([8200, 16384, 24576, 32768])  # the widest held: float32's, other types'
     | st.integers(33, 2100).map(lambda pieces: 8 * pieces)
 )
 

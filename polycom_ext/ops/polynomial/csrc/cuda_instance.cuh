@@ -5,13 +5,22 @@
 namespace polycom {
 namespace {
 
+constexpr int WITHOUT_ASKING = 48 * 1024;  // bytes of shared memory
+
+// Bytes that a block may have on the current device where its kernel asks for them.
+cudaError_t find_most_shared(int* bytes) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 // As many blocks as the device holds at a time, for kernels whose blocks walk over rows.
 template <typename Kernel>
 cudaError_t resident_blocks(Kernel kernel, int threads, int shared, int64_t* blocks) {
   int device = 0, processors = 0, per_processor = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  constexpr int WITHOUT_ASKING = 48 * 1024;
   if (error == cudaSuccess && shared > WITHOUT_ASKING) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   }
@@ -28,12 +37,13 @@ namespace POLYCOM_INSTANCE {
 
 cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream) {
   if (arguments.problem.rows == 0) return cudaSuccess;
-  launch<POLYCOM_STORAGE>(arguments, [&](auto kernel, const Shape& shape, const ForwardArguments& with) {
-    constexpr int64_t max_blocks = 0x7fffffff;
-    const int64_t blocks = blocks_for(shape, with.problem.rows);
-    kernel<<<unsigned(blocks < max_blocks ? blocks : max_blocks), shape.threads, 0, stream>>>(
-        with, shape.vectors);
-  });
+  launch<POLYCOM_STORAGE>(
+      arguments, WITHOUT_ASKING, [&](auto kernel, const Shape& shape, const ForwardArguments& with) {
+        constexpr int64_t max_blocks = 0x7fffffff;
+        const int64_t blocks = blocks_for(shape, with.problem.rows);
+        kernel<<<unsigned(blocks < max_blocks ? blocks : max_blocks), shape.threads, shape.shared, stream>>>(
+            with, shape.vectors);
+      });
   return cudaGetLastError();
 }
 
@@ -41,10 +51,11 @@ cudaError_t backward(BackwardArguments arguments, float* coefficients, Allocate 
                      cudaStream_t stream) {
   const Problem& problem = arguments.problem;
   const Parameters& parameters = arguments.parameters;
-  cudaError_t error = cudaSuccess;
+  int most_shared = 0;
+  cudaError_t error = find_most_shared(&most_shared);
   int64_t items = 0;
-  if (problem.rows > 0) {
-    launch<POLYCOM_STORAGE>(arguments, [&](auto kernel, const Shape& shape, BackwardArguments with) {
+  if (error == cudaSuccess && problem.rows > 0) {
+    launch<POLYCOM_STORAGE>(arguments, most_shared, [&](auto kernel, const Shape& shape, BackwardArguments with) {
       int64_t blocks = 0;
       error = resident_blocks(kernel, shape.threads, shape.shared, &blocks);
       if (error != cudaSuccess) return;

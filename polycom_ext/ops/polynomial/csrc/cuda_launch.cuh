@@ -26,18 +26,24 @@ struct Hold {
 
 constexpr int asked_blocks(const Hold& hold, bool biased) { return biased ? 1 : hold.blocks; }
 
+// Of shared memory: a row of x and one of y's gradient.
+constexpr int staged_bytes(const Hold& hold, int threads) {
+  return hold.staged ? 2 * threads * stage_stride(hold.vectors) * int(sizeof(Packed)) : 0;
+}
+
 constexpr int HOLDS = 5;
 constexpr int LOOPED = 0;
-// Of each, the first that a row fits is taken. NARROW_THREADS are four rows, a warp each. Rows of up to 64 KiB fit.
+// Of each, the first that a row fits is taken. NARROW_THREADS are four rows, a warp each. Rows of up to 64 KiB fit. The
+// widest are held by few threads with many registers each: more threads with fewer would spill.
 constexpr Hold FORWARD_HOLDS[HOLDS] = {
     {0, LOOPED_THREADS, 1, true}, {4, NARROW_THREADS, 8, false}, {8, NARROW_THREADS, 6, true},
-    {8, 256, 3, true},            {8, 512, 1, false},
+    {8, 256, 3, true},            {16, 256, 2, false},
 };
-// Two rows, of x and of y's gradient. The widest take half of all registers: few threads with many registers each do
-// not spill, where more threads with fewer do.
+// Two rows, of x and of y's gradient. The widest take half of all registers, which leaves room for one block only, and
+// the next ones 128 KiB of shared memory.
 constexpr Hold BACKWARD_HOLDS[HOLDS] = {
     {0, LOOPED_THREADS, 1, true}, {4, NARROW_THREADS, 5, false}, {8, NARROW_THREADS, 4, true},
-    {8, 256, 2, true, true},      {16, 256, 1, false},
+    {8, 256, 2, true, true},      {16, 256, 1, false, true},
 };
 
 struct Shape {
@@ -50,7 +56,10 @@ struct Shape {
 
 inline int round_up(int64_t value, int multiple) { return int((value + multiple - 1) / multiple * multiple); }
 
-inline Shape choose_shape(int64_t width, int per_vector, bool aligned, bool biased, const Hold (&holds)[HOLDS]) {
+// most_shared: bytes of shared memory that a block may have on the device. Where the next row does not fit in them (of the
+// widest kind on an RTX 4090 or L40S), the row is looped over.
+inline Shape choose_shape(int64_t width, int per_vector, bool aligned, bool biased, const Hold (&holds)[HOLDS],
+                          int most_shared) {
   const bool whole = aligned && width % per_vector == 0;
   const int vectors = whole ? int(width / per_vector) : 0;
   for (int at = LOOPED + 1; whole && at < HOLDS; ++at) {
@@ -59,7 +68,9 @@ inline Shape choose_shape(int64_t width, int per_vector, bool aligned, bool bias
     if (vectors > hold.vectors * (narrow ? WARP : hold.threads) || (biased && !hold.biased)) continue;
     if (narrow) return {at, WARP, NARROW_THREADS, vectors, 0};
     const int threads = round_up((vectors + hold.vectors - 1) / hold.vectors, WARP);
-    return {at, threads, threads, vectors, hold.staged ? 2 * vectors * int(sizeof(Packed)) : 0};
+    const int shared = staged_bytes(hold, threads);
+    if (shared > most_shared - MAX_REDUCTION_BYTES) continue;
+    return {at, threads, threads, vectors, shared};
   }
   const int threads = width < LOOPED_THREADS ? round_up(width, WARP) : LOOPED_THREADS;
   return {LOOPED, threads, threads, vectors, 0};
@@ -67,17 +78,17 @@ inline Shape choose_shape(int64_t width, int per_vector, bool aligned, bool bias
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-inline Shape choose_shape(const ForwardArguments& arguments, int per_vector) {
+inline Shape choose_shape(const ForwardArguments& arguments, int per_vector, int most_shared) {
   const void* const bias = arguments.parameters.pre_bias;
   const bool aligned = is_aligned(arguments.x) && is_aligned(arguments.y) && is_aligned(bias);
-  return choose_shape(arguments.problem.width, per_vector, aligned, bias, FORWARD_HOLDS);
+  return choose_shape(arguments.problem.width, per_vector, aligned, bias, FORWARD_HOLDS, most_shared);
 }
 
-inline Shape choose_shape(const BackwardArguments& arguments, int per_vector) {
+inline Shape choose_shape(const BackwardArguments& arguments, int per_vector, int most_shared) {
   const void* const bias = arguments.parameters.pre_bias;
   const bool aligned = is_aligned(arguments.x) && is_aligned(arguments.grad_y) && is_aligned(arguments.grad_x) &&
                        is_aligned(arguments.y) && is_aligned(bias);
-  return choose_shape(arguments.problem.width, per_vector, aligned, bias, BACKWARD_HOLDS);
+  return choose_shape(arguments.problem.width, per_vector, aligned, bias, BACKWARD_HOLDS, most_shared);
 }
 
 template <typename S, int R, bool RECTIFY, bool BIASED, int AT>
@@ -102,26 +113,27 @@ void launch_shape(const Arguments& arguments, const Shape& shape, Launch run) {
 }
 
 template <typename S, int R, bool RECTIFY, typename Arguments, typename Launch>
-void launch_rectified(const Arguments& arguments, Launch run) {
-  const Shape shape = choose_shape(arguments, PER_VECTOR<S>);
+void launch_rectified(const Arguments& arguments, int most_shared, Launch run) {
+  const Shape shape = choose_shape(arguments, PER_VECTOR<S>, most_shared);
   if (arguments.parameters.pre_bias) return launch_shape<S, R, RECTIFY, true>(arguments, shape, run);
   launch_shape<S, R, RECTIFY, false>(arguments, shape, run);
 }
 
 template <typename S, int R, typename Arguments, typename Launch>
-void launch_order(const Arguments& arguments, Launch run) {
-  if (arguments.problem.rectify) return launch_rectified<S, R, true>(arguments, run);
-  launch_rectified<S, R, false>(arguments, run);
+void launch_order(const Arguments& arguments, int most_shared, Launch run) {
+  if (arguments.problem.rectify) return launch_rectified<S, R, true>(arguments, most_shared, run);
+  launch_rectified<S, R, false>(arguments, most_shared, run);
 }
 
-// Calls run(kernel, shape, arguments) with the instance for the problem; Arguments are forward's or backward's.
+// Calls run(kernel, shape, arguments) with the instance for the problem; Arguments are forward's or backward's, and
+// most_shared as choose_shape takes it.
 template <typename S, typename Arguments, typename Launch>
-void launch(const Arguments& arguments, Launch run) {
+void launch(const Arguments& arguments, int most_shared, Launch run) {
   switch (arguments.problem.order) {
-    case 1: return launch_order<S, 1>(arguments, run);
-    case 2: return launch_order<S, 2>(arguments, run);
-    case 3: return launch_order<S, 3>(arguments, run);
-    default: return launch_order<S, 4>(arguments, run);
+    case 1: return launch_order<S, 1>(arguments, most_shared, run);
+    case 2: return launch_order<S, 2>(arguments, most_shared, run);
+    case 3: return launch_order<S, 3>(arguments, most_shared, run);
+    default: return launch_order<S, 4>(arguments, most_shared, run);
   }
 }
 

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int WARP = 32;
 constexpr int MAX_WARPS = 32;
+constexpr int MAX_SLOTS = 8;  // values of a warp that a reduction exchanges
+constexpr int MAX_REDUCTION_BYTES = 2 * MAX_WARPS * MAX_SLOTS * int(sizeof(float));  // of shared memory
 
 template <typename S>
 constexpr int PER_VECTOR = 4 * S::PER_WORD;
@@ -62,7 +64,7 @@ __device__ __forceinline__ void reduce_row(float (&values)[N], Place& place) {
     }
   }
   if (place.threads == WARP) return;
-  constexpr int SLOTS = N <= 1 ? 1 : N <= 2 ? 2 : N <= 4 ? 4 : 8;  // a warp's values, to a power of two
+  constexpr int SLOTS = N <= 1 ? 1 : N <= 2 ? 2 : N <= 4 ? 4 : MAX_SLOTS;  // a warp's values, to a power of two
   __shared__ float buffers[2][MAX_WARPS * SLOTS];
   float* const buffer = buffers[place.turn];
   place.turn ^= 1;
@@ -100,17 +102,11 @@ struct Tile {
   const typename S::Element* row;
   Packed kept[VECTORS > 0 ? VECTORS : 1];
 
-  // From `stage`, where start_row has brought the row.
-  __device__ __forceinline__ Tile(const void* base, int64_t index, const Place& place, Staged stage)
+  // From `stage`, where start_row has brought the row: with whatever lies there of vectors that the row does not have.
+  __device__ __forceinline__ Tile(const void* base, int64_t index, const Place& place, const Staged& stage)
       : row(static_cast<const typename S::Element*>(base) + index * place.width) {
-    if constexpr (VECTORS > 0) {
 #pragma unroll
-      for (int k = 0; k < VECTORS; ++k) {
-        const int vector = place.lane + k * place.threads;
-        if (vector < place.vectors) kept[k] = load_staged(stage);
-        stage.advance(place.threads);
-      }
-    }
+    for (int k = 0; k < VECTORS; ++k) kept[k] = load_staged(stage, k);
   }
 
   __device__ __forceinline__ Tile(const void* base, int64_t index, const Place& place)
@@ -158,18 +154,19 @@ struct Tile {
 #endif
   }
 };
+// Pieces from one thread's first in shared memory to the next one's: an odd number, so that eight neighbours, which are
+// served at a time, find theirs in different banks.
+constexpr int stage_stride(int vectors) { return vectors | 1; }
+
 
 // Starts to bring a row to `stage`, this thread's first piece: every thread its own, so that no other waits for them.
 template <typename S, int VECTORS>
-__device__ __forceinline__ void start_row(const void* base, int64_t index, const Place& place, Staged stage) {
-  const auto* from =
-      reinterpret_cast<const Packed*>(static_cast<const typename S::Element*>(base) + index * place.width) + place.lane;
+__device__ __forceinline__ void start_row(const void* base, int64_t index, const Place& place, const Staged& stage) {
+  const auto* row = reinterpret_cast<const Packed*>(static_cast<const typename S::Element*>(base) + index * place.width);
 #pragma unroll
   for (int k = 0; k < VECTORS; ++k) {
     const int vector = place.lane + k * place.threads;
-    if (vector < place.vectors) start_copy(stage, from);
-    stage.advance(place.threads);
-    from += place.threads;
+    if (vector < place.vectors) start_copy(stage, k, row + vector);
   }
 }
 

@@ -23,8 +23,8 @@ struct alignas(16) Packed {
   uint32_t word[4];
 };
 
-// A place in the block's dynamic shared memory, in pieces. On the device an address of 32 bits, which the compiler is
-// kept from working out anew at every use: that would cost more instructions than the copy itself.
+// A place in the block's dynamic shared memory, in pieces, from which others are at distances that the compiler knows. On
+// the device an address of 32 bits, which the compiler is kept from working out anew at every use.
 struct Staged {
 #ifdef __CUDACC__
   uint32_t address;
@@ -34,21 +34,21 @@ struct Staged {
     address = uint32_t(__cvta_generic_to_shared(dynamic + piece));
     asm volatile("" : "+r"(address));
   }
-  __device__ __forceinline__ void advance(int pieces) { address += uint32_t(pieces) * uint32_t(sizeof(Packed)); }
+  __device__ __forceinline__ uint32_t piece(int k) const { return address + uint32_t(k) * uint32_t(sizeof(Packed)); }
 #else
   Packed* address;
 
   explicit Staged(int piece) : address(emulator::dynamic_shared<Packed>() + piece) {}
-  void advance(int pieces) { address += pieces; }
+  Packed* piece(int k) const { return address + k; }
 #endif
 };
 
-// Starts a copy to shared memory that this thread may read after wait_for_copies.
-__device__ __forceinline__ void start_copy(Staged to, const Packed* from) {
+// Starts a copy to piece k of shared memory that this thread may read after wait_for_copies.
+__device__ __forceinline__ void start_copy(const Staged& to, int k, const Packed* from) {
 #if !defined(__CUDACC__)
-  emulator::start_copy(to.address, from, sizeof(Packed));
+  emulator::start_copy(to.piece(k), from, sizeof(Packed));
 #elif defined(__CUDA_ARCH__)
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.address), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.piece(k)), "l"(from) : "memory");
 #endif
 }
 
@@ -60,15 +60,15 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-__device__ __forceinline__ Packed load_staged(Staged from) {
+__device__ __forceinline__ Packed load_staged(const Staged& from, int k) {
 #if !defined(__CUDACC__)
-  return *from.address;
+  return *from.piece(k);
 #else
   Packed piece = {};
 #if defined(__CUDA_ARCH__)
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(piece.word[0]), "=r"(piece.word[1]), "=r"(piece.word[2]), "=r"(piece.word[3])
-               : "r"(from.address)
+               : "r"(from.piece(k))
                : "memory");
 #endif
   return piece;
