@@ -65,9 +65,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(ForwardArgumen
       arguments.scales[row * R + place.lane] = of_lane(kept, place);
     }
     const Evaluation<R> evaluate(parameters.weight, parameters.bias, parameters.row_scale, scales);
-    const float sigma = x.template scaled<RECTIFY, BIASED>(scales.sigma);
+    constexpr bool SCALED = Tile<S, VECTORS>::template SCALES<RECTIFY, BIASED>;
+    if constexpr (SCALED) x.scale(scales.sigma);
     write_row<BIASED>(row_of<S>(arguments.y, row, place), x, parameters, place,
-                      [&](float u) { return evaluate(rho<RECTIFY>(u) * sigma); });
+                      [&](float u) { return evaluate(moderate<RECTIFY, SCALED>(u, scales.sigma)); });
   }
 }
 
@@ -111,7 +112,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(BackwardArgum
     const RowParameters parameters(arguments.parameters, problem, row, expert);
     const bool normalize = !RECTIFY || problem.normalize;
     const RowScales<R> scales = normalize ? scales_from_kept<R>(arguments.scales + row * R) : no_scales<R>();
-    const float sigma = x.template scaled<RECTIFY, BIASED>(scales.sigma);
+    constexpr bool SCALED = Tile<S, VECTORS>::template SCALES<RECTIFY, BIASED>;
+    if constexpr (SCALED) x.scale(scales.sigma);
     float dots[R + 1];
     if (POLYCOM_UNUSUAL(problem.step == Step::APPLY)) {
 #pragma unroll
@@ -120,7 +122,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(BackwardArgum
 #pragma unroll
       for (int i = 0; i <= R; ++i) dots[i] = 0.0f;
       for_each_pair<BIASED>(x, grad, parameters, place,
-                            [&](float u, float g) { add_dots<R>(g, rho<RECTIFY>(u) * sigma, dots); });
+                            [&](float u, float g) { add_dots<R>(g, moderate<RECTIFY, SCALED>(u, scales.sigma), dots); });
       reduce_row<Sum>(dots, place);
       x.keep_packed();
       grad.keep_packed();
@@ -141,14 +143,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(BackwardArgum
     }
     const Gradient<R> gradient(parameters.weight, parameters.row_scale, scales, dots, problem.inverse_width);
     const auto slope = [&](float u, float g) {
-      const float v = rho<RECTIFY>(u) * sigma;
+      const float v = moderate<RECTIFY, SCALED>(u, scales.sigma);
       // Not normalised, v may be so large that the projection, whose factors are zero, would not be.
       const float projection = normalize ? gradient.projection(v) : 0.0f;
       const float result = gradient.slope(v) * g - projection;
       return RECTIFY && !(u > 0.0f) ? 0.0f : result;
     };
     const Evaluation<R> polynomial(parameters.weight, parameters.bias, parameters.row_scale, scales);
-    const auto evaluate = [&](float u) { return polynomial(rho<RECTIFY>(u) * sigma); };
+    const auto evaluate = [&](float u) { return polynomial(moderate<RECTIFY, SCALED>(u, scales.sigma)); };
     write_rows<BIASED>(row_of<S>(arguments.grad_x, row, place),
                        arguments.y ? row_of<S>(arguments.y, row, place) : nullptr, x, grad, parameters, place, slope,
                        evaluate);

@@ -125,19 +125,18 @@ struct Tile {
     return reinterpret_cast<const Packed*>(row)[vector];
   }
 
-  // Multiplies the pieces by a power of two, two numbers at a time, and returns by what their elements are still to be
-  // multiplied. Not before ReLU, whose gradient asks whether x is positive, however small.
+  // Whether the pieces themselves can be multiplied by a power of two. Not before ReLU, whose gradient asks whether x is
+  // positive, however small.
   template <bool RECTIFY, bool BIASED>
-  __device__ __forceinline__ float scaled(float sigma) {
-    if constexpr (VECTORS > 0 && !RECTIFY && !BIASED && std::is_same_v<S, BFloat16Storage>) {
+  static constexpr bool SCALES = VECTORS > 0 && !RECTIFY && !BIASED && std::is_same_v<S, BFloat16Storage>;
+
+  // Multiplies them, two numbers at a time.
+  __device__ __forceinline__ void scale(float sigma) {
 #pragma unroll
-      for (int k = 0; k < VECTORS; ++k) {
+    for (int k = 0; k < VECTORS; ++k) {
 #pragma unroll
-        for (int w = 0; w < 4; ++w) kept[k].word[w] = S::scale(kept[k].word[w], sigma);
-      }
-      return 1.0f;
+      for (int w = 0; w < 4; ++w) kept[k].word[w] = S::scale(kept[k].word[w], sigma);
     }
-    return sigma;
   }
 
   // Hides from the compiler that the pieces are those of the step before: it would keep them unpacked, as floats,
@@ -154,10 +153,10 @@ struct Tile {
 #endif
   }
 };
+
 // Pieces from one thread's first in shared memory to the next one's: an odd number, so that eight neighbours, which are
 // served at a time, find theirs in different banks.
 constexpr int stage_stride(int vectors) { return vectors | 1; }
-
 
 // Starts to bring a row to `stage`, this thread's first piece: every thread its own, so that no other waits for them.
 template <typename S, int VECTORS>
@@ -214,6 +213,13 @@ __device__ __forceinline__ int owner(const Parameters& all, int64_t row) {
 template <bool RECTIFY>
 __device__ __forceinline__ float rho(float u) {
   return RECTIFY ? rectified(u) : u;
+}
+
+// v = sigma u, for u whose tile was multiplied by sigma (SCALED), or was not.
+template <bool RECTIFY, bool SCALED>
+__device__ __forceinline__ float moderate(float u, float sigma) {
+  if constexpr (SCALED) return rho<RECTIFY>(u);
+  return rho<RECTIFY>(u) * sigma;
 }
 
 template <typename S>
