@@ -26,6 +26,22 @@ def test_every_entry_builds_and_trains(name: str) -> None:
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
+def test_modules_that_take_variants_mean_by_them_what_the_plain_operations_do() -> None:
+    fused = {name: module for name in REGISTRY if getattr(module := build(name), "takes_variants", False)}
+    assert {"polynorm", "polyrelu"} <= set(fused)
+    counts = torch.tensor([2, 0, 3])
+    x, pre_bias, row_scale = torch.randn(5, 8), torch.randn(3, 8), torch.rand(5)
+    for module in fused.values():
+        expected = module(x + pre_bias.repeat_interleave(counts, dim=0)) * row_scale[:, None]
+        y = module(x, pre_bias=pre_bias, row_scale=row_scale, offsets=counts.cumsum(0))
+        torch.testing.assert_close(y, expected)
+        expected.square().sum().backward()
+        grads = [parameter.grad for parameter in module.parameters()]
+        module.zero_grad()
+        y.square().sum().backward()
+        torch.testing.assert_close([parameter.grad for parameter in module.parameters()], grads)
+
+
 @pytest.mark.parametrize("name", REGISTRY)
 def test_normalizes_tells_whether_an_element_depends_on_its_row(name: str) -> None:
     module = build(name)
