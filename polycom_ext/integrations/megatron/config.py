@@ -116,8 +116,8 @@ def prepare_config(config: TransformerConfig) -> None:
 
     Bias-activation fusion is switched off, since its kernels hold GELU and SwiGLU only. Raises PolycomError
     for an unknown activation and for a combination that cannot be right, with the reason. Layers on
-    Transformer Engine's op fuser, which no option of 0.17.1 asks for, refuse the activation themselves, in
-    the first step.
+    Transformer Engine's op fuser, which no option of 0.17.1 asks for, refuse themselves, in the first step,
+    an activation without parameters and a Transformer Engine before 2.13.
     """
     assert config.polycom_activation is not None
     activation, _ = parse(config.polycom_activation)
