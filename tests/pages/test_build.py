@@ -25,7 +25,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By the Makefile's own command, into another folder."""
     folder = tmp_path_factory.mktemp("docs")
     said = subprocess.run(
-        ["make", "--dry-run", "--assume-old=.venv/.ready", "docs"],
+        ["make", "--no-print-directory", "--dry-run", "--assume-old=.venv/.ready", "docs"],
         cwd=TOP,
         capture_output=True,
         text=True,
