@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from polycom_ext import functional, reference
 from polycom_ext.ops.polynomial import compiled, dispatch, library
 from polycom_ext.ops.polynomial.dispatch import Path
-from polycom_ext.ops.polynomial.inputs import Rho
+from polycom_ext.ops.polynomial.inputs import Inputs, Rho
 
 from ..oracle import FUNCTIONS, TOLERANCE, coefficients, error, gradient, leaves
 
@@ -112,6 +112,26 @@ def _check_gradients(
     assert error(gradient(inputs[0]), gradient(exact[0])) <= 2 * TOLERANCE[dtype]
     for actual, wanted in zip(inputs[1:], exact[1:], strict=True):
         assert error(gradient(actual), gradient(wanted)) <= 1e-5
+
+
+@pytest.mark.parametrize("path", ["eager"], indirect=True)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_plain_operations_are_what_an_older_torch_can_compile(
+    path: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.6 to 2.10 trace neither a slice of a named tuple nor a property of one."""
+
+    def untraceable(*_: object) -> None:
+        pytest.fail("this breaks the graph")
+
+    for property_ in ("order", "tensors", "options"):
+        monkeypatch.setattr(Inputs, property_, property(untraceable))
+    monkeypatch.setattr(Inputs, "__getitem__", untraceable)
+    monkeypatch.setattr(Inputs, "_make", untraceable)
+    x, weight, bias = leaves(torch.randn(4, 8), torch.randn(2, 3), torch.randn(2, 1))
+    FUNCTIONS[name][0](x, weight[0], bias[0]).sum().backward()
+    variants = {"pre_bias": torch.randn(8), "row_scale": torch.rand(4), "offsets": torch.tensor([1, 4])}
+    FUNCTIONS[name][0](x, weight, bias, **variants).sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:PolyCom runs")

@@ -66,7 +66,7 @@ def choose(device: torch.device, dtype: torch.dtype, order: int, rho: int) -> Pa
 
 def path_of(inputs: Inputs) -> Path:
     """`choose` for a call."""
-    return choose(inputs.x.device, inputs.x.dtype, inputs.order, inputs.rho)
+    return choose(inputs.x.device, inputs.x.dtype, inputs.weight.shape[-1], inputs.rho)
 
 
 def polynomial(inputs: Inputs, slope: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -39,7 +39,7 @@ class _Polynomial(torch.autograd.Function):
         inputs = Inputs(*values)
         y, scales = by.forward(inputs, slope, group)
         ctx.save_for_backward(inputs.x, inputs.weight, inputs.bias, slope, scales)
-        ctx.by, ctx.group, ctx.options = by, group, inputs.options
+        ctx.by, ctx.group, ctx.options = by, group, (inputs.rho, inputs.normalize, inputs.eps)
         return y
 
     @staticmethod
@@ -133,7 +133,7 @@ def polynomial(
         u = u + pre_bias
     if offsets is not None:
         u = torch.where(owned, u, 0)
-    y = apply(Inputs.of((u, weight, bias), inputs.options))
+    y = apply(Inputs(u, weight, bias, None, None, None, inputs.rho, inputs.normalize, inputs.eps))
     if row_scale is not None:
         y = y * row_scale.unsqueeze(-1)
     if offsets is not None:

@@ -20,7 +20,7 @@ class Rho(IntEnum):
 class Inputs(NamedTuple):
     """In the order of the operators' schemas (csrc/operators.h); tensors as in functional.py.
 
-    Never sliced: torch.compile of torch 2.6 cannot.
+    Plain operations neither slice it nor ask its properties: torch.compile before 2.11 traces neither.
     """
 
     x: Tensor
@@ -50,4 +50,5 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Inputs:
         """From what `tensors`, of which the last ones may be left out, and `options` give."""
-        return cls._make((*tensors, *(None,) * (6 - len(tensors)), *options))
+        values: tuple[Any, ...] = (*tensors, *(None,) * (6 - len(tensors)), *options)
+        return cls(*values)

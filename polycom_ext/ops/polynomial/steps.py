@@ -92,9 +92,10 @@ def forward(
     weight is (r,) and bias (1,), or (*rows, r) and (*rows, 1): coefficients of each row. No variants.
     """
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
+    order = weight.shape[-1]
     u = rectify(x, inputs.rho, slope)
-    scales = _row_scales(u, inputs.order, inputs.eps, group) if inputs.normalize else None
-    v, _, s = _scaled(u, scales, inputs.order)
+    scales = _row_scales(u, order, inputs.eps, group) if inputs.normalize else None
+    v, _, s = _scaled(u, scales, order)
     c = [a * scale for a, scale in zip(ascending(weight, u.dtype), s, strict=True)]
     return horner([bias.to(u.dtype), *c], v).to(x.dtype), scales
 
@@ -108,7 +109,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of x, weight, bias and slope."""
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
-    rho, order = inputs.rho, inputs.order
+    rho, order = inputs.rho, weight.shape[-1]
     u = rectify(x, rho, slope)
     g = grad_output.to(u.dtype)
     v, sigma, s = _scaled(u, scales, order)
