@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,8 @@ def test_what_a_killed_fetch_leaves_is_cleared(small: Small) -> None:
 def test_a_wheel_for_another_python_stands_in_for_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     source = pins.get("megatron").source
     assert isinstance(source, pins.Release)
-    for version, machine, tag in ((10, "x86_64", "cp311"), (11, "aarch64", "cp311"), (12, "x86_64", "cp312")):
+    nearest = {10: "cp311", 11: "cp311", 12: "cp312", 13: "cp313", 14: "cp313"}
+    for (version, tag), machine in product(nearest.items(), ("x86_64", "aarch64")):
         monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
         monkeypatch.setattr(sys, "version_info", (3, version))
         assert f"-{tag}-" in source.choose()
