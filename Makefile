@@ -66,8 +66,12 @@ lint: $(READY)
 test: lint
 	$(BIN)/pytest -m "not full" -n 2 --dist loadfile
 
+# Files of one long test come first: begun last, one process would wait for the other's.
+LONG := tests/ops/test_compiled_kernels.py tests/test_wheel.py
+
 test-full: $(READY)
-	$(BIN)/pytest -m full -n 2 --dist loadfile
+	$(BIN)/pytest $(LONG) $(filter-out $(LONG),$(sort $(shell find tests -name 'test_*.py'))) \
+		-m full -n 2 --dist loadfile --no-loadscope-reorder
 
 # The pages and the API, into build/docs; a warning is an error.
 docs: $(READY)
