@@ -11,6 +11,7 @@ import importlib
 import os
 import pickle
 import pkgutil
+import runpy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ from polycom_ext.integrations.transformer_engine import fusions, operations  # n
 JOINT = hasattr(te.ops, "register_forward_backward_fusion")
 LEARNABLE = [name for name in activations.REGISTRY if activations.find(name).learnable]
 FUSED = [name for name in LEARNABLE if getattr(activations.find(name).load(), "takes_variants", False)]
+EXAMPLE = Path(__file__).parents[3] / "examples" / "transformer-engine" / "feed_forward.py"
 ROWS, HIDDEN, WIDTH = 16, 32, 64
 Operation = Callable[..., Any]
 
@@ -395,3 +397,8 @@ def test_what_learns_nothing_is_refused_by_name() -> None:
         _ = room.PolyNrom
     assert {"PolyNorm", "ScaledPolyNorm", "XIELU"} <= set(dir(room))
     assert issubclass(room.ScaledPolyNorm, te.ops.BasicOperation)
+
+
+def test_the_example_runs() -> None:
+    losses = runpy.run_path(str(EXAMPLE))["losses"]
+    assert losses[-1] < losses[0] / 2
