@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib.util
 import os
-import runpy
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "activations.py"
 PROVIDERS = ["polycom", "eager", "authors", "gelu", "swiglu", "liger"]
@@ -67,32 +72,70 @@ def test_the_table_names_its_conditions_and_the_plot_is_there(output: Path) -> N
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_the_command_for_a_gpu_sets_the_model_beside_the_measurement(output: Path, tmp_path: Path) -> None:
-    script = SCRIPT.parent / "gpu.py"
-    if not torch.cuda.is_available():
-        result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
-        assert result.returncode == 2
-        assert "torch sees no GPU here" in result.stderr
+ACCEPT = SCRIPT.with_name("accept.py")
+
+
+@pytest.fixture
+def accept() -> Any:
+    return script("accept")
+
+
+@pytest.fixture
+def checks() -> Any:
+    return script("checks")
+
+
+def script(name: str) -> Any:
+    """A benchmark script as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", SCRIPT.with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_acceptance_needs_a_gpu_or_is_told_to_do_without() -> None:
+    result = subprocess.run([sys.executable, str(ACCEPT)], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "torch sees no GPU here; --device cpu --short" in result.stderr
+
+
+def test_the_page_of_an_acceptance_sets_the_model_beside_the_measurement(
+    accept: Any, output: Path, tmp_path: Path
+) -> None:
     measured = tmp_path / "measured.csv"
     lines = output.with_suffix(".csv").read_text().splitlines()
     lines = [line for line in lines if line.startswith(("provider", "polycom,backward,bfloat16,4,96"))]
     measured.write_text("\n".join(lines).replace(",96,", ",8256,"))
-    table = runpy.run_path(str(script))["beside_the_model"](measured, "NVIDIA H100 80GB HBM3")
-    (line,) = [line for line in table.splitlines() if line.startswith("backward 8256 ")]
-    assert float(line.split()[2]) >= 0.85
+    table = accept.beside_the_model(measured, "NVIDIA H100 80GB HBM3")
+    (line,) = [line for line in table.splitlines() if line.startswith("| backward | 8256 |")]
+    assert float(line.split("|")[3]) >= 0.85
 
 
-def test_a_step_on_a_gpu_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Path) -> None:
-    run = runpy.run_path(str(SCRIPT.parent / "gpu.py"))["run"]
-    run.__globals__["SECONDS"] = {"build": 1}
+def test_the_steps_of_an_acceptance_have_eight_minutes(accept: Any) -> None:
+    assert sum(accept.SECONDS.values()) <= 480
+    assert accept.commands(Path("x"), "cuda:0", False).keys() == accept.SECONDS.keys()
+
+
+def test_a_step_that_takes_too_long_is_ended_with_what_it_started(accept: Any, tmp_path: Path) -> None:
+    accept.SECONDS = {"build": 1}
     start = time.monotonic()
     command = ["sh", "-c", "sleep 30 & echo $!; wait"]  # as nvcc starts its compilers
-    assert not run(tmp_path / "log", "build", command, dict(os.environ))
+    step = accept.run(tmp_path / "log", "build", command, dict(os.environ))
+    assert (step.status, step.succeeded) == ("ended after 1 s", False)
     assert time.monotonic() - start < 20
-    _, pid, said, *_ = (tmp_path / "log").read_text().splitlines()
-    assert said == "" or said.startswith("build: status ended after 1 s")
     with pytest.raises(ProcessLookupError):
-        _wait_for_the_end(int(pid))
+        _wait_for_the_end(int(step.output.split()[0]))
+
+
+def test_a_step_that_cannot_be_started_is_told(accept: Any, tmp_path: Path) -> None:
+    step = accept.run(tmp_path / "log", "build", ["/no/such/program"], dict(os.environ))
+    assert not step.succeeded
+    assert "cannot be started" in step.status
+    assert "/no/such/program" in (tmp_path / "log").read_text()
 
 
 def _wait_for_the_end(pid: int) -> None:
@@ -103,38 +146,120 @@ def _wait_for_the_end(pid: int) -> None:
         time.sleep(0.05)
 
 
-REHEARSAL = """
-import sys
-import torch
-torch.cuda.is_available = lambda: True
-torch.cuda.get_device_name = lambda: "NVIDIA H100 80GB HBM3"
-torch.cuda.get_device_capability = lambda: (9, 0)
-sys.path.insert(0, "benchmarks")
-import gpu
-gpu.WIDTHS, gpu.TESTS = (1536,), ("tests/test_functional.py", "-k", "mistakes")
-sys.exit(gpu.main())
-"""
+def wrong(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """One row is another's, as an index that overflows has it."""
+    return lambda x, *rest, **variants: function(x, *rest, **variants).roll(1, 0)
+
+
+def test_a_check_tells_what_is_wrong_and_the_others_go_on(
+    checks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of operations that are wrong, breaking or not there."""
+    monkeypatch.setattr(checks.functional, "poly_norm", wrong(checks.functional.poly_norm))
+    monkeypatch.setitem(checks.CHECKS, "no rows", lambda setting: 1 // 0)
+    here = checks.Setting(torch.device("cpu"), short=True)
+    found = {one.check: one for one in checks.made(list(checks.CHECKS), here)}
+    assert {name for name, one in found.items() if one.status == "failed"} >= {
+        "misaligned tensors",
+        "no rows",
+    }
+    assert "y is off by" in found["misaligned tensors"].text
+    assert "row 2 of width 37" in found["NaN and infinity"].text
+    assert found["no rows"].text.startswith("ZeroDivisionError")
+    assert found["CUDA graphs"].status == "skipped"
+
+
+def test_every_kind_of_difference_is_found(checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check that cannot fail is none: each is given an operation with the fault that it is about."""
+    here = checks.Setting(torch.device("cpu"), short=True)
+    true = checks.functional.poly_norm
+    calls = iter(range(10_000))
+
+    def drifting(x: torch.Tensor, *rest: torch.Tensor, **variants: torch.Tensor) -> torch.Tensor:
+        return true(x, *rest, **variants) * (1 + next(calls) % 2 / 64)
+
+    def cut(x: torch.Tensor, *rest: torch.Tensor, **variants: torch.Tensor) -> torch.Tensor:
+        return torch.cat([true(x, *rest, **variants)[:4], torch.zeros_like(x[4:])])
+
+    for check, function in ((checks.determinism, drifting), (checks.huge, cut)):
+        monkeypatch.setattr(checks.functional, "poly_norm", function)
+        with pytest.raises(AssertionError, match="differs by"):
+            check(here)
+    monkeypatch.setitem(checks.FUNCTIONS, "poly_norm", (cut, checks.reference.poly_norm))
+    monkeypatch.setattr(checks, "SHORT_WIDTHS", (37,))
+    with pytest.raises(AssertionError, match=r"wrong: poly_norm-1 .* is off by"):
+        checks.instances(here)
+
+
+@pytest.fixture
+def pretended(checks: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A setting on a "GPU" whose memory and operations are the CPU's: what is torch.cuda's does nothing."""
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda other: 1.0)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = {
+        **dict.fromkeys(("Stream", "current_stream"), lambda device: stream),
+        **dict.fromkeys(("stream", "graph"), lambda of: contextlib.nullcontext()),
+        **dict.fromkeys(("_sleep", "synchronize"), lambda *of: None),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "Event": lambda enable_timing: event,
+        "device_count": lambda: 1,
+        "get_device_capability": lambda device: (9, 0),
+    }
+    for name, one in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, one)
+    monkeypatch.setattr(checks.Setting, "on_gpu", lambda self: None)
+    return checks.Setting(torch.device("cpu"), short=True)
+
+
+def test_the_checks_of_gpus_run_with_the_device_replaced(
+    checks: Any, pretended: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that replays nothing is found out."""
+    te: Any = ModuleType("transformer_engine.pytorch")
+    te.ops = SimpleNamespace(Sequential=nn.Sequential, Linear=nn.Linear)
+    te.autocast = lambda enabled: contextlib.nullcontext()
+    room: Any = ModuleType("polycom_ext.integrations.transformer_engine")
+    room.operation_of = lambda module: module
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
+    for module in (te, room):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(sys.modules["transformer_engine"], "pytorch", te, raising=False)
+    names = [
+        name for name in checks.CHECKS if name.startswith(("another", "a second", "CUDA", "Transformer"))
+    ]
+    found = {one.check: (one.status, one.text) for one in checks.made(names, pretended)}
+    assert found["another stream"][0] == "passed"
+    assert found["a second GPU"] == ("skipped", "there is one GPU")
+    assert found["CUDA graphs"][0] == "failed"
+    assert "replayed: y differs by" in found["CUDA graphs"][1]
+    for recipe in ("bf16", "FP8"):
+        status, text = found[f"Transformer Engine, {recipe}"]
+        assert (status, text) == (
+            "passed",
+            "y differs by 0.0e+00, gradient of x differs by 0.0e+00, TE 1.00 ms, plain 1.00 ms",
+        )
 
 
 @pytest.mark.full
-def test_the_command_for_a_gpu_runs_from_end_to_end(tmp_path: Path) -> None:
-    """In a copy, on the CPU, which the benchmark takes by itself; nothing can be compiled there."""
+def test_an_acceptance_runs_from_end_to_end(tmp_path: Path) -> None:
+    """In a copy, on the CPU, whose operations are there already; nothing can be compiled."""
     root = tmp_path / "copy"
-    for name in ("polycom_ext", "benchmarks", "tests"):
+    for name in ("polycom_ext", "benchmarks", "patches"):
         shutil.copytree(SCRIPT.parents[1] / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py"):
-        shutil.copy(SCRIPT.parents[1] / name, root / name)
     environment = os.environ | {"CXX": "false", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", REHEARSAL, "--output", str(tmp_path / "out")]
+    command = [sys.executable, "benchmarks/accept.py", "--device", "cpu", "--short", "--output", "out"]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stderr
-    (log,) = (tmp_path / "out").glob("*-nvidia-h100-80gb-hbm3.log")
-    text = log.read_text()
+    csv_file, log, page, plot = sorted((root / "out").iterdir())
+    assert [path.suffix for path in (csv_file, log, page, plot)] == [".csv", ".log", ".md", ".png"]
+    text = page.read_text()
+    steps = {"doctor": "0", "build": "2", "checks": "0", "benchmark": "0"}
+    for step, status in steps.items():
+        assert f"| {step} | {status} |" in text
+    assert "| sanitizer | left out: compute-sanitizer" in text
     assert "the fused operations were not built: false failed" in text
-    for said in ("build: status 2", "tests: status 0", "compiled: skipped", "benchmark: status 0"):
-        assert said in text
-    measured = [
-        line.split() for line in text.splitlines() if line.startswith(("forward 1536", "backward 1536"))
-    ]
-    assert [float(line[2]) for line in measured] == [1.0, 1.0]
-    assert all(float(line[3]) > 0 for line in measured)
+    assert text.count("| passed |") == 6
+    assert text.count("| failed |") == 0
+    assert "## Activations on" in text
+    assert "| forward | 1536 | ? |" in text
+    assert 'polycom,"block, recomputing",bfloat16' in csv_file.read_text()

@@ -273,6 +273,11 @@ def test_what_a_run_does_not_need_is_said_to_be_so() -> None:
         assert (found.mark, found.stops, found.way_out) == (UNNEEDED, False, "")
 
 
+def test_the_driver_is_told() -> None:
+    assert (of(MACHINE, "driver").mark, of(MACHINE, "driver").text) == (OK, "580.95.05, 1 GPU")
+    assert (of(NO_GPU, "driver").mark, of(NO_GPU, "driver").text) == (UNNEEDED, "no NVIDIA driver, no GPU")
+
+
 def test_the_extension_api_is_told() -> None:
     assert of(MACHINE, "transformer-engine").text == "2.20.2; extension API: none, which 2.13 began"
     found = Package(TE, "/te", "2.20.2", ("register_forward_fusion",), imported=True)
