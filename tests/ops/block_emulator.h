@@ -79,16 +79,19 @@ inline void require(bool condition, const char* message) {
   abort();
 }
 
-// All threads of a warp wait for the same; at a barrier, all threads of the block that still run do.
-inline void check_convergence(unsigned threads) {
-  bool barrier = false, shuffle = false;
+// All threads of a warp wait for the same. Returns whether some wait for another thing than the block's barrier, where
+// those warps that have reached it stay meanwhile.
+inline bool check_convergence(unsigned threads) {
+  bool barrier = false, done = false, under_way = false;
   for (unsigned thread = 0; thread < threads; ++thread) {
     const Wait wait = fibers[thread].wait;
     require(wait == fibers[thread / WARP_SIZE * WARP_SIZE].wait, "a warp has diverged");
     barrier |= wait == Wait::BARRIER;
-    shuffle |= wait == Wait::SHUFFLE;
+    done |= wait == Wait::DONE;
+    under_way |= wait == Wait::SHUFFLE;
   }
-  require(!(barrier && shuffle), "a barrier that not all threads reach");
+  require(under_way || !(barrier && done), "a barrier that not all threads reach");
+  return under_way;
 }
 
 inline std::vector<char> shared_bytes;  // with room to align
@@ -131,15 +134,19 @@ void launch(unsigned blocks, unsigned threads, Function kernel, unsigned shared 
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, enter, 0);
     }
-    for (bool running = true; running;) {
+    for (bool running = true, under_way = true; running;) {
       running = false;
       for (unsigned thread = 0; thread < threads; ++thread) {
         if (fibers[thread].wait == Wait::DONE) continue;
+        if (under_way && fibers[thread].wait == Wait::BARRIER) {
+          running = true;
+          continue;
+        }
         current = threadIdx.x = thread;
         swapcontext(&scheduler, &fibers[thread].context);
         running |= fibers[thread].wait != Wait::DONE;
       }
-      check_convergence(threads);
+      under_way = check_convergence(threads);
     }
   }
 }
@@ -166,6 +173,12 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 
 inline float __shfl_sync(unsigned, float value, int lane) {
   return emulator::exchanged(value, emulator::current / emulator::WARP_SIZE * emulator::WARP_SIZE + unsigned(lane));
+}
+
+inline int atomicMax(int* to, int value) {  // fibers take turns
+  const int before = *to;
+  *to = before < value ? value : before;
+  return before;
 }
 
 // Conversions, rounding to nearest even.

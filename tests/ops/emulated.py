@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from polycom_ext.ops import build
+from polycom_ext.ops.polynomial.inputs import Inputs
+from polycom_ext.ops.polynomial.quantized import Target, scale_shape
 
 SOURCES = build.FAMILIES["polynomial"] / "csrc"
 WHOLE, REDUCE, APPLY = 0, 1, 2
@@ -58,6 +60,26 @@ class ForwardArguments(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("power_sums", ctypes.c_void_p),
     )
+
+
+class Quantization(ctypes.Structure):
+    """Of quantized_arguments.h."""
+
+    _fields_ = (
+        ("recipe", ctypes.c_int),
+        ("data", ctypes.c_void_p),
+        ("inverses", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("largest", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("power_of_two", ctypes.c_bool),
+        ("swizzled", ctypes.c_bool),
+    )
+
+
+class QuantizedArguments(ctypes.Structure):
+    _fields_ = (("forward", ForwardArguments), ("quantization", Quantization))
 
 
 class BackwardArguments(ctypes.Structure):
@@ -156,6 +178,20 @@ class Emulator:
         arguments = ForwardArguments(problem, parameters, *pointers)
         self._library.run_forward(ctypes.byref(arguments), self._max_blocks)
         return y, scales
+
+    def quantized(self, inputs: Inputs, target: Target) -> Tensor:
+        """polynomial_quantized: fills target and returns the row statistics."""
+        x, weight, bias, _, row_scale, offsets, rho, normalize, eps = inputs
+        scales = torch.empty(x.shape[0] if normalize else 0, inputs.order)
+        problem = self._problem(x, inputs.order, rho, normalize, WHOLE, eps, None)
+        parameters = self._parameters(weight, bias, None, row_scale, offsets)
+        forward = ForwardArguments(problem, parameters, _pointer(x), None, _pointer(scales), None)
+        pointers = (_pointer(t) for t in (target.data, target.scale_inv, target.scale, target.amax))
+        stride = scale_shape(target.recipe, *x.shape)[-1]
+        options = (stride, target.epsilon, target.power_of_two, target.swizzled)
+        arguments = QuantizedArguments(forward, Quantization(int(target.recipe), *pointers, *options))
+        self._library.run_quantized(ctypes.byref(arguments), self._max_blocks)
+        return scales
 
     def backward(
         self, grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scales: Tensor,

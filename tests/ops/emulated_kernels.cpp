@@ -1,5 +1,6 @@
 // The CUDA kernels, and the choice of their instances, run on the CPU by the block emulator; called by ctypes.
 #include "cuda_launch.cuh"
+#include "cuda_quantized.cuh"
 
 using namespace polycom;
 
@@ -70,6 +71,15 @@ void run_forward(const ForwardArguments* arguments, int64_t max_blocks) {
     case Storage::BFLOAT16: return forward<BFloat16Storage>(*arguments, max_blocks);
     case Storage::HALF: return forward<HalfStorage>(*arguments, max_blocks);
   }
+}
+
+void run_quantized(const QuantizedArguments* arguments, int64_t max_blocks) {
+  launch_quantized(*arguments, [&](auto kernel, const Shape& shape, const QuantizedArguments& with) {
+    const int64_t blocks = blocks_for(shape, with.forward.problem.rows);
+    choose(FORWARD_HOLDS, shape);
+    emulator::launch(unsigned(blocks < max_blocks ? blocks : max_blocks), unsigned(shape.threads),
+                     [&] { kernel(with, shape.vectors); });
+  });
 }
 
 void run_backward(const BackwardArguments* arguments, float* coefficients, int64_t max_blocks) {

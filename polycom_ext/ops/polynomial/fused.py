@@ -279,6 +279,13 @@ def backward(
     return gradients, None if y is None else y.view(shape)
 
 
+def quantized(inputs: Inputs, *target: Any) -> Tensor:
+    """Fill `target`'s buffers, in the order of the operator's schema, with y; the rest is as forward's."""
+    with _below_autograd():
+        scales: Tensor = _ops.polynomial_quantized(*_as_rows(inputs), *target)
+    return scales
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """As autograd calls it."""
     ctx.mark_non_differentiable(output[1])

@@ -98,7 +98,8 @@ gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _register() -> None:
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"polycom::{name}")(_of_inputs(fake))
-    for name in _FAKES.keys() - {"polynomial"}:  # its gradient is fused.py's
+    # the gradient of the first is fused.py's; the second, which fills what it is given, has none
+    for name in _FAKES.keys() - {"polynomial", "polynomial_quantized"}:
         torch.library.register_autograd(f"polycom::{name}", _not_differentiable)
 
 
@@ -130,6 +131,7 @@ def _fake_forward(inputs: Inputs, *_: Any) -> tuple[Tensor, Tensor]:
 _FAKES: dict[str, Callable[..., object]] = {
     "polynomial": _fake_forward,
     "polynomial_backward": _fake_backward,
+    "polynomial_quantized": lambda i, *_: _floats(i, i.x.shape[0] if i.normalize else 0, i.order),
     "polynomial_sums": lambda i: i.x.new_empty((i.x.shape[0], i.order), dtype=torch.float64),
     "polynomial_from_sums": _fake_forward,
     "polynomial_backward_sums": lambda i, *_: _floats(i, i.x.shape[0], i.order + 1),

@@ -4,8 +4,10 @@
 #include <vector>
 
 #include "cpu_kernels.h"
+#include "cpu_quantized.h"
 #include "operators.h"
 #include "polynomial.h"
+#include "quantized_operator.h"
 
 namespace polycom {
 namespace {
@@ -64,6 +66,20 @@ struct Cpu {
     });
   }
 
+  static void run(QuantizedArguments arguments, const Tensor& x) {
+    const Problem& problem = arguments.forward.problem;
+    const Quantization& to = arguments.quantization;
+    std::vector<uint16_t> y(size_t(problem.rows * problem.width));
+    arguments.forward.y = y.data();
+    run(arguments.forward, x);
+    torch::stable::parallel_for(0, problem.rows, grain(problem), [&](int64_t begin, int64_t end) {
+      quantize_rows(to, y.data(), problem.width, begin, end);
+    });
+    if (to.recipe != Recipe::TENSOR || problem.rows == 0) return;
+    *to.largest = fmaxf(*to.largest, largest_of(y.data(), int64_t(y.size())));
+    *reinterpret_cast<float*>(to.inverses) = 1.0f / *to.scale;
+  }
+
   static void run(BackwardArguments arguments, const Tensor&, float* coefficients) {
     std::vector<float> dots;
     if (arguments.problem.step == Step::WHOLE) {
@@ -89,6 +105,7 @@ STABLE_TORCH_LIBRARY(polycom, library) {
   library.def(
       "polynomial_backward(" POLYCOM_FLAT ", Tensor grad_y, Tensor scales, bool recompute) "
       "-> (Tensor grad_x, Tensor grad_coefficients, Tensor grad_row_scale, Tensor y)");
+  library.def("polynomial_quantized(" POLYCOM_FLAT ", " POLYCOM_TARGET ") -> Tensor scales");
   library.def("polynomial_sums(" POLYCOM_FLAT ") -> Tensor");
   library.def("polynomial_from_sums(" POLYCOM_FLAT ", Tensor sums, int total_width) -> (Tensor y, Tensor scales)");
   library.def("polynomial_backward_sums(" POLYCOM_FLAT ", Tensor grad_y, Tensor scales) -> Tensor");
@@ -101,4 +118,7 @@ STABLE_TORCH_LIBRARY_IMPL(polycom, CompositeExplicitAutograd, library) {
   library.impl("polynomial_build", TORCH_BOX(&polycom::build));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(polycom, CPU, library) { polycom::register_operators<polycom::Cpu>(library); }
+STABLE_TORCH_LIBRARY_IMPL(polycom, CPU, library) {
+  polycom::register_operators<polycom::Cpu>(library);
+  library.impl("polynomial_quantized", TORCH_BOX(&polycom::Flat<&polycom::quantized<polycom::Cpu>>::call));
+}

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "arguments.h"
+#include "quantized_arguments.h"
 
 namespace polycom {
 
@@ -23,5 +24,8 @@ using Allocate = float* (*)(void* context, int64_t floats);
 POLYCOM_DECLARE_INSTANCE(float32)
 POLYCOM_DECLARE_INSTANCE(bfloat16)
 POLYCOM_DECLARE_INSTANCE(float16)
+
+// Of bfloat16 rows that a kernel holds, and order 3.
+cudaError_t forward_quantized(const QuantizedArguments& arguments, cudaStream_t stream);
 
 }  // namespace polycom

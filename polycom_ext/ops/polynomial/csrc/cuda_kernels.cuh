@@ -18,16 +18,31 @@ __device__ __forceinline__ void power_sums(const Tile<S, VECTORS>& x, const RowP
   reduce_row<Sum>(sums, place);
 }
 
-// A warp holds a row where the block has NARROW_THREADS, else the whole block does.
-template <typename S, int R, bool RECTIFY, bool BIASED, int VECTORS, int THREADS, int BLOCKS>
-__global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(ForwardArguments arguments, int vectors) {
+// Where forward_rows leaves y: as it is.
+template <typename S>
+struct StoredResult {
+  void* y;
+
+  template <int VECTORS>
+  __device__ __forceinline__ void clear(int64_t row, const Place& place) {
+    clear_row<S, VECTORS>(y, row, place);
+  }
+
+  template <bool BIASED, int VECTORS, typename Function>
+  __device__ __forceinline__ void write(int64_t row, const Tile<S, VECTORS>& x, const RowParameters& parameters,
+                                        const Place& place, Function function) {
+    write_row<BIASED>(row_of<S>(y, row, place), x, parameters, place, function);
+  }
+};
+
+template <typename S, int R, bool RECTIFY, bool BIASED, int VECTORS, typename Result>
+__device__ __forceinline__ void forward_rows(const ForwardArguments& arguments, Place& place, Result& result) {
   const Problem& problem = arguments.problem;
-  Place place(THREADS == NARROW_THREADS ? WARP : int(blockDim.x), THREADS, problem.width, vectors);
   for (int64_t row = place.first_row; row < problem.rows; row += place.row_stride) {
     Tile<S, VECTORS> x(arguments.x, row, place);
     const int expert = owner(arguments.parameters, row);
     if (POLYCOM_UNUSUAL(expert == arguments.parameters.experts)) {
-      clear_row<S, VECTORS>(arguments.y, row, place);
+      result.template clear<VECTORS>(row, place);
       clear_columns<R>(arguments.scales, row, place);
       if (problem.step == Step::REDUCE) clear_columns<R>(arguments.power_sums, row, place);
       continue;
@@ -67,9 +82,18 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(ForwardArgumen
     const Evaluation<R> evaluate(parameters.weight, parameters.bias, parameters.row_scale, scales);
     constexpr bool SCALED = Tile<S, VECTORS>::template SCALES<RECTIFY, BIASED>;
     if constexpr (SCALED) x.scale(scales.sigma);
-    write_row<BIASED>(row_of<S>(arguments.y, row, place), x, parameters, place,
-                      [&](float u) { return evaluate(moderate<RECTIFY, SCALED>(u, scales.sigma)); });
+    result.template write<BIASED>(row, x, parameters, place, [&](float u) {
+      return evaluate(moderate<RECTIFY, SCALED>(u, scales.sigma));
+    });
   }
+}
+
+// A warp holds a row where the block has NARROW_THREADS, else the whole block does.
+template <typename S, int R, bool RECTIFY, bool BIASED, int VECTORS, int THREADS, int BLOCKS>
+__global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(ForwardArguments arguments, int vectors) {
+  Place place(THREADS == NARROW_THREADS ? WARP : int(blockDim.x), THREADS, arguments.problem.width, vectors);
+  StoredResult<S> result{arguments.y};
+  forward_rows<S, R, RECTIFY, BIASED, VECTORS>(arguments, place, result);
 }
 
 // With STAGED, a row's pieces are on their way to shared memory while the row before is worked on: rows that are so wide

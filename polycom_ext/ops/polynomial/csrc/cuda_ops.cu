@@ -8,6 +8,7 @@
 
 #include "cuda_instances.h"
 #include "operators.h"
+#include "quantized_operator.h"
 
 namespace polycom {
 namespace {
@@ -97,6 +98,11 @@ struct Cuda {
     }
   }
 
+  static void run(const QuantizedArguments& arguments, const Tensor& x) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    check(forward_quantized(arguments, current_stream(x)));
+  }
+
   static void run(const BackwardArguments& arguments, const Tensor& x, float* coefficients) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     const cudaStream_t stream = current_stream(x);
@@ -123,4 +129,7 @@ STABLE_TORCH_LIBRARY_IMPL(polycom, CompositeExplicitAutograd, library) {
   library.impl("polynomial_cuda_problem", TORCH_BOX(&polycom::cuda_problem));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(polycom, CUDA, library) { polycom::register_operators<polycom::Cuda>(library); }
+STABLE_TORCH_LIBRARY_IMPL(polycom, CUDA, library) {
+  polycom::register_operators<polycom::Cuda>(library);
+  library.impl("polynomial_quantized", TORCH_BOX(&polycom::Flat<&polycom::quantized<polycom::Cuda>>::call));
+}
