@@ -88,9 +88,10 @@ def commands(base: Path, device: str, short: bool) -> dict[str, list[str]]:
     return {
         "doctor": [python, "-m", "polycom_ext.cli", "doctor"],
         "build": [python, "polycom_ext/ops/build.py", *(["--cuda"] if gpu else [])],
-        "checks": [*checks, *(["--short"] if short else []), "--output", f"{base}-checks.json"],
+        "checks": [*checks, "--output", f"{base}-checks.json", *(["--short"] if short else [])],
         "sanitizer": [] if sanitizer is None else [
-            sanitizer, "--error-exitcode", "9", *checks, "--short", "--output", os.devnull, "--only", *SANITIZED,
+            *(sanitizer, "--error-exitcode", "9"),
+            *(*checks, "--short", "--output", os.devnull, "--only", *SANITIZED),
         ],
         "benchmark": [
             python, "benchmarks/activations.py", "--device", device.partition(":")[0],
