@@ -17,6 +17,7 @@ FIELDS = (
     *("clocks_event_reasons.active", "clocks_throttle_reasons.active"),
 )
 """Of --query-gpu; a driver that does not know one yet, or any more, is asked for the rest."""
+NECESSARY = {"index", "uuid", "name", "driver_version"}
 ROW_FIELDS = ("gpu_uuid", "remapped_rows.pending", "remapped_rows.failure")
 PROCESS_FIELDS = ("gpu_uuid", "pid", "process_name", "used_memory")
 SLOWED = {
@@ -88,9 +89,9 @@ def look(loaded: Path = Path("/proc/driver/nvidia/version")) -> Driver:
         busy = list(_optional("compute-apps", PROCESS_FIELDS))
     except _Failed as error:
         return Driver(None, problem=str(error))
-    complete = [row for row in rows if "name" in row]
+    complete = [row for row in rows if row.keys() >= NECESSARY and row["index"].isdecimal()]
     gpus = tuple(_gpu(row, remapped.get(row["uuid"], {}), busy) for row in complete)
-    broken = "; ".join(row["index"] for row in rows if "name" not in row)
+    broken = "; ".join(next(iter(row.values())) for row in rows if row not in complete)
     return Driver(complete[0]["driver_version"] if complete else None, gpus, broken)
 
 
@@ -111,7 +112,9 @@ def _query(what: str, fields: tuple[str, ...]) -> Iterator[dict[str, str]]:
         raise _Failed(f"nvidia-smi cannot be run: {error.strerror}") from None
     unknown = set(re.findall(r'Field "([^"]+)" is not a valid field', told.stdout + told.stderr))
     known = tuple(field for field in fields if field not in unknown)
-    if unknown and 0 < len(known) < len(fields):
+    if unknown.intersection(fields):
+        if not known or unknown & NECESSARY:
+            raise _Failed(f"nvidia-smi does not know {', '.join(sorted(unknown))}")
         yield from _query(what, known)
         return
     lines = told.stdout.strip().splitlines()

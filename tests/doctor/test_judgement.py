@@ -267,6 +267,11 @@ def test_a_package_that_a_run_needs_stops_it_with_the_reason(
     assert text in found.text
 
 
+def test_a_broken_package_is_to_be_mended_whoever_asks_for_it() -> None:
+    found = of(CASES["a broken Transformer Engine"][0], "transformer-engine")
+    assert found.way_out == "reinstall transformer-engine for this torch"
+
+
 def test_what_a_run_does_not_need_is_said_to_be_so() -> None:
     for package in (Package(TE), Package(TE, "/te", "2.20.2", problem="OSError: x")):
         found = of(with_packages(package), "transformer-engine", RUN)

@@ -42,6 +42,14 @@ def test_fields_that_a_driver_does_not_know_are_left_out(smi: Smi) -> None:
     assert found.slowed == ("slowed down by heat (hardware)",)
 
 
+def test_a_program_that_knows_too_few_fields_is_told(smi: Smi) -> None:
+    smi({"gpu": [{field: value for field, value in H100.items() if field != "uuid"}]})
+    assert nvidia.look().problem == "nvidia-smi does not know uuid"
+    smi({"gpu": [{field: H100[field] for field in sorted(nvidia.NECESSARY)}]})
+    [found] = nvidia.look().gpus
+    assert (found.name, found.memory_mib) == (H100["name"], None)
+
+
 @pytest.mark.parametrize(
     ("mask", "slowed"),
     [
