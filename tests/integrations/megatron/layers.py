@@ -186,7 +186,9 @@ def of_both_experts() -> dict[str, Any]:
     found, expected = ({name: result[name] for name in shared} for result in results)
     keys = [
         sorted(
-            entry.key for entry in experts.sharded_state_dict("mlp.experts.").values() if "activ" in entry.key
+            entry.key
+            for entry in cast(Any, experts).sharded_state_dict("mlp.experts.").values()
+            if "activ" in entry.key
         )
         for experts in (grouped, sequential)
     ]

@@ -63,7 +63,8 @@ def perturbed(activation: Any) -> Any:
 
 
 def operation(name: str, *, scaled: bool = False, **options: Any) -> Any:
-    return perturbed(room.named(name, scaled=scaled)(device="cpu", **options))
+    make: Callable[..., Any] = room.named(name, scaled=scaled)
+    return perturbed(make(device="cpu", **options))
 
 
 def linear(inputs: int, outputs: int, bias: bool = False, dtype: torch.dtype = torch.float32) -> Any:
@@ -122,7 +123,8 @@ def forward_operations(model: Any) -> list[str]:
 @pytest.mark.parametrize("name", [*LEARNABLE, "polynorm-4", "polyrelu-5"])
 def test_an_operation_is_its_module(name: str, dtype: torch.dtype) -> None:
     name, _, order = name.partition("-")
-    act = operation(name, **({"order": int(order)} if order else {}))
+    options: dict[str, Any] = {"order": int(order)} if order else {}
+    act = operation(name, **options)
     x = leaf(ROWS, 3, WIDTH, dtype=dtype)
     model = te.ops.Sequential(te.ops.Identity(), act, te.ops.Identity())
     found = gradients(act, model(x), x)

@@ -68,7 +68,7 @@ class Members:
 
 
 class PlaceholderModule(types.ModuleType):
-    __path__ = ()
+    __path__ = []  # noqa: RUF012
     __file__ = "<stand-in>"
 
     def __getattr__(self, name: str) -> Placeholder:
@@ -208,7 +208,8 @@ def install(sources: Path) -> None:
     package.__version__ = next(sources.glob("*.dist-info")).stem.partition("-")[2]  # type: ignore
     sys.modules["transformer_engine"] = package
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # TE's own: these libraries are not looked for later either
-    importlib.import_module("transformer_engine.common").load_framework_extension = lambda framework: None
+    common: Any = importlib.import_module("transformer_engine.common")
+    common.load_framework_extension = lambda framework: None
 
 
 def without_driver() -> None:
@@ -231,6 +232,6 @@ def without_driver() -> None:
         "quantization.get_device_compute_capability": lambda: (9, 0),
     }
     for path, function in replaced.items():
-        module, _, name = path.rpartition(".")
-        setattr(sys.modules[f"transformer_engine.pytorch.{module}"], name, function)
-    torch.cuda.is_current_stream_capturing = lambda: False  # type: ignore[assignment]
+        place, _, name = path.rpartition(".")
+        setattr(sys.modules[f"transformer_engine.pytorch.{place}"], name, function)
+    torch.cuda.is_current_stream_capturing = lambda: False
