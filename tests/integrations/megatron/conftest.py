@@ -53,6 +53,8 @@ class Trainer:
     def __init__(self, tree: Path, folder: Path) -> None:
         self._folder = folder
         self._count = 0
+        self.log = folder
+        """What the run says that has begun last."""
         self._zygote = Zygote(Path(__file__).with_name("zygote.py"), [tree], ENVIRONMENT)
 
     def __call__(
@@ -60,7 +62,7 @@ class Trainer:
     ) -> Run:
         """Train; options are Megatron's, after the tiny model's and the CPU's."""
         self._count += 1
-        metrics, log = self._folder / f"{self._count}.jsonl", self._folder / f"{self._count}.log"
+        metrics, self.log = self._folder / f"{self._count}.jsonl", self._folder / f"{self._count}.log"
         arguments = [
             *CPU_OPTIONS,
             *TINY,
@@ -72,11 +74,11 @@ class Trainer:
         request = {
             "arguments": arguments,
             "processes": processes,
-            "log": str(log),
+            "log": str(self.log),
             "timeout": 240,
             "kill_when": kill_when,
         }
-        run = Run(self._zygote.run(request), log.read_text())
+        run = Run(self._zygote.run(request), self.log.read_text())
         if metrics.exists():
             for line in metrics.read_text().splitlines():
                 record = json.loads(line)
