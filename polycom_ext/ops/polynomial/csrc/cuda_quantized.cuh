@@ -178,7 +178,9 @@ void launch_quantized_recipe(const QuantizedArguments& arguments, const Shape& s
 template <typename Launch>
 void launch_quantized(const QuantizedArguments& arguments, Launch run) {
   const Problem& problem = arguments.forward.problem;
-  const Shape shape = choose_shape(problem.width, PER_VECTOR<BFloat16Storage>, true, false, FORWARD_HOLDS);
+  // Forward stages no row, whatever the processor's shared memory.
+  const Shape shape =
+      choose_shape(problem.width, PER_VECTOR<BFloat16Storage>, true, false, FORWARD_HOLDS, MAX_REDUCTION_BYTES);
   if (problem.rectify) return launch_quantized_recipe<true>(arguments, shape, run);
   launch_quantized_recipe<false>(arguments, shape, run);
 }
