@@ -95,6 +95,7 @@ inline bool check_convergence(unsigned threads) {
 }
 
 inline std::vector<char> shared_bytes;  // with room to align
+inline std::vector<unsigned> copiers;   // of its pieces of sixteen bytes: one more than the thread that copies there
 
 template <typename T>
 T* dynamic_shared() {
@@ -106,6 +107,10 @@ inline void start_copy(void* to, const void* from, size_t bytes) {
   const char* const begin = dynamic_shared<char>();
   require(to >= begin && static_cast<char*>(to) + bytes <= shared_bytes.data() + shared_bytes.size(),
           "a copy beyond the block's shared memory");
+  unsigned& copier = copiers[size_t(static_cast<char*>(to) - begin) / 16];
+  require(copier == 0 || copier == current + 1, "two threads copy to the same place");
+  copier = current + 1;
+  for (const Copy& other : fibers[current].copies) require(other.to != to, "a copy over another");
   fibers[current].copies.push_back({to, from, bytes});
 }
 
@@ -122,6 +127,7 @@ void launch(unsigned blocks, unsigned threads, Function kernel, unsigned shared 
   gridDim.x = blocks;
   blockDim.x = threads;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    copiers.assign(shared / 16 + 1, 0);
     for (unsigned thread = 0; thread < threads; ++thread) {
       Fiber& fiber = fibers[thread];
       if (!fiber.stack) fiber.stack = std::make_unique<char[]>(STACK_BYTES);
