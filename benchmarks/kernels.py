@@ -72,8 +72,11 @@ class Kernel:
 
     @property
     def block_sizes(self) -> range:
-        """The threads of a block that it is launched with: few where a row is narrower than it holds."""
-        least = self.threads if self.threads == NARROW_THREADS else 32
+        """The threads of a block that it is launched with: few where a row is narrower than it holds.
+
+        A row that one warp can hold is not held by a block.
+        """
+        least = self.threads if self.threads == NARROW_THREADS else 64 if self.vectors else 32
         return range(least, self.threads + 1, 32)
 
     def staged_bytes(self, threads: int) -> int:
