@@ -356,7 +356,16 @@ def test_neighbours_quantizers_are_honoured_in_fp8(
         calls.append((kwargs["quantizer"], kwargs["grad_quantizer"], y))
         return y
 
+    passed_on: list[Tensor] = []
+    backward = operations.Activation.gradients
+
+    def watched_backward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = backward(self, *args, **kwargs)
+        passed_on.append(result.x)
+        return result
+
     monkeypatch.setattr(operations.Activation, "apply_to", watched)
+    monkeypatch.setattr(operations.Activation, "gradients", watched_backward)
     with te.autocast(enabled=True, recipe=reference_recipe()):
         y = model(x)
     ((quantizer, grad_quantizer, emitted),) = calls
@@ -367,6 +376,7 @@ def test_neighbours_quantizers_are_honoured_in_fp8(
     assert type(emitted) is type(quantizer(torch.ones(ROWS, WIDTH)))
     assert ("ActivationLinear" in forward_operations(model)) is (recompute and JOINT)
     found = gradients(model, y, x)
+    assert [type(one) for one in passed_on] == [type(grad_quantizer(torch.ones(ROWS, WIDTH)))]
     ignorant = te.ops.Sequential(model[0], Unquantised(act.module), model[2])
     with te.autocast(enabled=True, recipe=reference_recipe()):
         expected = gradients(ignorant, ignorant(x), x)
