@@ -21,6 +21,8 @@ from transformer_engine.pytorch.utils import canonicalize_device
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError
+from polycom_ext.integrations.transformer_engine import quantization
+from polycom_ext.ops.calls import group_size
 from polycom_ext.ops.polynomial import dispatch, fused
 from polycom_ext.ops.polynomial.dispatch import Path
 from polycom_ext.ops.polynomial.inputs import Inputs
@@ -118,7 +120,11 @@ class Activation(BasicOperation):
         with torch.no_grad():
             inputs = self._inputs(x, pre_bias, row_scale)
             if inputs is not None and dispatch.path_of(inputs) is Path.FUSED:
-                y, scales = fused.forward(inputs, self._group)
+                written = None
+                if quantizer is not None and group_size(self._group) == 1:
+                    written = quantization.forward(inputs, quantizer)
+                y, scales = written or fused.forward(inputs, self._group)
+                quantizer = None if written else quantizer
                 kept, options = (*inputs.tensors, scales), inputs.options
             else:
                 kept = (x, pre_bias, row_scale)
