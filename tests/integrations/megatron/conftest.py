@@ -10,7 +10,7 @@ import pytest
 
 from polycom_ext import upstream
 
-from ..forked_ranks import Zygote
+from ..zygotes.forked_ranks import Zygote
 
 ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from polycom_ext import upstream
 from polycom_ext.errors import PolycomError
 
-from ..forked_ranks import Zygote
+from ..zygotes.forked_ranks import Zygote
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1", "LOG_FILTER_TYPE": "rank0_only"}
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps until the cock crows".split()

@@ -28,6 +28,7 @@ class Zygote:
     """The other end: starts a zygote's script with `paths` to import from, and sends it requests."""
 
     def __init__(self, script: Path, paths: list[Path], environment: dict[str, str], **options: Any) -> None:
+        # This folder has no other file: one beside it would be found under its name, as transformer_engine.
         python_path = os.pathsep.join(map(str, [*paths, Path(__file__).parent]))
         self._process = subprocess.Popen(
             [sys.executable, str(script)],
