@@ -207,7 +207,7 @@ def determinism(setting: Setting) -> str:
 def streams(setting: Setting) -> str:
     """On a stream of its own, behind work that has not ended, the operations wait for their turn."""
     setting.on_gpu()
-    call, given = _call(setting, 4096, 8256)
+    call, given = _call(setting, 64 if setting.short else 4096, 8256)
     wanted = call(given)
     stream = torch.cuda.Stream(setting.device)
     stream.wait_stream(torch.cuda.current_stream(setting.device))
@@ -236,7 +236,8 @@ def second_device(setting: Setting) -> str:
 def graphs(setting: Setting) -> str:
     """A captured forward and backward, replayed on other values."""
     setting.on_gpu()
-    call, given = _call(setting, 1024, 8256)
+    rows = 64 if setting.short else 1024
+    call, given = _call(setting, rows, 8256)
     stream = torch.cuda.Stream(setting.device)
     stream.wait_stream(torch.cuda.current_stream(setting.device))
     with torch.cuda.stream(stream):
@@ -246,7 +247,7 @@ def graphs(setting: Setting) -> str:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call(given)
-    given["x"].copy_(inputs(setting, 1024, 8256, 3, torch.bfloat16, "plain", seed=2)["x"])
+    given["x"].copy_(inputs(setting, rows, 8256, 3, torch.bfloat16, "plain", seed=2)["x"])
     graph.replay()
     torch.cuda.synchronize(setting.device)
     _same(call(given), captured, "replayed")
