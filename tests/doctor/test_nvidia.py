@@ -112,6 +112,11 @@ def test_rows_of_memory_that_failed_and_processes_belong_to_their_gpu(smi: Smi) 
     assert second.faults == ("memory rows wait to be remapped", "memory rows could not be remapped")
 
 
+def test_ecc_may_be_off(smi: Smi) -> None:
+    smi({"gpu": [H100 | {"ecc.mode.current": "Disabled"}]})
+    assert nvidia.look().gpus[0].ecc is False
+
+
 def test_a_lost_gpu_is_told_beside_those_that_work(smi: Smi) -> None:
     lost = "Unable to determine the device handle for GPU1: 0000:4E:00.0: GPU is lost.  Reboot the system"
     smi({"gpu": [H100, lost]}, status=15)
