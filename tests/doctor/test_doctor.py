@@ -188,6 +188,7 @@ def test_an_upstream_of_no_tree_of_the_run_is_not_needed(
     small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(import_module("toy").ToyAdapter, "upstreams", {})
+    fetch.fetch(small.pin)
     [found] = run.upstreams(planned())
     assert (found.mark, found.stops) == (UNNEEDED, False)
 
