@@ -115,6 +115,15 @@ def shortened(place: Place, command: str) -> None:
     place.trained.add(spec)
 
 
+def with_a_pin(place: Place, command: str) -> None:
+    """The page's reader has pinned another version, which is the same one here."""
+    pins = place.checkout / "patches" / "pins.toml"
+    [pinned] = re.findall(r"(?ms)^\[megatron\]\n.*?(?=^\[(?!megatron))", pins.read_text())
+    another = re.sub(r"""(?m)^(\[|series = ")megatron""", r"\1megatron-next", pinned)
+    pins.write_text(f"{pins.read_text()}\n{another}")
+    place.run(command)
+
+
 def on_each_node(place: Place, command: str) -> None:
     """The nodes are processes of this machine, and the run is the toy trainer's."""
     environment = {"GLOO_SOCKET_IFNAME": "lo", "TOY_SPEC": "a b"}
@@ -136,7 +145,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"polycom run .*", shortened),
     (r"polycom node .*", on_each_node),
     (r"polycom (upstream|data|status|report|doctor)( .*)?", as_written),
-    (r"(git|mkdir) .*", as_written),
+    (r"mkdir patches/megatron-next .*", with_a_pin),
+    (r"git .*", as_written),
     (r"\.venv/bin/pytest .*", by_this_python),
 )
 """What a whole command looks like -> how it is run; the first that fits."""
@@ -177,12 +187,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         made.run(f"{prepare}/valid --tokenizer build/{folder}/train.tokenizer.json")
     made.run("polycom upstream fetch megatron && cp -r .upstream/megatron ~/Megatron-LM")
     made.run("cd ~/Megatron-LM && rm -rf .git && git init -q && git add -A && git commit -qm Theirs")
-    pins = (TOP / "patches" / "pins.toml").read_text()
-    [another] = re.findall(r"(?ms)^\[megatron\]\n.*?(?=^\[(?!megatron))", pins)
-    another = another.replace("[megatron", "[megatron-next").replace(
-        'series = "megatron"', 'series = "megatron-next"'
-    )
-    (made.checkout / "patches" / "pins.toml").write_text(f"{pins}\n{another}")
     return made
 
 
