@@ -31,6 +31,8 @@ RESULTS = Path(__file__).parent / "results"
 STORAGES = {"FloatStorage": "float32", "BFloat16Storage": "bfloat16", "HalfStorage": "float16"}
 NARROW_THREADS = 128
 """Of a block in which every warp has a row of its own, as in cuda_kernels.cuh."""
+RECIPES = {"TENSOR": 89, "BLOCKS": 89, "MX": 100}
+"""Of the kernels that write FP8 (csrc/quantized_arguments.h), with the first architecture that has one."""
 WIDTHS = (1024, 1536, 5504, 8192, 8256, 11008, 14336, 16384)
 """1536 and 8256 are the paper's, 5504 its gated one; the others are common in other models."""
 
@@ -58,13 +60,35 @@ class Kernel:
             r"(forward|backward)_kernelINS0_\d+(\w+?)ELi(\d)ELb(\d)ELb(\d)ELi(\d+)ELi(\d+)ELi(\d+)E(Lb1)?"
         )
         if (found := re.search(pattern, mangled)) is None:
-            return None
+            return cls._of_quantized_name(mangled)
         direction, storage, order, rectified, biased, vectors, threads, asked, staged = found.groups()
         flags = (rectified == "1", biased == "1")
         hold = (int(vectors), int(threads), int(asked))
         return cls(direction, storage, int(order), *flags, *hold, staged is not None)
 
+    @classmethod
+    def _of_quantized_name(cls, mangled: str) -> Kernel | None:
+        pattern = r"quantized_kernelINS0_\d+(\w+?)ELi(\d)ELb(\d)ELNS_6RecipeE(\d)ELi(\d+)ELi(\d+)ELi(\d+)E"
+        if (found := re.search(pattern, mangled)) is None:
+            return None
+        storage, order, rectified, recipe, *hold = found.groups()
+        direction = f"quantized_{tuple(RECIPES)[int(recipe)]}"
+        return cls(direction, storage, int(order), rectified == "1", False, *map(int, hold), False)
+
+    @property
+    def recipe(self) -> str:
+        """Of those that write FP8; else nothing."""
+        return self.direction.partition("quantized_")[2]
+
+    def exists_for(self, architecture: str) -> bool:
+        """Whether more than an empty kernel is compiled (is_compiled in cuda_quantized.cuh)."""
+        return not self.recipe or int(architecture) >= RECIPES[self.recipe]
+
     def __str__(self) -> str:
+        if self.recipe:
+            flags = f"{str(self.rectified).lower()}, Recipe::{self.recipe}"
+            hold = f"{self.vectors}, {self.threads}, {self.asked}"
+            return f"quantized_kernel<{self.storage}, {self.order}, {flags}, {hold}>"
         flags = f"{self.rectified}, {self.biased}".lower()
         hold = f"{self.vectors}, {self.threads}, {self.asked}"
         hold += f", {self.staged}".lower() if self.direction == "backward" else ""
@@ -85,8 +109,8 @@ class Kernel:
 
     @property
     def usual(self) -> bool:
-        """Whether its slots are counted: PolyNorm, no bias before, the row in registers."""
-        return not self.rectified and not self.biased and self.vectors > 0
+        """Whether its slots are counted: PolyNorm, no bias before, the row in registers, y as it is."""
+        return not self.recipe and not self.rectified and not self.biased and self.vectors > 0
 
 
 @dataclass(frozen=True)
@@ -184,7 +208,7 @@ def _compile(kernels: list[Kernel], architecture: str, output: str, *flags: str)
     source = Path(output).with_suffix(".cu")
     pointers = "".join(f"  (const void*){kernel},\n" for kernel in kernels)
     source.write_text(
-        '#include "cuda_launch.cuh"\nusing namespace polycom;\n'
+        '#include "cuda_quantized.cuh"\nusing namespace polycom;\n'
         f"extern const void* const instances[] = {{\n{pointers}}};\n"
     )
     command = [build.find_nvcc(), *build.cuda_flags([architecture]), f"-I{SOURCES}", *flags]
@@ -195,7 +219,7 @@ def rows_of(report: list[build.Resources], slots: dict[tuple[str, Kernel], Slots
     """The table's rows of what ptxas reported."""
     rows = []
     for used in report:
-        if (kernel := Kernel.of_name(used.kernel)) is None:
+        if (kernel := Kernel.of_name(used.kernel)) is None or not kernel.exists_for(used.architecture):
             continue
         shared = used.shared + kernel.staged_bytes(kernel.threads)
         blocks = resident_blocks(used.architecture, kernel.threads, used.registers, shared)
@@ -228,7 +252,7 @@ def _measure(kernels: list[Kernel], architecture: str) -> list[Row]:
 
 _LIST = """
 #include <cstdio>
-#include "cuda_launch.cuh"
+#include "cuda_quantized.cuh"
 using namespace polycom;
 constexpr int MOST_SHARED = 163 * 1024;  // of a block on an A100; an H100 has more
 void list(const char* direction, const Hold (&holds)[HOLDS], int count, char** widths) {
@@ -245,7 +269,19 @@ void list(const char* direction, const Hold (&holds)[HOLDS], int count, char** w
     }
   }
 }
+void list_quantized() {
+  for (int at = LOOPED + 1; at < HOLDS; ++at) {
+    for (bool rectify : {false, true}) {
+      for (Recipe recipe : {Recipe::TENSOR, Recipe::BLOCKS, Recipe::MX}) {
+        const Hold& hold = FORWARD_HOLDS[at];
+        printf("quantized forward %d %d %d %d %d\\n", int(recipe), int(rectify), hold.vectors, hold.threads,
+               quantized_blocks(hold, rectify, recipe));
+      }
+    }
+  }
+}
 int main(int count, char** widths) {
+  list_quantized();
   list("forward", FORWARD_HOLDS, count, widths);
   list("backward", BACKWARD_HOLDS, count, widths);
 }
@@ -282,7 +318,11 @@ class Choices:
         holds: dict[str, list[tuple[int, int, int, bool]]] = {"forward": [], "backward": []}
         kernels, shapes = [], {}
         for kind, direction, *rest in lines:
-            if kind == "hold":
+            if kind == "quantized":
+                recipe, rectify, *hold = map(int, rest)
+                named = f"quantized_{tuple(RECIPES)[recipe]}"
+                kernels.append(Kernel(named, "BFloat16Storage", 3, bool(rectify), False, *hold, False))
+            elif kind == "hold":
                 vectors, threads, blocks, biased_blocks, staged, has_biased, dynamic = map(int, rest)
                 holds[direction].append((vectors, threads, blocks, bool(staged)))
                 kernels += [

@@ -76,6 +76,18 @@ def test_slots_are_counted_within_the_loop_over_rows() -> None:
     assert kernels.row_loop_slots(sass) == {kernel: kernels.Slots(beside=1 + 4 + 1, vector=30)}
 
 
+def test_a_kernel_is_known_by_the_name_that_it_is_asked_for_with() -> None:
+    """Of those that write FP8; the mangled name as nvcc makes it."""
+    mangled = (
+        "_ZN7polycom50_GLOBAL__N__36901ef7_17_cuda_quantized_cu_659e72b016quantized_kernelINS0_15BFloat16Storage"
+        "ELi3ELb1ELNS_6RecipeE2ELi8ELi256ELi2EEEvNS_18QuantizedArgumentsEi"
+    )
+    kernel = kernels.Kernel.of_name(mangled)
+    assert str(kernel) == "quantized_kernel<BFloat16Storage, 3, true, Recipe::MX, 8, 256, 2>"
+    assert [kernel.exists_for(name) for name in ("80", "90", "100")] == [False, False, True]
+    assert kernel in kernels.Choices.find().kernels
+
+
 def test_the_table_is_written_as_it_is_read(tmp_path: Path) -> None:
     kernels.write_csv(tmp_path / "again.csv", kernels.read_csv(TABLE))
     assert (tmp_path / "again.csv").read_bytes() == TABLE.read_bytes()
@@ -216,7 +228,8 @@ def test_the_cuda_library_loads_and_says_in_a_sentence_what_a_machine_lacks(
         "if torch.version.cuda is None and sys.argv[2]: ctypes.CDLL(sys.argv[2], ctypes.RTLD_LOCAL)\n"
         "torch.version.cuda = torch.version.cuda or '13.0'\n"
         "assert library._load_cuda(pathlib.Path(sys.argv[1])) == ''\n"
-        "for name in ('', '_backward', '_sums', '_from_sums', '_backward_sums', '_backward_from_sums'):\n"
+        "of_sums = ('_sums', '_from_sums', '_backward_sums', '_backward_from_sums')\n"
+        "for name in ('', '_backward', '_quantized', *of_sums):\n"
         "    operator = f'polycom::polynomial{name}'\n"
         "    assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, 'CUDA'), name\n"
         "build = torch.ops.polycom.polynomial_cuda_build()\n"
