@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 EXPERTS, HIDDEN, WIDTH = 3, 16, 256
 TOKENS = [25, 0, 39]
@@ -43,7 +44,7 @@ class GroupedLinear(nn.Module):
         return y + torch.stack(biases).repeat_interleave(counts, dim=0), None
 
 
-def make(kind: str, activation: str, **options: Any) -> nn.Module:
+def make(kind: str, activation: str, **options: Any) -> Any:
     """A layer with biases, whose parameters depend on its kind only."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -107,6 +108,32 @@ def of_two_sums(activation: Any) -> None:
         return y if token_weight is None else (y * token_weight.unsqueeze(-1)).to(y.dtype)
 
     activation.forward = forward
+
+
+class Passes(TorchDispatchMode):
+    """Notes what writes a tensor of FC1's output's width, but for matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        y = found[0] if isinstance(found, tuple | list) and found else found
+        if isinstance(y, Tensor) and y.dim() and y.shape[-1] == WIDTH and not func.is_view:
+            self.names.append(str(func).partition(".")[2].partition(".")[0])
+        return found
+
+
+def passes(kind: str, activation: str) -> list[str]:
+    """What runs between FC1 and FC2, forward, by name."""
+    layer = make(kind, activation)
+    x, probs = torch.randn(4, HIDDEN), torch.rand(4)
+    counts = torch.tensor([4, 0, 0])
+    noted = Passes()
+    with torch.no_grad(), noted:
+        layer(x) if kind == "dense" else layer(x, counts, probs)
+    return noted.names
 
 
 def run(kind: str, layer: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], int]:
@@ -242,6 +269,7 @@ def main() -> None:
                     for activation in ACTIVATIONS
                 },
                 "experts": of_both_experts(),
+                "passes": {f"{kind}, {name}": passes(kind, name) for kind in kinds for name in ACTIVATIONS},
             }
         )
     )

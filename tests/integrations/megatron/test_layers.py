@@ -30,6 +30,16 @@ def test_with_bias_and_router_s_weights_the_activation_is_what_separate_operatio
         assert case["difference"] < 1e-6, name
 
 
+def test_fused_it_is_one_pass(layers: dict[str, Any]) -> None:
+    for name, passes in layers["passes"].items():
+        of_linears = ("mm", "cat", "stack")  # the last of the biases of grouped experts
+        between = [one for one in passes if one not in of_linears]
+        if not any(activation in name for activation in BY_PLAIN_OPERATIONS):
+            assert between == ["polynomial"] * (3 if name.startswith("sequential") else 1), name
+        else:
+            assert "add" in between, name
+
+
 def test_fused_it_keeps_two_tensors_of_an_expert_where_separate_operations_keep_three(
     layers: dict[str, Any],
 ) -> None:
