@@ -73,7 +73,8 @@ class Kernel:
             return None
         storage, order, rectified, recipe, *hold = found.groups()
         direction = f"quantized_{tuple(RECIPES)[int(recipe)]}"
-        return cls(direction, storage, int(order), rectified == "1", False, *map(int, hold), False)
+        vectors, threads, asked = map(int, hold)
+        return cls(direction, storage, int(order), rectified == "1", False, vectors, threads, asked, False)
 
     @property
     def recipe(self) -> str:
@@ -319,9 +320,10 @@ class Choices:
         kernels, shapes = [], {}
         for kind, direction, *rest in lines:
             if kind == "quantized":
-                recipe, rectify, *hold = map(int, rest)
+                recipe, rectify, vectors, threads, blocks = map(int, rest)
                 named = f"quantized_{tuple(RECIPES)[recipe]}"
-                kernels.append(Kernel(named, "BFloat16Storage", 3, bool(rectify), False, *hold, False))
+                flags = (bool(rectify), False)
+                kernels.append(Kernel(named, "BFloat16Storage", 3, *flags, vectors, threads, blocks, False))
             elif kind == "hold":
                 vectors, threads, blocks, biased_blocks, staged, has_biased, dynamic = map(int, rest)
                 holds[direction].append((vectors, threads, blocks, bool(staged)))
