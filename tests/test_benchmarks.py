@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -19,7 +18,9 @@ import pytest
 import torch
 from torch import nn
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "activations.py"
+from .scripts import BENCHMARKS, script
+
+SCRIPT = BENCHMARKS / "activations.py"
 PROVIDERS = ["polycom", "eager", "authors", "gelu", "swiglu", "liger"]
 
 
@@ -83,17 +84,6 @@ def accept() -> Any:
 @pytest.fixture
 def checks() -> Any:
     return script("checks")
-
-
-def script(name: str) -> Any:
-    """A benchmark script as a module of its own."""
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", SCRIPT.with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

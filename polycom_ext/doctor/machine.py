@@ -222,7 +222,7 @@ def _folders(runs: Path) -> list[Folder]:
 
 def folder(purpose: str, path: Path) -> Folder:
     """A place, which may not be made yet: then what is there of the way to it."""
-    there = next(above for above in (path, *path.parents) if above.exists())
+    there = next(above for above in (path, *path.parents) if os.path.exists(above))
     writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     return Folder(purpose, str(path), shutil.disk_usage(there).free, writable)
 

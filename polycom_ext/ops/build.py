@@ -91,7 +91,8 @@ class Torch:
 
 def too_old(torch_version: str) -> str:
     """Why the operations do not work with a torch of this version; an alpha counts as its release."""
-    if tuple(int(number) for number in torch_version.split(".")[:2]) >= OLDEST_TORCH:
+    found = re.match(r"(\d+)\.(\d+)", torch_version)
+    if found is None or tuple(map(int, found.groups())) >= OLDEST_TORCH:
         return ""
     return "they need torch {}.{} or later, and this is {}".format(*OLDEST_TORCH, torch_version)
 

@@ -121,7 +121,7 @@ def test_an_older_torch_is_told_what_the_operations_need(
         build.Torch.find()
 
 
-@pytest.mark.parametrize("version", ["2.11.0a0+x.nv26.02", "2.11.0", "3.0.0"])
+@pytest.mark.parametrize("version", ["2.11.0a0+x.nv26.02", "2.11a0", "2.11.0", "3.0.0"])
 def test_an_alpha_counts_as_its_release(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,23 +14,13 @@ import torch
 from polycom_ext.ops import build
 from polycom_ext.ops.polynomial import library
 
+from ..scripts import BENCHMARKS, script
 from . import binaries
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TABLE = BENCHMARKS / "results" / "kernels.csv"
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_kernels", BENCHMARKS / "kernels.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-kernels = _script()
+kernels = script("kernels")
 
 
 def _missing() -> str:
