@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from polycom_ext.ops.polynomial import library
+
+# Started in the background (`nohup`, a script's `&`) the tests, and all that they start, would ignore these.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GPU = ["cuda"] if torch.cuda.is_available() else []
 

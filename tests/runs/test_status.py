@@ -88,7 +88,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         try:
             failed = runs.start("failed", steps=5, fail_at=3)
             refused = runs.start("refused", processes=2, steps=5, refuse="it cannot\nbe right")
-            long: dict[str, Any] = {"steps": 5000, "seconds": 0.1}
+            long: dict[str, Any] = {"steps": 500, "seconds": 0.1}
             told = runs.start("told", **long)
             hung = runs.start("hung", "setsid", "sh", "-c", '"$@"; exit', "sh", **long)
             torn, lost = runs.start("torn", **long), runs.start("lost", **long)

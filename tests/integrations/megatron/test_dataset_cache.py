@@ -1,5 +1,6 @@
 """Runs that begin at once may share a dataset cache, which Megatron fills in place."""
 
+import contextlib
 import fcntl
 import threading
 import time
@@ -16,13 +17,18 @@ def test_a_run_waits_for_the_one_that_fills_the_cache(train: Trainer, tmp_path: 
 
     def release() -> None:
         deadline = time.monotonic() + 60
-        while not (train.log.is_file() and "> building train" in train.log.read_text()):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        time.sleep(1)
-        written.append(list(cache.glob("*.npy")))
-        fcntl.flock(other, fcntl.LOCK_UN)
+        try:
+            while not at_its_datasets() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(1)
+            written.append(list(cache.glob("*.npy")))
+        finally:
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+    def at_its_datasets() -> bool:
+        with contextlib.suppress(OSError):  # the log is not there yet, or made anew
+            return "> building train" in train.log.read_text(errors="replace")
+        return False
 
     with (cache / ".lock").open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
