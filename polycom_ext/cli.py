@@ -19,10 +19,12 @@ from polycom_ext.errors import PolycomError
 VERBS = {
     "data": ("polycom_ext.data.command", "turn text into token files"),
     "doctor": ("polycom_ext.doctor.command", "what this machine has, and whether a run can start here"),
+    "logs": ("polycom_ext.runs.logs_command", "what a run's trainer and its job have said"),
     "node": ("polycom_ext.runs.node", "execute a planned run on this node of it"),
     "report": ("polycom_ext.report.command", "tables and plots of finished runs"),
     "run": ("polycom_ext.runs.command", "start or resume a training run"),
     "status": ("polycom_ext.runs.status_command", "how runs stand: step, loss, time left, state"),
+    "stop": ("polycom_ext.runs.stop_command", "have a run end"),
     "upstream": ("polycom_ext.upstream.command", "fetch, patch and check the pinned trainers"),
 }
 """verb -> (module with `add_arguments(parser)` and `main(args) -> int`, one line of help)"""

@@ -14,6 +14,7 @@ from polycom_ext.doctor.machine import Machine
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import plan
 from polycom_ext.runs.plan import Run
+from polycom_ext.runs.site import Site
 
 FOLDER = Path("outputs")
 """Where run directories are, unless told otherwise."""
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
 def _planned(args: argparse.Namespace) -> Run | None:
     if args.config is None:
         return None
-    return plan.planned(shipped.find(args.config), args.set, args.output, FOLDER)
+    return plan.planned(shipped.find(args.config), args.set, args.output, FOLDER, Site())
 
 
 def _examined(planned: Run | None) -> tuple[Machine, list[Finding]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from polycom_ext import arguments, shipped
 from polycom_ext.runs import backends, plan
+from polycom_ext.runs import site as sites
+from polycom_ext.runs.site import Site
 from polycom_ext.runs.submit import submit
 
 
@@ -32,14 +35,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="runs at once, for those that leave processors idle (default: 1)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print each command and write nothing")
+    parser.add_argument(
+        "--site",
+        metavar="FILE",
+        help="what the place asks for, a YAML file, or the name of one in launch/sites (default: nothing)",
+    )
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help=f"who starts the nodes: {', '.join(backends.BACKENDS)} (default: the site's, else local)",
+    )
+    parser.add_argument("--nodes", metavar="N", help="as --set nodes=N")
+    parser.add_argument("--processes-per-node", metavar="M", help="as --set processes_per_node=M")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print each command, and what is rendered, and write nothing"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Check every run, then have them executed; 0, or the highest status of those that are not complete."""
     alone, folder = len(args.configs) == 1, args.output or Path("outputs")
     own = args.output if alone else None
-    runs = [plan.planned(shipped.find(config), args.set, own, folder) for config in args.configs]
+    site = _site(args)
+    backend = backends.find(site.backend)
+    changes = [*args.set, *_counts(args)]
+    runs = [plan.planned(shipped.find(config), changes, own, folder, site) for config in args.configs]
     plan.refuse_shared_directories(runs)
     if not args.dry_run:
         for run in runs:
@@ -50,6 +70,16 @@ def main(args: argparse.Namespace) -> int:
             plan.check_inputs(run)
     if args.dry_run:
         for run in runs:
-            plan.show(run)
+            plan.show(run, backend.files(run))
         return 0
-    return submit(runs, backends.find("local"), args.jobs)
+    return submit(runs, backend, args.jobs)
+
+
+def _site(args: argparse.Namespace) -> Site:
+    site = Site() if args.site is None else sites.load(sites.find(args.site))
+    return site if args.backend is None else replace(site, backend=args.backend)
+
+
+def _counts(args: argparse.Namespace) -> list[str]:
+    given = {"nodes": args.nodes, "processes_per_node": args.processes_per_node}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]

@@ -175,7 +175,7 @@ def users(pids: list[int]) -> str:
     if not pids:
         return "another run, perhaps on another machine; wait for its end or give another --output"
     environments = dict(_environments())
-    first = [pid for pid in pids if _parent(pid) not in pids]
+    first = outermost(pids)
     alone = all(_mark(environments.get(pid, b"")) is not None for pid in pids)
     who = "a trainer that outlived its `polycom node`" if alone else "another run"
     named = " ".join(map(str, first))
@@ -183,6 +183,11 @@ def users(pids: list[int]) -> str:
         f"{who} (process {named.replace(' ', ', ')}); wait for its end, end it with `kill {named}`, "
         "or give another --output"
     )
+
+
+def outermost(pids: list[int]) -> list[int]:
+    """Those of the processes that none of the others has started."""
+    return [pid for pid in pids if _parent(pid) not in pids]
 
 
 def _mark(environment: bytes) -> bytes | None:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from polycom_ext import upstream
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import secrets
+from polycom_ext.runs import site as sites
 from polycom_ext.runs import spec as specs
 from polycom_ext.runs.adapter import Adapter, find, trees
 from polycom_ext.runs.rendering import Command, render
 from polycom_ext.runs.rundir import RunDirectory
+from polycom_ext.runs.site import Site
 from polycom_ext.runs.spec import Spec
 
 
 @dataclass(frozen=True)
 class Run:
-    """A spec, its trainer's adapter and its directory."""
+    """A spec, its trainer's adapter, its directory and the place where it runs."""
 
     spec: Spec
     adapter: Adapter
     directory: RunDirectory
+    site: Site
 
     @property
     def name(self) -> str:
@@ -31,7 +35,7 @@ class Run:
     @property
     def command(self) -> Command:
         """What each node runs."""
-        return render(self.spec, self.adapter, self.directory.path)
+        return render(self.spec, self.adapter, self.directory.path, self.site.environment)
 
     def latest_step(self) -> int | None:
         """The step of the checkpoint from which it would go on."""
@@ -50,10 +54,10 @@ class Run:
         return True
 
 
-def planned(config: Path, overrides: list[str], path: Path | None, folder: Path) -> Run:
+def planned(config: Path, overrides: list[str], path: Path | None, folder: Path, site: Site) -> Run:
     """The run of a spec in the directory `path`, or in that of its name in `folder`."""
     spec = specs.load(config, overrides)
-    return Run(spec, find(spec.trainer), RunDirectory((path or folder / spec.name).absolute()))
+    return Run(spec, find(spec.trainer), RunDirectory((path or folder / spec.name).absolute()), site)
 
 
 def recorded(path: Path) -> Run:
@@ -61,11 +65,17 @@ def recorded(path: Path) -> Run:
     directory = RunDirectory(path.absolute())
     directory.read_spec()
     spec = specs.load(directory.spec)
-    return Run(spec, find(spec.trainer), directory)
+    site = sites.load(directory.site) if directory.site.is_file() else Site()
+    return Run(spec, find(spec.trainer), directory, site)
 
 
 def prepare_trees(run: Run) -> None:
-    """A tree that asks for patches gets them; an activation that upstream knows runs on any tree."""
+    """A tree that asks for patches gets them; an activation that upstream knows runs on any tree.
+
+    The trees of a run in a container are the image's.
+    """
+    if run.site.container is not None:
+        return
     for name in trees(run.adapter, run.spec):
         if run.adapter.needs_patches(run.spec) or not upstream.tree(name).exists():
             upstream.ensure_applied(name)
@@ -78,8 +88,9 @@ def check(run: Run) -> None:
 
 
 def check_inputs(run: Run) -> None:
-    """Raise PolycomError for a file or a secret that is not there."""
-    run.adapter.check_inputs(run.spec)
+    """Raise PolycomError for a file or a secret that is not there; a container may see other files."""
+    if run.site.container is None:
+        run.adapter.check_inputs(run.spec)
     secrets.check(run.command.environment)
 
 
@@ -93,8 +104,8 @@ def refuse_shared_directories(runs: list[Run]) -> None:
             )
 
 
-def show(run: Run) -> None:
-    """Print the command, and the files that it needs."""
+def show(run: Run, files: Mapping[str, str]) -> None:
+    """Print the command, and the files that it and its backend need."""
     for name in trees(run.adapter, run.spec):
         if not upstream.tree(name).exists():
             print(
@@ -103,7 +114,7 @@ def show(run: Run) -> None:
                 file=sys.stderr,
             )
     print(run.command.script(), end="")
-    for name, text in run.adapter.files(run.spec, run.directory.path).items():
+    for name, text in {**run.adapter.files(run.spec, run.directory.path), **files}.items():
         print(f"\n# {run.directory.path / name}:")
         for line in text.splitlines():
             print(f"#   {line}".rstrip())

@@ -51,11 +51,17 @@ class Record:
         self.path = path
         self.spec = path / "run.yaml"
         """The resolved spec."""
+        self.site = path / "site.yaml"
+        """What the place where it runs has asked for, resolved."""
+        self.job = path / "job.json"
+        """To whom it was handed over last."""
         self.command = path / "command.sh"
         self.versions = path / "versions.json"
         """Versions of what runs, states of the upstream trees, and the attempts."""
         self.log = path / "log.txt"
         """All that the trainer says. Who works in the directory holds its lock."""
+        self.job_log = path / "job.txt"
+        """What the job system and the nodes say, of all starts one after the other."""
         self.metrics = path / "metrics.jsonl"
         """A JSON line a logged step, of its `step` and its `metrics` by name."""
         self.coefficients = path / "coefficients.json"
@@ -87,6 +93,17 @@ class Record:
     def write_coefficients(self, learned: Mapping[str, Any]) -> None:
         """Write what `coefficients` has made."""
         write_text(self.coefficients, json.dumps(learned, indent=2) + "\n")
+
+    def read_job(self) -> dict[str, Any] | None:
+        """Who has the run: the `backend`, and what that one noted; None where it was never handed over.
+
+        Raises PolycomError if it cannot be read.
+        """
+        return _parse(self.job) if self.job.is_file() else None
+
+    def write_job(self, job: Mapping[str, Any]) -> None:
+        """Note who has the run now."""
+        write_text(self.job, json.dumps(job, indent=2) + "\n")
 
     def attempts(self) -> list[dict[str, Any]]:
         """What was noted of each time that the trainer was started, the first one first.

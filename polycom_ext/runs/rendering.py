@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +87,12 @@ class Command:
         return "\n".join([*lines, text]) + "\n"
 
 
-def render(spec: Spec, adapter: Adapter, run_dir: Path) -> Command:
-    """The command, the same on each node. Writes nothing."""
+def render(spec: Spec, adapter: Adapter, run_dir: Path, beneath: Mapping[str, str] = {}) -> Command:
+    """The command, the same on each node. Writes nothing.
+
+    Args:
+        beneath: a site's variables, to which the spec's own add.
+    """
     alone = spec.nodes == 1
     stated = {
         "nnodes": str(spec.nodes),
@@ -98,7 +103,7 @@ def render(spec: Spec, adapter: Adapter, run_dir: Path) -> Command:
     launcher = ["-m", "polycom_ext.runs.torchrun"]
     launcher += [part for name, value in stated.items() for part in (f"--{name}", value)]
     environment = {**ENVIRONMENT, **(ONE_NODE_ENVIRONMENT if alone else {})}
-    environment |= {**adapter.environment(spec, run_dir), **spec.environment}
+    environment |= {**adapter.environment(spec, run_dir), **beneath, **spec.environment}
     # The trees first, so that neither the spec nor the caller can hide them.
     paths = [str(upstream.tree(name)) for name in contract.trees(adapter, spec)]
     for given in (environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")):

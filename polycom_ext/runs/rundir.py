@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ from polycom_ext.runs import spec as specs
 from polycom_ext.runs.adapter import Adapter, trees
 from polycom_ext.runs.record import Record
 from polycom_ext.runs.rendering import Command
+from polycom_ext.runs.site import Site
 from polycom_ext.runs.spec import Spec
 from polycom_ext.upstream import git
 
@@ -80,14 +81,21 @@ class RunDirectory(Record):
         """The log of a node: one of its own, as file systems that nodes share may not append well."""
         return self.log.with_name(f"log.node-{node_rank}.txt") if node_rank else self.log
 
-    def write(self, spec: Spec, adapter: Adapter, command: Command) -> None:
-        """Write the resolved spec, the command, its files and the versions, for a start or a resumption."""
+    def write(
+        self, spec: Spec, adapter: Adapter, command: Command, site: Site, files: Mapping[str, str]
+    ) -> None:
+        """Write what was asked for, the command, all files and the versions, for a start or a resumption.
+
+        Args:
+            files: name -> text of what the backend needs; scripts may be executed.
+        """
         resolved = spec.as_mapping()
         if "environment" in resolved:
             resolved["environment"] = secrets.masked(spec.environment)
         write_text(self.spec, document.dump(resolved))
-        for name, text in adapter.files(spec, self.path).items():
-            write_text(self.path / name, text)
+        write_text(self.site, document.dump(site.as_mapping()))
+        for name, text in {**adapter.files(spec, self.path), **files}.items():
+            write_text(self.path / name, text, executable=name.endswith(".sh"))
         write_text(self.command, command.script(), executable=True)
         where = {"directory": str(self.path)}
         versions = {**_versions(spec, adapter), **where, "attempts": self.attempts()}

@@ -13,6 +13,9 @@ _LAST_WORDS = ("AUTH", "PASS", "PWD")
 _LOGIN = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 """`scheme://user:password@host`, as in the address of a proxy."""
 
+_ASSIGNMENT = re.compile(r"""(\w+)=(['"]?[^\s'"$`])""")
+"""NAME=VALUE, the value written out."""
+
 
 def is_secret(name: str, value: str = "") -> bool:
     """Whether an environment variable looks like one that holds a secret: by its name, or by a login in it.
@@ -24,6 +27,18 @@ def is_secret(name: str, value: str = "") -> bool:
     if any(word.endswith(_ENDINGS) for word in words) or (len(words) > 1 and words[-1] in _LAST_WORDS):
         return True
     return _LOGIN.search(value) is not None
+
+
+def in_text(text: str) -> str | None:
+    """What looks like a secret that is written out in a shell line or an option; None where nothing does.
+
+    >>> [in_text(text) for text in ("export HF_TOKEN=abc", "export HF_TOKEN=$(cat token)", "--env=HF_TOKEN")]
+    ['HF_TOKEN', None, None]
+    """
+    if _LOGIN.search(text):
+        return "a login in an address"
+    names = (name for name, value in _ASSIGNMENT.findall(text) if is_secret(name))
+    return next(names, None)
 
 
 def reference(name: str) -> str:

@@ -22,6 +22,7 @@ from polycom_ext.doctor.machine import Machine
 from polycom_ext.runs import plan
 from polycom_ext.runs.adapter import Upstream
 from polycom_ext.runs.plan import Run
+from polycom_ext.runs.site import Site
 from polycom_ext.upstream import fetch, trees
 
 from ..runs.conftest import register, write_spec
@@ -42,7 +43,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
 
 
 def planned(**options: Any) -> Run:
-    return plan.planned(Path(write_spec("a-run", 1, {"steps": 1, **options})), [], None, Path("outputs"))
+    return plan.planned(
+        Path(write_spec("a-run", 1, {"steps": 1, **options})), [], None, Path("outputs"), Site()
+    )
 
 
 def test_a_run_that_can_start_here_for_a_program(

@@ -35,7 +35,8 @@ def finished(toy_spec: Callable[..., str], finished_directory: Path) -> str:
 def test_a_run_leaves_its_spec_command_versions_and_log(finished: str) -> None:
     assert load(RUN / "run.yaml") == load(Path(finished))
     assert sorted(path.name for path in RUN.iterdir()) == sorted(
-        "checkpoints coefficients.json command.sh log.txt metrics.jsonl pid-0 run.yaml versions.json".split()
+        "checkpoints coefficients.json command.sh job.json log.txt metrics.jsonl pid-0 run.yaml site.yaml "
+        "versions.json".split()
     )
     assert json.loads((RUN / "coefficients.json").read_text())["step"] == 2
     versions = json.loads((RUN / "versions.json").read_text())

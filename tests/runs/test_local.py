@@ -18,6 +18,7 @@ import pytest
 import polycom_ext
 from polycom_ext.cli import main
 from polycom_ext.runs import launch, node, plan
+from polycom_ext.runs.site import Site
 from polycom_ext.upstream import git
 
 RUN = Path("outputs/small")
@@ -311,10 +312,10 @@ def test_a_run_that_has_not_begun_says_what_its_trainer_said_last(
 ) -> None:
     monkeypatch.setattr(node, "PATIENCE_SECONDS", 0.0)
     written = plan.planned(
-        Path(toy_spec(steps=1, seconds=1, talk="waiting for rank 7")), [], None, RUN.parent
+        Path(toy_spec(steps=1, seconds=1, talk="waiting for rank 7")), [], None, RUN.parent, Site()
     )
     RUN.mkdir(parents=True)
-    written.directory.write(written.spec, written.adapter, written.command)
+    written.directory.write(written.spec, written.adapter, written.command, written.site, {})
     assert main(["node", str(RUN)]) == 0
     shown = capfd.readouterr().out
     assert re.search(r"no step after 0:0\d; the log ends with: nothing\n", shown)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import BinaryIO, Protocol
 
+from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.runs.plan import Run
 
-BACKENDS = {"local": "polycom_ext.runs.backends.local:Local"}
-"""name -> its class, imported when it is asked for."""
+BACKENDS = {
+    "local": "polycom_ext.runs.backends.local:Local",
+    "slurm": "polycom_ext.runs.backends.slurm:Slurm",
+}
+"""`--backend`, and `backend:` of a site -> its class, imported when it is asked for."""
 
 
 class Submitted(Protocol):
@@ -22,18 +26,32 @@ class Submitted(Protocol):
 
 
 class Backend(Protocol):
-    """One way to start the nodes of a run."""
+    """One way to start the nodes of a run. What it needs of the place stands in `run.site`."""
+
+    def files(self, run: Run) -> dict[str, str]:
+        """Name -> text of what is rendered into the run directory before each start; a dry run shows it.
+
+        Raises PolycomError for what this backend could not do.
+        """
 
     def submit(self, run: Run, log: BinaryIO) -> Submitted:
         """Hand over a run whose record is written; the signals that end a run are held back meanwhile.
+
+        What `stop` has to know goes into the record, by `write_job`.
 
         Args:
             log: the run's log, open and locked. Whoever inherits it holds the directory without a gap.
         """
 
+    def stop(self, run: Run) -> None:
+        """Have a run that was handed over end, which is said. Raises PolycomError where there is none."""
+
 
 def find(name: str) -> Backend:
-    """The backend of that name."""
+    """The backend of that name. Raises PolycomError for a name that has none."""
+    if name not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise PolycomError(f"unknown backend {name!r}{did_you_mean(name, BACKENDS)}; known: {known}")
     module, _, backend = BACKENDS[name].partition(":")
     made: Backend = getattr(import_module(module), backend)()
     return made

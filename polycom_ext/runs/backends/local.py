@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
 from typing import BinaryIO
 
-from polycom_ext.runs import node, secrets
+from polycom_ext.errors import PolycomError
+from polycom_ext.files import writers
+from polycom_ext.runs import launch, node, secrets
 from polycom_ext.runs.backends import Submitted
+from polycom_ext.runs.backends.rendering import NODE_SCRIPT, node_command, node_script
 from polycom_ext.runs.plan import Run
 
 
 class Local:
     """Starts the one node of a run; of a run on several nodes it says how to start them."""
 
+    def files(self, run: Run) -> dict[str, str]:
+        if run.site.container is not None:
+            raise PolycomError(
+                f"{run.name}: local starts no container, and the site asks for one: `--backend docker`"
+            )
+        return {NODE_SCRIPT: node_script(run, node_command(run))} if run.site.setup else {}
+
     def submit(self, run: Run, log: BinaryIO) -> Submitted:
+        run.directory.write_job({"backend": "local", "host": platform.node()})
         if run.spec.nodes > 1:
             print(
                 f"{run.name}: planned for {run.spec.nodes} nodes, and this machine is one; give on each, "
@@ -26,6 +38,21 @@ class Local:
             return _Told()
         sys.stdout.flush()
         return _Child(run, log)
+
+    def stop(self, run: Run) -> None:
+        """Ask what works in the directory on this machine to end."""
+        logs = [log for rank in range(run.spec.nodes) if (log := run.directory.log_of(rank)).is_file()]
+        nodes = launch.outermost(sorted({pid for log in logs for pid in writers(log)}))
+        if not nodes:
+            started = [one for one in run.directory.attempts()[-1:] if "ended" not in one]
+            elsewhere = [one["host"] for one in started if one["host"] != platform.node()]
+            where = (
+                f"it was started on {elsewhere[0]}, where to give this" if elsewhere else "nothing to stop"
+            )
+            raise PolycomError(f"{run.name} does not run on this machine: {where}")
+        for pid in nodes:
+            os.kill(pid, signal.SIGTERM)
+            print(f"{run.name}: asked process {pid} to end; give this once more to kill it")
 
 
 class _Told:
@@ -44,7 +71,7 @@ class _Child:
         self._name = run.name
         self._received: list[int] = []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "polycom_ext.cli", "node", str(run.directory.path)],
+            ["bash", run.directory.path / NODE_SCRIPT] if run.site.setup else node_command(run),
             env={
                 **os.environ,
                 **secrets.values(run.command.environment),

@@ -1,0 +1,57 @@
+"""The templates in `launch/`, filled; and the command that is the same on every node."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from polycom_ext import shipped
+from polycom_ext.runs.plan import Run
+from polycom_ext.runs.rendering import Expression
+
+JOB_SCRIPT, NODE_SCRIPT = "job.sh", "node.sh"
+"""In the run directory: what a job system is given, and what each node executes."""
+_PLACE = re.compile(r"@([A-Z][A-Z_]*)@")
+
+
+class Verbatim(str):
+    """A text that goes into a template as it is."""
+
+
+def fill(template: str, values: Mapping[str, Any], quote: Callable[[Any], str]) -> str:
+    """A file of `launch/` with each @NAME@ in it replaced by its value, quoted.
+
+    Args:
+        quote: `shell`, or `document.dump_line` for YAML. Only a `Verbatim` goes unquoted.
+    """
+    text = (shipped.folder("launch") / template).read_text(encoding="utf-8")
+
+    def filled(place: re.Match[str]) -> str:
+        value = values[place[1]]
+        return str(value) if isinstance(value, Verbatim) else quote(value)
+
+    return _PLACE.sub(filled, text)
+
+
+def shell(value: Any) -> str:
+    """One word, or the words of a list; an `Expression` is expanded by the shell, within its word."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(shell, value))
+    return f'"{value}"' if isinstance(value, Expression) else shlex.quote(str(value))
+
+
+def node_command(run: Run) -> list[str]:
+    """`polycom node RUN_DIR`, by the Python that plans the run or in the site's container."""
+    if run.site.container is None:
+        return [sys.executable, "-m", "polycom_ext.cli", "node", str(run.directory.path)]
+    return ["polycom", "node", str(run.directory.path)]
+
+
+def node_script(run: Run, command: list[str]) -> str:
+    """What each node executes: the site's setup, then the command in its place."""
+    setup = Verbatim("\n".join(run.site.setup) or ":")
+    values = {"DIRECTORY": run.command.directory, "SETUP": setup, "COMMAND": command}
+    return fill("node.sh", values, shell)

@@ -1,0 +1,199 @@
+"""The backend `slurm`: a run as a batch job, which Slurm queues again until it is done."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from polycom_ext.errors import PolycomError
+from polycom_ext.runs import node, secrets
+from polycom_ext.runs.backends.rendering import (
+    JOB_SCRIPT,
+    NODE_SCRIPT,
+    Verbatim,
+    fill,
+    node_command,
+    node_script,
+    shell,
+)
+from polycom_ext.runs.plan import Run
+from polycom_ext.runs.site import Container
+
+WARNING = "USR1@300"
+"""The signal that says that the time limit is near, and the seconds before it: enough for a checkpoint."""
+OF_THE_SPEC = {
+    "nodes": "nodes",
+    "ntasks": "processes_per_node",
+    "ntasks-per-node": "processes_per_node",
+}
+"""sbatch's option -> the spec's key that decides it."""
+
+
+class Slurm:
+    """Submits a job, and returns."""
+
+    def files(self, run: Run) -> dict[str, str]:
+        container = run.site.container
+        step_options: list[str] = []
+        if container is not None and container.engine == "pyxis":
+            step_options = _pyxis(run, container)
+        job = {
+            "OPTIONS": Verbatim("\n".join(_options(run))),
+            "NODES": run.spec.nodes,
+            "STEP_OPTIONS": step_options,
+            "NODE_SCRIPT": run.directory.path / NODE_SCRIPT,
+            "MAX_RESTARTS": run.site.max_restarts,
+        }
+        return {
+            JOB_SCRIPT: fill("slurm.sh", job, shell),
+            NODE_SCRIPT: node_script(run, node_command(run)),
+        }
+
+    def submit(self, run: Run, log: BinaryIO) -> _Queued:
+        _refuse_a_second_job(run)
+        environment = {**os.environ, **secrets.values(run.command.environment)}
+        job = _slurm("sbatch", "--parsable", str(run.directory.path / JOB_SCRIPT), environment=environment)
+        number = job.strip().partition(";")[0]  # a federation adds the cluster
+        run.directory.write_job({"backend": "slurm", "host": platform.node(), "job": number})
+        print(
+            f"{run.name}: job {number}; `polycom status {run.directory.path} --watch` and `polycom logs "
+            f"{run.directory.path} -f` show it, `polycom stop {run.directory.path}` ends it",
+            flush=True,
+        )
+        return _Queued()
+
+    def stop(self, run: Run) -> None:
+        """A waiting job is cancelled; a running one is told to end, with as much time as that takes."""
+        number = _job(run)
+        state = None if number is None else _state(number)
+        if number is None or state is None:
+            raise PolycomError(f"{run.name}: Slurm has no job of it, waiting or running: nothing to stop")
+        if state == "RUNNING":
+            _slurm("scancel", "--signal=TERM", number)
+            print(f"{run.name}: told job {number} to end; `scancel {number}` does not wait for a checkpoint")
+        else:
+            _slurm("scancel", number)
+            print(f"{run.name}: cancelled job {number}, which was {state.lower()}")
+
+
+class _Queued:
+    """Slurm has it."""
+
+    def status(self) -> int:
+        return node.DONE
+
+    def signal(self, signum: int) -> None: ...
+
+
+def _options(run: Run) -> list[str]:
+    """The job's lines for sbatch: ours, and those of the site, which win."""
+    for name, value in run.site.slurm.items():
+        _check_option(run, name, value)
+    ours: dict[str, Any] = {
+        "job-name": run.name,
+        "nodes": run.spec.nodes,
+        "ntasks-per-node": 1,
+        "output": _without_patterns(run.directory.job_log),
+        "open-mode": "append",
+        "requeue": True,
+        "signal": WARNING,
+    }
+    lines = []
+    for name, value in {**ours, **run.site.slurm}.items():
+        if value is not False:
+            lines.append(f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={_quoted(str(value))}")
+    return lines
+
+
+def _check_option(run: Run, name: str, value: Any) -> None:
+    if name in OF_THE_SPEC:
+        raise PolycomError(f"{run.name}: the site's slurm.{name} is the spec's to say: `{OF_THE_SPEC[name]}`")
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise PolycomError(f"{run.name}: the site's slurm.{name} is no long option of sbatch")
+    if not isinstance(value, str | int | float):
+        raise PolycomError(
+            f"{run.name}: the site's slurm.{name} must be a text, a number or true, not {value!r}"
+        )
+    if "\n" in str(value):
+        raise PolycomError(f"{run.name}: the site's slurm.{name} has several lines, which sbatch cannot read")
+
+
+def _quoted(value: str) -> str:
+    """As sbatch reads it in a script: a backslash takes the meaning from what follows."""
+    return re.sub(r"([^\w@%+=:,./-])", r"\\\1", value, flags=re.ASCII)
+
+
+def _without_patterns(path: Path) -> str:
+    """A file's name in which Slurm replaces nothing."""
+    if "\n" in str(path):
+        raise PolycomError(f"{path}: a name of several lines cannot be told to Slurm; give another --output")
+    return str(path).replace("%", "%%")
+
+
+def _pyxis(run: Run, container: Container) -> list[str]:
+    """Options that pyxis adds to srun's: each task is in the container then, node.sh with it."""
+    if run.site.setup:
+        raise PolycomError(
+            f"{run.name}: the site's setup is for outside a container, where pyxis runs nothing: "
+            "leave it to the image, or to `environment:`"
+        )
+    here = [str(run.directory.path), str(run.command.directory)]
+    mounts = [*(f"{path}:{path}" for path in dict.fromkeys(here)), *map(_twice, container.mounts)]
+    for mount in mounts:
+        if "," in mount:
+            raise PolycomError(f"{run.name}: pyxis cannot mount {mount!r}: no comma may be in it")
+    return [
+        f"--container-image={container.image}",
+        f"--container-mounts={','.join(mounts)}",
+        f"--container-workdir={run.command.directory}",
+        *container.options,
+    ]
+
+
+def _twice(mount: str) -> str:
+    return mount if ":" in mount else f"{mount}:{mount}"
+
+
+def _refuse_a_second_job(run: Run) -> None:
+    number = _job(run)
+    state = None if number is None else _state(number)
+    if state is not None:
+        raise PolycomError(
+            f"{run.directory.path} is in use by job {number}, which is {state.lower()}: wait for its end, "
+            f"end it with `polycom stop {run.directory.path}`, or give another --output"
+        )
+
+
+def _job(run: Run) -> str | None:
+    """The job that has the run, or had it."""
+    job = run.directory.read_job() or {}
+    return str(job["job"]) if job.get("backend") == "slurm" else None
+
+
+def _state(number: str) -> str | None:
+    """How a job stands, in Slurm's word; None once it has ended."""
+    told = _slurm("squeue", "--noheader", "--format=%i %T", "--me", "--states=all")
+    states = dict(line.split(maxsplit=1) for line in told.splitlines())
+    state = states.get(number, "").strip()
+    return (
+        state
+        if state in ("PENDING", "RUNNING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING")
+        else None
+    )
+
+
+def _slurm(*command: str, environment: dict[str, str] | None = None) -> str:
+    """What one of Slurm's commands prints; raises PolycomError with its own words where it fails."""
+    try:
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise PolycomError(
+            f"{command[0]} is not here: give this where jobs of Slurm are submitted, on a login node"
+        ) from None
+    if ended.returncode:
+        raise PolycomError(" ".join(ended.stderr.split()) or f"{command[0]} failed: {ended.returncode}")
+    return ended.stdout
