@@ -22,14 +22,16 @@ SHIPPED = "sites"
 class Container:
     """What each node runs in."""
 
-    engine: str
-    """One of ENGINES."""
     image: str
     """In the engine's own words: a name with a digest, or a file."""
+    engine: str = ""
+    """One of ENGINES; nothing where a backend leaves no choice."""
     mounts: tuple[str, ...] = ()
     """HOST[:INSIDE[:OPTIONS]]; the run's directory and the working directory are mounted in any case."""
     options: tuple[str, ...] = ()
     """The engine's own, as they are."""
+    off: tuple[str, ...] = ()
+    """Which of the options it does without that an engine is given by default."""
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,17 @@ def _container(mapping: dict[str, Any], origin: str) -> Container:
     about = fields.section(mapping, "container", origin)
     where = f"{origin}: container"
     fields.check_keys(about, tuple(Container.__dataclass_fields__), where)
-    engine = fields.text(about, "engine", where, f"one of {', '.join(ENGINES)}")
-    if engine not in ENGINES:
+    engine = str(about.get("engine", ""))
+    if engine and engine not in ENGINES:
         raise PolycomError(
             f"{where}: unknown engine {engine!r}{did_you_mean(engine, ENGINES)}; known: {', '.join(ENGINES)}"
         )
     return Container(
-        engine,
         fields.text(about, "image", where, "the image's name in the engine's words"),
+        engine,
         fields.texts(about, "mounts", where),
         fields.texts(about, "options", where),
+        fields.texts(about, "off", where),
     )
 
 
