@@ -17,7 +17,7 @@ OLMO_DATA := build/demo-olmo
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-olmo operations test test-full test-te lint docs wheel clean
+.PHONY: demo demo-olmo operations test test-full test-te lint docs wheel image clean
 
 $(DEMO_READY): requirements.txt pyproject.toml setup.py
 	@echo "== set-up: a virtual environment in $(VENV), torch and what the demo needs (some minutes, once)"
@@ -61,6 +61,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile
 
 # Two processes; the tests of a file stay together, as they share what is slow to make.
 test: lint
@@ -106,6 +107,13 @@ wheel: $(READY)
 	rm -rf build/lib build/bdist.* build/wheel
 	POLYCOM_BUILD_CUDA=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+
+# The image for rehearsals on a CPU; docker/README.md has the others. IMAGE_OPTIONS: what `docker build` is to be told
+# beside it, as of pip's settings.
+IMAGE_BASE ?= python:3.12-slim-bookworm
+image:
+	DOCKER_BUILDKIT=1 docker build --file docker/Dockerfile --target cpu --tag polycom:cpu --build-arg BASE=$(IMAGE_BASE) \
+		--label org.opencontainers.image.revision=$$(git describe --always --dirty --abbrev=40) $(IMAGE_OPTIONS) .
 
 clean:
 	rm -rf $(VENV) $(TE_VENV) .upstream build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache
