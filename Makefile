@@ -16,6 +16,8 @@ OLMO_DEMO := $(foreach kind,dense moe,$(MOE:%=configs/tiny/olmo-$(kind)-%.yaml))
 OLMO_DATA := build/demo-olmo
 
 export OMP_NUM_THREADS ?= 1
+# Containers' images like to say that no bytecode is kept; each of some hundred processes would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-olmo operations test test-full test-te lint docs wheel image clean
 
