@@ -45,7 +45,12 @@ def imported(path: Path) -> Iterator[str]:
     """The modules of ours that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}:{node.lineno} has a relative import"
+            if path.stem.endswith(
+                "_polycom"
+            ):  # saved beside a model's weights, where they find each other so
+                assert node.level < 2
+            else:
+                assert not node.level, f"{path}:{node.lineno} has a relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
