@@ -21,7 +21,7 @@ FLOORS = (
     ("ops",),
     ("functional", "reference"),
     ("activations",),
-    ("upstream",),
+    ("checkpoints", "upstream"),
     ("data",),
     ("runs",),
     ("integrations", "report", "doctor"),

@@ -1,0 +1,1 @@
+"""What checkpoints hold, read without their trainer and without running code from them."""
