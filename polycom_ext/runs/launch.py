@@ -47,44 +47,102 @@ class Outcome:
         return lines[: report or len(lines)][-count:]
 
 
-def launch(script: Path, environment: Mapping[str, str], log: BinaryIO, tick: Tick) -> Outcome:
+class Ending:
+    """What asks a trainer to end: the signals that reach this process, and the nodes beside it.
+
+    The first signal is forwarded to the trainer, a second one to this process kills it.
+    """
+
+    def __init__(self) -> None:
+        self._own: list[int] = []
+        self._passed_on: int | None = None
+        self._at_once = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def signal(self) -> int | None:
+        """The first one."""
+        return self._own[0] if self._passed_on is None and self._own else self._passed_on
+
+    def hear(self, signum: int, frame: FrameType | None = None) -> None:
+        """This process was told to end."""
+        self._own.append(signum)
+        if self.is_impatient:
+            self.end_at_once()
+        elif self._passed_on is None:
+            self._send(signum)
+
+    def pass_on(self, signum: int) -> None:
+        """Another node was told to end."""
+        if self.signal is None:
+            self._passed_on = signum
+            self._send(signum)
+
+    def end_at_once(self) -> None:
+        """There is nothing left that the trainer could do."""
+        self._at_once = True
+        self._send(signal.SIGKILL)
+
+    @property
+    def is_impatient(self) -> bool:
+        """Whether this process was told twice."""
+        return len(self._own) > 1
+
+    def begin(self, process: subprocess.Popen[bytes]) -> None:
+        """The trainer; what came before there was one is told to it now."""
+        self._process = process
+        if self._at_once:
+            self._send(signal.SIGKILL)
+        elif self.signal is not None:
+            self._send(self.signal)
+
+    def done(self) -> None:
+        """There is no trainer any more."""
+        self._process = None
+
+    def _send(self, signum: int) -> None:
+        if self._process is not None:
+            _signal_group(self._process, signum)
+
+
+def launch(script: str, environment: Mapping[str, str], log: BinaryIO, tick: Tick, ending: Ending) -> Outcome:
     """Run a shell script, with these variables more, its output appended to the open log.
 
-    `tick` is called a few times a second.
-
-    SIGINT, SIGTERM and SIGHUP are forwarded to the command's process group, a second one kills it. When this
-    returns or raises, no process of the command is left.
+    `tick` is called a few times a second; `ending`, which the caller has made the handler of signals, may ask
+    the script's process group to end at any time. When this returns or raises, no process of it is left.
     """
-    received: list[int] = []
-    process: subprocess.Popen[bytes] | None = None
-
-    def forward(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        if process is not None:
-            _signal_group(process, signum if len(received) == 1 else signal.SIGKILL)
-
     marker = uuid.uuid4().hex
     start = log.seek(0, os.SEEK_END)
-    with handled(forward):
-        try:
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        with _as_file(script) as path:
             process = subprocess.Popen(
-                ["/bin/sh", str(script)],
+                ["/bin/sh", path],
                 env={**os.environ, **environment, MARKER: marker},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=[int(Path(path).name)],
             )
-            if received:  # came before there was a process to forward it to
-                _signal_group(process, received[0])
-            _wait(process, tick, received)
-        finally:
-            if process is not None:
-                _end(process)
-            _kill_all(f"{MARKER}={marker}".encode())
+        ending.begin(process)
+        _wait(process, tick, ending)
+    finally:
+        ending.done()
+        if process is not None:
+            _end(process)
+        _kill_all(f"{MARKER}={marker}".encode())
     tick()
-    text = _read_from(Path(log.name), start)
-    return Outcome(process.returncode, received[0] if received else None, text)
+    return Outcome(process.returncode, ending.signal, _read_from(Path(log.name), start))
+
+
+@contextlib.contextmanager
+def _as_file(script: str) -> Iterator[str]:
+    """A file of memory that a child reads the script from: as long as it may be, and no file of the run's."""
+    with open(os.memfd_create("command"), "wb") as file:
+        file.write(script.encode("utf-8", "surrogateescape"))
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -98,17 +156,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], tick: Tick, received: list[int]) -> None:
+def _wait(process: subprocess.Popen[bytes], tick: Tick, ending: Ending) -> None:
     deadline: float | None = None
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(POLL_SECONDS)
             return
         tick()
-        if received and deadline is None:
+        if ending.signal is not None and deadline is None:
             deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
-            _signal_group(process, signal.SIGKILL)
+            ending.end_at_once()
 
 
 @contextlib.contextmanager

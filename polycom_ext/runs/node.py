@@ -8,34 +8,29 @@ exit status is the same on all. A backend may start it again on 128 + SIGNAL, an
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import shutil
-import signal
+import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import launch, plan, progress, secrets
+from polycom_ext.runs import attempt, launch, lobby, plan, record, secrets
 from polycom_ext.runs.entry import RUN_DIR
+from polycom_ext.runs.lobby import DONE, FAILED, REFUSED, SIGNALLED, Parted, Stopped, Verdict
+from polycom_ext.runs.lobby.guest import Guest
+from polycom_ext.runs.lobby.host import Host
+from polycom_ext.runs.lobby.network import Address
 from polycom_ext.runs.plan import Run
-from polycom_ext.runs.rendering import NODE_RANK, RENDEZVOUS
-
-DONE, FAILED, REFUSED = 0, 1, 2
-"""Exit statuses: complete; the trainer failed; a person must change something first, as one sentence says.
-128 + SIGNAL: stopped by that signal, to be gone on with from the last checkpoint."""
+from polycom_ext.runs.rendering import ADDRESS, NODE_RANK, RENDEZVOUS
+from polycom_ext.runs.wishes import Wishes
 
 LOCKED_LOG = "POLYCOM_LOCKED_LOG"
 """Environment variable of a node whose parent has planned the run and waits for it: the log's descriptor."""
-TAIL_LINES = 20
-"""How much of the log is shown when a trainer fails."""
-PATIENCE_SECONDS = 60.0
-"""A run without a step after so long says what its trainer said last, and again after twice as long."""
-FULL_BYTES = 1 << 20
-"""A disk with less room than this counts as full."""
+SOCKET_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Otherwise gloo asks for the address of the machine's name."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +38,8 @@ class Place:
     """Which node of its run this is."""
 
     rank: int
-    rendezvous: str | None
-    """HOST:PORT of the first node; None for a run on one."""
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """For the command; see rendering."""
-        return {} if self.rendezvous is None else {NODE_RANK: str(self.rank), RENDEZVOUS: self.rendezvous}
+    rendezvous: Address | None
+    """Of the first node; None for a run on one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,11 +72,50 @@ def main(args: argparse.Namespace) -> int:
     run = plan.recorded(args.run_dir)
     place = _place(run, args.node_rank, args.rendezvous)
     run.directory.check_place()
-    secrets.check(run.spec.environment)
-    if place.rank == 0 and inherited is None and run.says_finished():
+    if inherited is None and run.says_finished():
         return DONE
-    with run.directory.locked(place.rank, None if inherited is None else int(inherited)) as log:
-        return _first(run, place, log) if place.rank == 0 else _another(run, place, log)
+    ending = launch.Ending()
+    descriptor = None if inherited is None else int(inherited)
+    with run.directory.locked(place.rank, descriptor) as log, launch.handled(ending.hear):
+        node = _Node(run, place, run.directory.wishes(), log, ending)
+        return _first(node) if place.rank == 0 else _another(node)
+
+
+@dataclass(frozen=True)
+class _Node:
+    """This node of its run."""
+
+    run: Run
+    place: Place
+    wishes: Wishes
+    log: BinaryIO
+    """Open and locked."""
+    ending: launch.Ending
+    began: float = field(default_factory=time.monotonic)
+
+    def train(self, entry: lobby.Entry | None, tick: launch.Tick) -> launch.Outcome:
+        """Run the trainer, by the command as it is on this node."""
+        environment = {RUN_DIR: str(self.run.directory.path), **self._way(entry)}
+        return launch.launch(self.run.command.script(), environment, self.log, tick, self.ending)
+
+    def _way(self, entry: lobby.Entry | None) -> dict[str, str]:
+        """To the other nodes."""
+        if entry is None:
+            return {}
+        way = {NODE_RANK: str(self.place.rank), RENDEZVOUS: str(entry.store), ADDRESS: entry.own}
+        if entry.interface is not None and SOCKET_INTERFACE not in os.environ:
+            way[SOCKET_INTERFACE] = entry.interface
+        return way
+
+    def end(self, outcome: launch.Outcome) -> lobby.End:
+        """For the other nodes."""
+        refusal = None if outcome.status == 0 else self.run.directory.read_refusal()
+        return lobby.End(outcome.status, outcome.interrupted, refusal)
+
+    def prepare(self) -> None:
+        """Raise PolycomError for what this node lacks."""
+        self.run.directory.enter_working_directory()
+        secrets.check(self.run.spec.environment)
 
 
 def _place(run: Run, rank: str, rendezvous: str | None) -> Place:
@@ -101,132 +130,150 @@ def _place(run: Run, rank: str, rendezvous: str | None) -> Place:
         raise PolycomError(
             f"{run.name}: its {nodes} nodes need --rendezvous HOST:PORT, a free port of node 0"
         )
-    return Place(int(rank), rendezvous)
+    try:
+        return Place(int(rank), Address.parse(rendezvous))
+    except ValueError:
+        raise PolycomError(f"{run.name}: --rendezvous {rendezvous!r} is no HOST:PORT of node 0") from None
 
 
-def _first(run: Run, place: Place, log: BinaryIO) -> int:
+def _first(node: _Node) -> int:
+    run, place = node.run, node.place
+    company: lobby.Alone | Host = lobby.Alone()
+    if place.rendezvous is not None:
+        try:
+            company = Host(place.rendezvous, _title(run), run.spec.nodes, node.wishes.silence)
+        except Parted as error:
+            print(f"{run.name}: {error}", file=sys.stderr)
+            return FAILED
+    verdict = Verdict(FAILED, f"node 0 ({platform.node()}) came to grief")
+    try:
+        node.prepare()
+        verdict = _lead(node, company)
+        if verdict.status == REFUSED:
+            raise PolycomError(f"{run.name}: {verdict.sentence}")
+    except PolycomError as error:
+        company.turn_away(str(error).removeprefix(f"{run.name}: "))
+        raise
+    finally:
+        company.leave(verdict)
+    return verdict.status
+
+
+def _lead(node: _Node, company: lobby.Alone | Host) -> Verdict:
+    """An attempt, noted from its beginning to its end; what became of it."""
+    run, ending = node.run, node.ending
     step = run.latest_step()
     run.directory.clear_metrics(run.spec, run.adapter)
-    run.directory.begin_attempt(log, step)
+    run.directory.begin_attempt(node.log, step)
+    try:
+        entry = _gathered(node, company) if isinstance(company, Host) else None
+    except (Parted, Stopped, PolycomError) as error:
+        return _not_begun(node, error)
     how = "starting" if step is None else f"resuming from step {step}"
     print(f"{run.name}: {how}; everything it says goes to {run.directory.log}", flush=True)
-    follower = _Follower(run)
-    outcome = _launch(run, place, log, follower)
-    _note_end(run, outcome)
+    follower = attempt.Follower(run)
+
+    def tick() -> None:
+        company.attend(ending)
+        follower()
+
+    outcome = node.train(entry, tick)
+    verdict = company.ended(node.end(outcome), ending)
+    attempt.note_end(run, outcome, verdict)
     complete = run.is_complete()
-    status = _judge(run, place, outcome, complete, follower.began)
-    if status != DONE:
-        return status
-    if not complete and _did_nothing(run, follower, step):
-        _show_end_of_log(run, place, outcome, "the trainer ended without a step and without an error")
-        return FAILED
+    verdict = _judge(node, outcome, verdict, complete)
+    if verdict.status != DONE:
+        return verdict
+    if not complete and attempt.did_nothing(run, follower, step):
+        what = "the trainer ended without a step and without an error"
+        attempt.show_end_of_log(run, 0, outcome, what)
+        return Verdict(FAILED, what, 0)
     if complete and run.spec.entry.learnable:
-        _write_coefficients(run)
+        attempt.write_coefficients(run)
     how = "finished in" if complete else "ended before its last step, after"
-    print(f"{run.name}: {how} {_since(follower.began)} ({run.directory.path})", flush=True)
-    return DONE
+    print(f"{run.name}: {how} {attempt.since(node.began)} ({run.directory.path})", flush=True)
+    return verdict
 
 
-def _another(run: Run, place: Place, log: BinaryIO) -> int:
-    """A node of which nothing is noted but what its workers refuse."""
-    began = time.monotonic()
-    said = f"everything it says goes to {run.directory.log_of(place.rank)}"
-    print(f"{run.name}: node {place.rank} calls {place.rendezvous}; {said}", flush=True)
-    outcome = _launch(run, place, log, lambda: None)
-    return _judge(run, place, outcome, outcome.status == 0, began)
+def _gathered(node: _Node, host: Host) -> lobby.Entry:
+    run = node.run
+    others = run.spec.nodes - 1
+    print(f"{run.name}: waits for {others} more node{'s' * (others > 1)}", flush=True)
+    host.gather({}, node.wishes.wait, node.ending)
+    return host.open(len(run.directory.attempts()))
 
 
-def _launch(run: Run, place: Place, log: BinaryIO, tick: launch.Tick) -> launch.Outcome:
-    environment = {RUN_DIR: str(run.directory.path), **place.environment}
-    return launch.launch(run.directory.command, environment, log, tick)
+def _not_begun(node: _Node, error: Exception) -> Verdict:
+    """What becomes of an attempt whose nodes did not come together."""
+    run, signum = node.run, node.ending.signal
+    if isinstance(error, PolycomError):
+        record.refuse(run.directory.path, str(error))
+        run.directory.end_attempt(REFUSED)
+        return Verdict(REFUSED, str(error), 0)
+    if signum is not None:
+        run.directory.end_attempt(-signum, signal=signum)
+        return Verdict(_stopped(node, signum))
+    run.directory.end_attempt(FAILED, cause=str(error))
+    print(f"{run.name}: {error}", file=sys.stderr)
+    return Verdict(FAILED, str(error))
 
 
-def _judge(run: Run, place: Place, outcome: launch.Outcome, complete: bool, began: float) -> int:
-    """The exit status that an outcome asks for, explained; raises PolycomError for a refusal."""
+def _another(node: _Node) -> int:
+    """A node of which nothing is noted but what its workers refuse, and that node 0 is lost."""
+    run, ending = node.run, node.ending
+    assert node.place.rendezvous is not None
+    said = f"everything it says goes to {run.directory.log_of(node.place.rank)}"
+    print(f"{run.name}: node {node.place.rank} calls {node.place.rendezvous}; {said}", flush=True)
+    guest = Guest(node.place.rendezvous, _title(run), node.place.rank, node.wishes.silence)
+    try:
+        node.prepare()
+        entry = guest.join({}, node.wishes.wait, ending, lambda entry: None)
+        outcome = node.train(entry, lambda: guest.attend(ending))
+        verdict = guest.ended(node.end(outcome), ending)
+    except Stopped:
+        return _stopped(node, ending.signal or 0)
+    except Parted as error:
+        print(f"{run.name}: {error}", file=sys.stderr)
+        return FAILED
+    except PolycomError as error:
+        raise PolycomError(f"{run.name}: {error}") from None
+    finally:
+        guest.close()
+    if verdict is not None and verdict.rank == 0 and guest.host_is_lost:
+        attempt.note_lost_host(run, entry.attempt, verdict)
+    complete = outcome.status == 0 if verdict is None else verdict.status == DONE
+    verdict = _judge(node, outcome, verdict, complete)
+    if verdict.status == REFUSED:
+        raise PolycomError(f"{run.name}: {verdict.sentence}")
+    return verdict.status
+
+
+def _title(run: Run) -> str:
+    """By which a node knows that it has called the right one."""
+    return f"{run.name} in {run.directory.read_versions().get('directory', run.directory.path)}"
+
+
+def _judge(node: _Node, outcome: launch.Outcome, verdict: Verdict | None, complete: bool) -> Verdict:
+    """How this node ends, explained; `verdict` is of all nodes, where one of them has ended it."""
+    run = node.run
     if outcome.interrupted is not None and not complete:
-        print(
-            f"{run.name}: stopped after {_since(began)}; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 128 + outcome.interrupted
-    if outcome.status == 0:
-        return DONE
-    refusal = run.directory.read_refusal()
-    if refusal is not None:
-        raise PolycomError(f"{run.name}: {refusal}")
-    _explain_failure(run, place, outcome)
-    return FAILED
+        return Verdict(_stopped(node, outcome.interrupted))
+    if verdict is None:
+        if outcome.status == 0:
+            return Verdict(DONE)
+        refusal = run.directory.read_refusal()
+        verdict = Verdict(FAILED if refusal is None else REFUSED, refusal or "", node.place.rank)
+    if verdict.status == FAILED and verdict.rank == node.place.rank and outcome.status != 0:
+        attempt.explain_failure(run, node.place.rank, outcome)
+    elif verdict.status == FAILED:
+        print(f"{run.name}: {verdict.sentence}; so the trainer of this node was ended", file=sys.stderr)
+    return verdict
 
 
-class _Follower:
-    """Prints what the trainer has logged since the last call; before the first record, what is waited for."""
-
-    def __init__(self, run: Run) -> None:
-        self.began = time.monotonic()
-        self.records = 0
-        self._name = run.name
-        self._log, self._log_start = run.directory.log, run.directory.log.stat().st_size
-        self._tail = progress.MetricsTail(run.directory.metrics)
-        self._total = run.adapter.total_steps(run.spec)
-        self._patience = PATIENCE_SECONDS
-
-    def __call__(self) -> None:
-        with contextlib.suppress(OSError):  # what is only shown ends no run
-            for step, metrics in self._tail.records():
-                self.records += 1
-                line = progress.format_line(step, metrics, self._total)
-                if line is not None:
-                    print(f"{self._name}: {line}", flush=True)
-            waited = time.monotonic() - self.began
-            if not self.records and waited > self._patience:
-                self._patience *= 2
-                said = progress.last_line(self._log, self._log_start) or "nothing"
-                waited_for = progress.duration(waited)
-                print(f"{self._name}: no step after {waited_for}; the log ends with: {said}", flush=True)
-
-
-def _note_end(run: Run, outcome: launch.Outcome) -> None:
-    """Note how the attempt ended; a full disk must not hide how that was."""
-    try:
-        complete = outcome.status == 0 and run.is_complete()
-        run.directory.end_attempt(outcome.status, signal=outcome.interrupted, complete=complete)
-    except (OSError, PolycomError) as error:
-        print(f"{run.name}: the end of this attempt could not be noted: {error}", file=sys.stderr)
-
-
-def _did_nothing(run: Run, follower: _Follower, from_step: int | None) -> bool:
-    """Whether a run of known length neither logged nor saved a step: upstream may give up with status 0."""
-    known = run.adapter.total_steps(run.spec) is not None
-    return known and not follower.records and run.latest_step() == from_step
-
-
-def _write_coefficients(run: Run) -> None:
-    """Write what a complete run has learned; it is complete whether they can be read or not."""
-    try:
-        learned = run.adapter.coefficients(run.spec, run.directory.path)
-        if learned is not None:  # else the trainer has written them
-            run.directory.write_coefficients(learned)
-    except Exception as error:  # whatever reading a checkpoint raises: the training is done and saved
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"{run.name}: complete, but without coefficients.json: {reason}", file=sys.stderr)
-
-
-def _explain_failure(run: Run, place: Place, outcome: launch.Outcome) -> None:
-    if outcome.status < 0:
-        how = f"was killed by {signal.Signals(-outcome.status).name}"
-    else:
-        how = f"failed with exit status {outcome.status}"
-    _show_end_of_log(run, place, outcome, f"the trainer {how}")
-    if shutil.disk_usage(run.directory.path).free < FULL_BYTES:
-        print(f"{run.name}: the disk of {run.directory.path} is full", file=sys.stderr)
-
-
-def _show_end_of_log(run: Run, place: Place, outcome: launch.Outcome, what: str) -> None:
-    log = run.directory.log_of(place.rank)
-    head = f"{run.name}: {what}; the last lines of {log}:"
-    lines = [head, *(f"    {line}" for line in outcome.last_lines(TAIL_LINES))]
-    print("\n".join(lines), file=sys.stderr)  # at once: other runs may write there too
-
-
-def _since(began: float) -> str:
-    return progress.duration(time.monotonic() - began)
+def _stopped(node: _Node, signum: int) -> int:
+    print(
+        f"{node.run.name}: stopped after {attempt.since(node.began)}; "
+        "the same command goes on from the last checkpoint",
+        file=sys.stderr,
+    )
+    return SIGNALLED + signum

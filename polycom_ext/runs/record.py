@@ -56,6 +56,8 @@ class Record:
         self.job = path / "job.json"
         """To whom it was handed over last."""
         self.command = path / "command.sh"
+        self.site = path / "site.yaml"
+        """What the site where it runs asks for and needs; there is none for a run on this machine."""
         self.versions = path / "versions.json"
         """Versions of what runs, states of the upstream trees, and the attempts."""
         self.log = path / "log.txt"
@@ -119,6 +121,7 @@ class Record:
         signal: the number of the one by which it was told to stop, None if by none
         refusal: the sentence with which it refused to run, None if it ran
         complete: whether the last step is saved, and all went well after it
+        cause: of a run on several nodes the one that ended it for all, a sentence; None if none did
 
         Raises PolycomError where they cannot be read.
         """
@@ -141,11 +144,18 @@ class Record:
         log.write(f"==== {began['started']}: attempt {len(attempts)} ====\n".encode())
         log.flush()
 
-    def end_attempt(self, status: int, *, signal: int | None = None, complete: bool = False) -> None:
+    def end_attempt(
+        self,
+        status: int,
+        *,
+        signal: int | None = None,
+        complete: bool = False,
+        cause: str | None = None,
+    ) -> None:
         """Note how the attempt that was begun last has ended, with its refusal if it left one."""
         *earlier, last = self.attempts()
         ended = {"ended": _now(), "status": status, "signal": signal, "refusal": self.read_refusal()}
-        self._write_attempts([*earlier, {**last, **ended, "complete": complete}])
+        self._write_attempts([*earlier, {**last, **ended, "complete": complete, "cause": cause}])
 
     def read_refusal(self) -> str | None:
         """The sentence with which this attempt's trainer has refused to run."""

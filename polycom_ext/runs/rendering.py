@@ -18,8 +18,9 @@ from polycom_ext.runs.spec import Spec
 BREAK = " \\\n    "
 """A shell line that goes on, indented, in the next."""
 
-NODE_RANK, RENDEZVOUS = "POLYCOM_NODE_RANK", "POLYCOM_RENDEZVOUS"
-"""Variables by which the command knows its node: 0 is the first one, whose HOST:PORT the others call."""
+NODE_RANK, RENDEZVOUS, ADDRESS = "POLYCOM_NODE_RANK", "POLYCOM_RENDEZVOUS", "POLYCOM_ADDRESS"
+"""Variables by which the command knows its node: 0 is the first one, whose HOST:PORT the others call; the
+address is the node's own, as the others reach it."""
 
 
 class Expression(str):
@@ -38,6 +39,7 @@ waited for without a word."""
 NODES = {
     "rdzv-endpoint": Expression(f"${RENDEZVOUS}"),
     "rdzv-conf": Expression(f"is_host=$(({NODE_RANK} == 0))"),  # whatever name it has for the others
+    "local-addr": Expression(f"${{{ADDRESS}-}}"),  # else the machine's name, which the others may not know
 }
 ENVIRONMENT = {
     "PYTHONIOENCODING": "utf-8:backslashreplace",  # the log takes whatever the terminal cannot show

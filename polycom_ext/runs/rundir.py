@@ -25,6 +25,7 @@ from polycom_ext.runs.record import Record
 from polycom_ext.runs.rendering import Command
 from polycom_ext.runs.site import Site
 from polycom_ext.runs.spec import Spec
+from polycom_ext.runs.wishes import Wishes
 from polycom_ext.upstream import git
 
 
@@ -97,7 +98,7 @@ class RunDirectory(Record):
         for name, text in {**adapter.files(spec, self.path), **files}.items():
             write_text(self.path / name, text, executable=name.endswith(".sh"))
         write_text(self.command, command.script(), executable=True)
-        where = {"directory": str(self.path)}
+        where = {"directory": str(self.path), "working_directory": str(command.directory)}
         versions = {**_versions(spec, adapter), **where, "attempts": self.attempts()}
         write_text(self.versions, json.dumps(versions, indent=2) + "\n")
 
@@ -109,6 +110,27 @@ class RunDirectory(Record):
                 f"{self.path} was planned as {planned}, where its command would work; plan it anew: "
                 f"`polycom run {self.spec} --output {self.path}`"
             )
+
+    def enter_working_directory(self) -> None:
+        """Work where the run was planned: paths in its spec are relative to that.
+
+        Raises PolycomError where this node does not have that directory.
+        """
+        where = self.read_versions().get("working_directory", os.curdir)
+        try:
+            os.chdir(where)
+        except OSError as error:
+            raise PolycomError(
+                f"{self.path} was planned in {where}, which this node cannot enter: {error.strerror}; "
+                "its paths are relative to that folder"
+            ) from None
+
+    def wishes(self) -> Wishes:
+        """What the site asks of the nodes; the defaults where there is none."""
+        if not self.site.is_file():
+            return Wishes()
+        preflight = document.load(self.site.read_text(encoding="utf-8")).get("preflight") or {}
+        return Wishes.from_mapping(preflight, str(self.site))
 
     def clear_metrics(self, spec: Spec, adapter: Adapter) -> None:
         """Make the metrics fit for an attempt to add to.

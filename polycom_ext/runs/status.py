@@ -127,6 +127,8 @@ def _state(
         return _without_end(record, last, step_seconds)
     if signum is not None:
         return INTERRUPTED, f"by {_signal_name(signum)}", ended
+    if last.get("cause") is not None:
+        return FAILED, str(last["cause"]), ended
     if status == 0:
         return ENDED, "before its last step", ended
     return FAILED, f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}", ended

@@ -5,6 +5,7 @@ python -m polycom_ext.runs.torchrun OPTIONS-OF-torch.distributed.run
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -14,9 +15,16 @@ import traceback
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from polycom_ext.runs.rendering import NODE_RANK
+
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
+
 
 def main() -> None:
     """Start the workers and wait for them."""
+    if NODE_RANK in os.environ:
+        _end_with_parent()
     try:
         torchrun()
     except ChildFailedError as error:
@@ -24,6 +32,11 @@ def main() -> None:
         _, first = error.get_first_failure()
         sys.stderr.flush()
         _end_like(first.exitcode)
+
+
+def _end_with_parent() -> None:
+    """One of several nodes whose `polycom node` is gone cannot train on: the others have ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end_like(status: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 import polycom_ext
 from polycom_ext.cli import main
-from polycom_ext.runs import launch, node, plan
+from polycom_ext.runs import attempt, launch, plan
 from polycom_ext.runs.site import Site
 from polycom_ext.upstream import git
 
@@ -310,7 +310,7 @@ def test_a_host_name_that_does_not_resolve_stops_no_run(
 def test_a_run_that_has_not_begun_says_what_its_trainer_said_last(
     toy_spec: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(node, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(attempt, "PATIENCE_SECONDS", 0.0)
     written = plan.planned(
         Path(toy_spec(steps=1, seconds=1, talk="waiting for rank 7")), [], None, RUN.parent, Site()
     )
