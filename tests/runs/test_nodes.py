@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from polycom_ext.cli import main
+from polycom_ext.runs.status import read
 
 from .conftest import register
+from .test_local import gone, worker_pids
 from .test_training import metrics, write_spec
 
 RUN = Path("outputs/small")
@@ -73,9 +78,32 @@ def test_what_a_worker_of_any_node_refuses_is_each_nodes_sentence(
     assert attempt["refusal"] == "it cannot be right"
 
 
+def test_a_node_whose_polycom_is_killed_ends_the_others_and_is_named_in_the_record(
+    two_nodes: Callable[..., None], polycom: list[str]
+) -> None:
+    two_nodes(steps=500, seconds=0.05)
+    command = [*polycom, "node", str(RUN), "--rendezvous", f"127.0.0.1:{free_port()}", "--node-rank"]
+    first, second = (
+        subprocess.Popen([*command, rank], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    )
+    pids = worker_pids(4)
+    second.kill()
+    began = time.monotonic()
+    sentence = f"node 1 ({platform.node()}) is lost: its connection was closed"
+    assert f"small: {sentence}; so the trainer of this node was ended" in first.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 5.0
+    assert (first.returncode, second.wait()) == (1, -signal.SIGKILL)
+    [attempt] = json.loads((RUN / "versions.json").read_text())["attempts"]
+    assert (attempt["status"], attempt["cause"]) == (1, sentence)
+    assert read(RUN).reason == sentence
+    assert gone(*pids), "those of the lost node as well"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--rendezvous", "here", "--node-rank", "1"], "--rendezvous 'here' is no HOST:PORT of node 0"),
         (["--rendezvous", "a:1", "--node-rank", "2"], "node rank '2' is none of 0 to 1, as it has 2 nodes"),
         (["--node-rank", "1"], "its 2 nodes need --rendezvous HOST:PORT"),
     ],

@@ -114,11 +114,12 @@ class Guest:
         assert self._host is not None
         while True:
             self._tell_signal(ending)
+            check(ending)
             got = self._exchange.next(POLL_SECONDS)
-            message = None if got is None else got[1]
-            if message is None:
-                check(ending)
-            elif not message:
+            if got is None:
+                continue
+            message = got[1]
+            if not message:
                 raise Parted(f"node 0 at {self._at} is lost: {self._host.gone}")
             elif "later" in message:
                 return (PolycomError if message["taken"] else Parted)(message["later"])
