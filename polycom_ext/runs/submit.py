@@ -47,6 +47,7 @@ def _start(run: Run, backend: Backend, running: list[Submitted]) -> None:
     if run.says_finished():
         return
     with run.directory.locked() as log:
+        backend.check(run)
         run.directory.write(run.spec, run.adapter, run.command, run.site, backend.files(run))
         with launch.held_back():
             running.append(backend.submit(run, log))

@@ -34,6 +34,9 @@ class Backend(Protocol):
         Raises PolycomError for what this backend could not do.
         """
 
+    def check(self, run: Run) -> None:
+        """Raise PolycomError where the run cannot be handed over now; asked before its record is written."""
+
     def submit(self, run: Run, log: BinaryIO) -> Submitted:
         """Hand over a run whose record is written; the signals that end a run are held back meanwhile.
 

@@ -27,6 +27,8 @@ class Local:
             )
         return {NODE_SCRIPT: node_script(run, node_command(run))} if run.site.setup else {}
 
+    def check(self, run: Run) -> None: ...
+
     def submit(self, run: Run, log: BinaryIO) -> Submitted:
         run.directory.write_job({"backend": "local", "host": platform.node()})
         if run.spec.nodes > 1:

@@ -53,8 +53,17 @@ class Slurm:
             NODE_SCRIPT: node_script(run, node_command(run)),
         }
 
+    def check(self, run: Run) -> None:
+        """A run has one job at a time, whichever machine it waits on."""
+        number = _job(run)
+        state = None if number is None else _state(number)
+        if state is not None:
+            raise PolycomError(
+                f"{run.directory.path} is in use by job {number}, which is {state.lower()}: wait for its end, "
+                f"end it with `polycom stop {run.directory.path}`, or give another --output"
+            )
+
     def submit(self, run: Run, log: BinaryIO) -> _Queued:
-        _refuse_a_second_job(run)
         environment = {**os.environ, **secrets.values(run.command.environment)}
         job = _slurm("sbatch", "--parsable", str(run.directory.path / JOB_SCRIPT), environment=environment)
         number = job.strip().partition(";")[0]  # a federation adds the cluster
@@ -123,8 +132,10 @@ def _check_option(run: Run, name: str, value: Any) -> None:
 
 
 def _quoted(value: str) -> str:
-    """As sbatch reads it in a script: a backslash takes the meaning from what follows."""
-    return re.sub(r"([^\w@%+=:,./-])", r"\\\1", value, flags=re.ASCII)
+    """As sbatch reads it in a script: in double quotes, where a backslash takes the meaning from the next."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", value, re.ASCII):
+        return value
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def _without_patterns(path: Path) -> str:
@@ -156,16 +167,6 @@ def _pyxis(run: Run, container: Container) -> list[str]:
 
 def _twice(mount: str) -> str:
     return mount if ":" in mount else f"{mount}:{mount}"
-
-
-def _refuse_a_second_job(run: Run) -> None:
-    number = _job(run)
-    state = None if number is None else _state(number)
-    if state is not None:
-        raise PolycomError(
-            f"{run.directory.path} is in use by job {number}, which is {state.lower()}: wait for its end, "
-            f"end it with `polycom stop {run.directory.path}`, or give another --output"
-        )
 
 
 def _job(run: Run) -> str | None:
