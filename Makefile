@@ -67,7 +67,7 @@ lint: $(READY)
 
 # Two processes; the tests of a file stay together, as they share what is slow to make.
 test: lint
-	$(BIN)/pytest -m "not full" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not full and not cluster" -n 2 --dist loadfile
 
 # Files of one long test come first: begun last, one process would wait for the other's.
 LONG := tests/ops/test_compiled_kernels.py tests/test_wheel.py
