@@ -11,6 +11,8 @@ from polycom_ext.runs.plan import Run
 BACKENDS = {
     "local": "polycom_ext.runs.backends.local:Local",
     "slurm": "polycom_ext.runs.backends.slurm:Slurm",
+    "kubernetes": "polycom_ext.runs.backends.kubernetes:Kubernetes",
+    "ssh": "polycom_ext.runs.backends.ssh:Ssh",
 }
 """`--backend`, and `backend:` of a site -> its class, imported when it is asked for."""
 

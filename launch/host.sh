@@ -1,0 +1,33 @@
+#!/bin/bash
+# One node of a run where nobody else starts it again: on a host that `polycom run` has reached by ssh, or in a
+# pod of a PyTorchJob. It executes node.sh, and again after what a restart can mend: job.sh RANK HOST:PORT
+export POLYCOM_NODE_RANK="$1" POLYCOM_RENDEZVOUS="$2"
+echo $$ >@DIRECTORY@/"node-$1.pid" # for those who want it to end
+
+trap '' HUP PIPE # whoever has started it may end
+stopped=
+end() { # its node, told so by this signal
+    stopped=1
+    kill -s "$1" "$node"
+}
+trap 'end TERM' INT TERM
+trap 'end USR1' USR1
+
+restarts=0
+while :; do
+    bash @NODE_SCRIPT@ &
+    node=$!
+    # A signal ends `wait`, not the node.
+    while wait "$node"; kill -0 "$node" 2>/dev/null; do :; done
+    wait "$node"
+    status=$?
+    # 1: failed, here or on another node. 137: killed, as for want of memory. All else is for a person to mend.
+    case $status in 1 | 137) ;; *) exit $status ;; esac
+    [ -z "$stopped" ] || exit $status
+    if [ "$restarts" -ge @MAX_RESTARTS@ ]; then
+        echo "exit status $status after $restarts restarts, as many as max_restarts allows" >&2
+        exit $status
+    fi
+    restarts=$((restarts + 1))
+    echo "exit status $status: started again, restart $restarts of" @MAX_RESTARTS@ >&2
+done
