@@ -1,0 +1,119 @@
+"""How a node's command is wrapped for a container, whatever the run and its site are called."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polycom_ext.errors import PolycomError
+from polycom_ext.runs import plan
+from polycom_ext.runs.backends import container, rendering
+from polycom_ext.runs.plan import Run
+from polycom_ext.runs.site import Container, Site
+
+COMMAND = ["polycom", "node", "RUN_DIR"]
+SECRET = "s3cr3t-value"
+HOSTILE = """a b,"c"; $(touch canary) `touch canary` 'd':e\n*$HOME\\"""
+
+
+@pytest.fixture
+def planned(toy_spec: Callable[..., str]) -> Callable[..., Run]:
+    """A run in this directory, at a site with these keys."""
+
+    def make(path: str = "outputs/small", name: str = "small", **site: Any) -> Run:
+        spec, changes = Path(toy_spec()), [f"name={name}"]
+        return plan.planned(spec, changes, Path(path).absolute(), Path("outputs"), Site(**site))
+
+    return make
+
+
+def wrapped(run: Run, engine: str = "docker", **about: tuple[str, ...]) -> list[str]:
+    return container.wrap(Container("an/image@sha256:0", engine, **about), run, COMMAND)
+
+
+def received(words: list[str], rank: str = "1") -> list[str]:
+    """What the engine gets from the shell that runs the rendered line."""
+    line = rendering.shell(["printf", r"%s\0", *words])
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nowhere", "POLYCOM_NODE_RANK": rank}
+    done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+def after(option: str, words: list[str]) -> list[str]:
+    return [words[n + 1] for n, word in enumerate(words) if word == option]
+
+
+@pytest.mark.parametrize("engine", ["docker", "podman"])
+def test_what_a_gpu_node_needs_is_there_until_it_is_switched_off(
+    planned: Callable[..., Run], engine: str
+) -> None:
+    run, needed = planned(), container.DEFAULTS[engine]
+    whole = " ".join(wrapped(run, engine))
+    assert whole.startswith(f"{engine} run ")
+    for name in needed:
+        without = " ".join(wrapped(run, engine, off=(name,)))
+        for other, words in needed.items():
+            assert " ".join(words) in whole
+            assert (" ".join(words) in without) == (other != name)
+
+
+def test_a_name_that_switches_nothing_off_is_refused(planned: Callable[..., Run]) -> None:
+    with pytest.raises(PolycomError, match=r"container\.off has no 'gpu' \(did you mean 'gpus'\?\)"):
+        wrapped(planned(), off=("gpu",))
+
+
+def test_an_engine_that_is_no_command_is_refused(planned: Callable[..., Run]) -> None:
+    with pytest.raises(PolycomError, match=r"pyxis is no command .* docker, podman, apptainer"):
+        wrapped(planned(), "pyxis")
+
+
+@pytest.mark.parametrize("engine", ["docker", "podman"])
+def test_a_secret_is_passed_by_its_name_alone(planned: Callable[..., Run], engine: str) -> None:
+    run = planned(environment={"HF_TOKEN": SECRET, "NCCL_IB_HCA": "mlx5"})
+    words = wrapped(run, engine)
+    assert {"HF_TOKEN", "POLYCOM_NODE_RANK", "POLYCOM_RENDEZVOUS"} == set(after("--env", words))
+    assert not any(SECRET in word for word in words)
+
+
+@pytest.mark.parametrize("engine", ["docker", "podman", "apptainer"])
+def test_hostile_paths_and_names_reach_the_engine_as_they_are_and_run_nothing(
+    planned: Callable[..., Run], engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    run = planned(str(folder / "run"))
+    monkeypatch.chdir(folder)
+    words = received(wrapped(run, engine, mounts=(f"/{HOSTILE}",), options=(HOSTILE,)))
+    assert list(tmp_path.rglob("canary")) == []
+    assert words[-4:] == ["an/image@sha256:0", *COMMAND]
+    assert HOSTILE in words
+    mounted = [
+        next(csv.reader([mount])) if "\n" not in mount else parsed(mount) for mount in after("--mount", words)
+    ]
+    assert [fields[1] for fields in mounted] == [f"source={folder}", f"source={folder / 'run'}"]
+    assert [fields[2].partition("=")[2] for fields in mounted] == [str(folder), str(folder / "run")]
+    assert str(folder) in words
+
+
+def parsed(mount: str) -> list[str]:
+    return next(csv.reader(mount.splitlines(keepends=True)))
+
+
+def test_each_node_of_each_run_has_a_name_of_its_own_that_docker_takes(planned: Callable[..., Run]) -> None:
+    run, other = planned("one", name="größe+small"), planned("another", name="größe+small")
+    names = [after("--name", received(wrapped(run), rank))[0] for rank in "01"]
+    assert names == [container.named(run, 0), container.named(run, 1)]
+    assert len({*names, container.named(other, 0), container.named(other, 1)}) == 4
+    assert all(re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name) for name in names)
+    assert "small" in names[0]
+
+
+def test_a_user_keeps_the_number_that_owns_the_files(planned: Callable[..., Run]) -> None:
+    assert after("--user", wrapped(planned())) == [f"{os.getuid()}:{os.getgid()}"]
