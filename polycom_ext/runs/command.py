@@ -62,8 +62,7 @@ def main(args: argparse.Namespace) -> int:
     runs = [plan.planned(shipped.find(config), changes, own, folder, site) for config in args.configs]
     plan.refuse_shared_directories(runs)
     if not args.dry_run:
-        for run in runs:
-            plan.prepare_trees(run)
+        plan.prepare_trees(runs)
     for run in runs:
         plan.check(run)
         if not args.dry_run:

@@ -69,16 +69,20 @@ def recorded(path: Path) -> Run:
     return Run(spec, find(spec.trainer), directory, site)
 
 
-def prepare_trees(run: Run) -> None:
+def prepare_trees(runs: list[Run]) -> None:
     """A tree that asks for patches gets them; an activation that upstream knows runs on any tree.
 
     The trees of a run in a container are the image's.
     """
-    if run.site.container is not None:
-        return
-    for name in trees(run.adapter, run.spec):
-        if run.adapter.needs_patches(run.spec) or not upstream.tree(name).exists():
-            upstream.ensure_applied(name)
+    names = [
+        name
+        for run in runs
+        if run.site.container is None
+        for name in trees(run.adapter, run.spec)
+        if run.adapter.needs_patches(run.spec) or not upstream.tree(name).exists()
+    ]
+    for name in dict.fromkeys(names):  # once for all that share it: to look at a tree takes seconds
+        upstream.ensure_applied(name)
 
 
 def check(run: Run) -> None:

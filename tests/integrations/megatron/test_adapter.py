@@ -20,7 +20,8 @@ from polycom_ext.cli import main
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.megatron import blends
 from polycom_ext.integrations.megatron.adapter import MegatronAdapter
-from polycom_ext.runs import document
+from polycom_ext.runs import document, plan
+from polycom_ext.runs.site import Site
 from polycom_ext.runs.spec import Spec, load
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny"
@@ -511,3 +512,14 @@ def test_upstream_takes_the_same_words_of_a_blend_for_data_sets(tree: Path, blen
     """A data set may have a number for its name."""
     (expected, _), _ = upstreams_blend(tree, **{"data-path": blend.split()})
     assert blends.prefixes(blend.split()) == expected
+
+
+def test_a_tree_that_several_runs_share_is_brought_to_its_state_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of activations that need its patches; to compare a tree with its series takes hundreds of processes."""
+    brought: list[str] = []
+    monkeypatch.setattr(upstream, "ensure_applied", brought.append)
+    configs = [TINY / f"{name}.yaml" for name in ("dense-polynorm", "dense-polyrelu", "moe-polynorm")]
+    plan.prepare_trees([plan.planned(config, [], None, tmp_path, Site()) for config in configs])
+    assert brought == ["megatron"]
