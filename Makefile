@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 # Containers' images like to say that no bytecode is kept; each of some hundred processes would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-olmo operations test test-full test-te lint docs wheel image clean
+.PHONY: demo demo-olmo operations test test-cluster test-full test-te lint docs wheel image clean
 
 $(DEMO_READY): requirements.txt pyproject.toml setup.py
 	@echo "== set-up: a virtual environment in $(VENV), torch and what the demo needs (some minutes, once)"
@@ -74,7 +74,14 @@ LONG := tests/ops/test_compiled_kernels.py tests/test_wheel.py
 
 test-full: $(READY)
 	$(BIN)/pytest $(LONG) $(filter-out $(LONG),$(sort $(shell find tests -name 'test_*.py'))) \
-		-m full -n 2 --dist loadfile --no-loadscope-reorder
+		-m "full and not cluster" -n 2 --dist loadfile --no-loadscope-reorder
+
+# Several nodes for real, made of this machine: root's to do. What is missing is installed, on Debian.
+CLUSTER := slurm-wlm munge docker.io debootstrap openssh-server iproute2 iptables
+
+test-cluster: $(READY)
+	bash tests/cluster/install.sh $(CLUSTER)
+	$(BIN)/pytest -m cluster -rs -n 2 --dist loadfile tests/cluster
 
 # The pages and the API, into build/docs; a warning is an error.
 docs: $(READY)

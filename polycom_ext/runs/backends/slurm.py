@@ -59,7 +59,7 @@ class Slurm:
         state = None if number is None else _state(number)
         if state is not None:
             raise PolycomError(
-                f"{run.directory.path} is in use by job {number}, which is {state.lower()}: wait for its end, "
+                f"{run.directory.path} is in use by job {number}, which is {state.lower()}: wait for it, "
                 f"end it with `polycom stop {run.directory.path}`, or give another --output"
             )
 
