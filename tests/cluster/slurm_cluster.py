@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes, both on this machine: munge, a controller and two slurmd, with ports of their own."""
+"""A real Slurm of two nodes, both this machine: munge, a controller and two slurmd, on ports of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,14 +72,11 @@ def cluster(folder: Path) -> Iterator[Path]:
     configuration = folder / "slurm.conf"
     started: list[subprocess.Popen[bytes]] = []
     try:
-        for command in (
-            munged,
-            ["slurmctld", "-D", "-f", configuration],
-            *(["slurmd", "-D", "-f", configuration, "-N", node] for node in ("node0", "node1")),
-        ):
-            started.append(_start(command, folder / "daemons.txt"))
-            if command is munged:
-                _wait_for(lambda: (folder / "munge" / "socket").exists(), "munged", folder)
+        started.append(_start(munged, folder))
+        _wait_for((folder / "munge" / "socket").exists, "munged", folder)
+        started.append(_start(["slurmctld", "-D", "-f", str(configuration)], folder))
+        for node in ("node0", "node1"):
+            started.append(_start(["slurmd", "-D", "-f", str(configuration), "-N", node], folder))
         _wait_for(lambda: _idle(configuration) == 2, "two idle nodes", folder)
         yield configuration
     finally:
@@ -92,9 +89,9 @@ def cluster(folder: Path) -> Iterator[Path]:
                 daemon.kill()
 
 
-def _start(command: list[str | Path], output: Path) -> subprocess.Popen[bytes]:
+def _start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
-    with output.open("ab") as file:
+    with (folder / "daemons.txt").open("ab") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
 
 
@@ -109,7 +106,7 @@ def _idle(configuration: Path) -> int:
     return told.stdout.split().count("idle")
 
 
-def _wait_for(condition, what: str, folder: Path) -> None:
+def _wait_for(condition: Callable[[], bool], what: str, folder: Path) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         if time.monotonic() > deadline:

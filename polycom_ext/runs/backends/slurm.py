@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,11 +69,9 @@ class Slurm:
         job = _slurm("sbatch", "--parsable", str(run.directory.path / JOB_SCRIPT), environment=environment)
         number = job.strip().partition(";")[0]  # a federation adds the cluster
         run.directory.write_job({"backend": "slurm", "host": platform.node(), "job": number})
-        print(
-            f"{run.name}: job {number}; `polycom status {run.directory.path} --watch` and `polycom logs "
-            f"{run.directory.path} -f` show it, `polycom stop {run.directory.path}` ends it",
-            flush=True,
-        )
+        path = shlex.quote(str(run.directory.path))
+        watch = f"`polycom status {path} --watch` and `polycom logs {path} -f`"
+        print(f"{run.name}: job {number}; {watch} show it, `polycom stop {path}` ends it", flush=True)
         return _Queued()
 
     def stop(self, run: Run) -> None:
@@ -114,7 +113,7 @@ def _options(run: Run) -> list[str]:
     lines = []
     for name, value in {**ours, **run.site.slurm}.items():
         if value is not False:
-            lines.append(f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={_quoted(str(value))}")
+            lines.append(f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={quoted(str(value))}")
     return lines
 
 
@@ -131,7 +130,7 @@ def _check_option(run: Run, name: str, value: Any) -> None:
         raise PolycomError(f"{run.name}: the site's slurm.{name} has several lines, which sbatch cannot read")
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """As sbatch reads it in a script: in double quotes, where a backslash takes the meaning from the next."""
     if re.fullmatch(r"[\w@%+=:,./-]+", value, re.ASCII):
         return value
