@@ -216,7 +216,7 @@ def test_a_secret_reaches_the_trainer_by_no_file_and_no_command_line(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda hosts: {"hosts": hosts.names[:1]}, "has 2 nodes, and the site's `hosts` are too few"),
+        (lambda hosts: {"hosts": hosts.names[:1]}, "nodes is 2, and the site's `hosts` are fewer ("),
         (
             lambda hosts: {
                 "hosts": [hosts.names[0], hosts.names[0][:-1] + "9"],
