@@ -210,12 +210,12 @@ def test_a_job_is_handed_over_once_and_again_after_its_end(
     monkeypatch.setenv("PATH", path)
     assert manifest()
     assert f"`polycom stop {RUN.absolute()}` ends it" in capfd.readouterr().out
-    assert kubectl({"conditions": [{"type": "Created", "status": "True"}]}) == ["get", "create"]
+    assert kubectl({"conditions": [{"type": "Created", "status": "True"}]}) == ["get", "get", "create"]
     assert manifest() == []
     assert "is in the cluster already" in capfd.readouterr().err
     assert kubectl(ENDED) == ["get"]
     assert manifest()
-    assert kubectl(ENDED) == ["get", "delete", "create"]
+    assert kubectl(ENDED) == ["get", "get", "delete", "create"]
     assert main(["stop", str(RUN)]) == 0
     assert kubectl() == ["get", "delete"]
     assert main(["stop", str(RUN)]) == 2

@@ -44,23 +44,23 @@ class Kubernetes:
             rendered |= host_scripts(run, [*COMMAND, str(run.directory.path)])
         return rendered
 
+    def check(self, run: Run) -> None:
+        if shutil.which("kubectl") is not None and _state(run) == "active":
+            raise PolycomError(
+                f"{run.name}: its {Cluster.of(run.site).kind} {job_name(run)} is in the cluster already; "
+                f"`polycom stop {run.directory.path}` ends it"
+            )
+
     def submit(self, run: Run, log: BinaryIO) -> Submitted:
-        cluster = Cluster.of(run.site)
-        path, name = run.directory.path / MANIFEST, job_name(run)
+        path = run.directory.path / MANIFEST
         if shutil.which("kubectl") is None:
             print(f"{run.name}: no kubectl is here; give where one is:\n    kubectl create -f {shell(path)}")
             return _HandedOver()
-        state = _state(cluster, name)
-        if state == "active":
-            raise PolycomError(
-                f"{run.name}: its {cluster.kind} {name} is in the cluster already; "
-                f"`polycom stop {run.directory.path}` ends it"
-            )
-        if state == "ended":
+        if _state(run) == "ended":
             _kubectl("delete", "--ignore-not-found", "--wait", f"--filename={path}")
         _kubectl("create", f"--filename={path}")
         print(
-            f"{run.name}: handed over as {cluster.kind} {name}; `polycom status {run.directory.path}` and "
+            f"{run.name}: handed over as {job_name(run)}; `polycom status {run.directory.path}` and "
             f"`polycom logs {run.directory.path}` follow it, `polycom stop {run.directory.path}` ends it",
             flush=True,
         )
@@ -68,7 +68,7 @@ class Kubernetes:
 
     def stop(self, run: Run) -> None:
         """Its pods are told to end; the manifest is handed over anew by the next `polycom run`."""
-        if _state(Cluster.of(run.site), job_name(run)) == "absent":
+        if _state(run) == "absent":
             raise PolycomError(f"{run.name}: the cluster has no job of it: nothing to stop")
         _kubectl(
             "delete", "--ignore-not-found", "--wait=false", f"--filename={run.directory.path / MANIFEST}"
@@ -181,8 +181,9 @@ def _check_shared(run: Run, cluster: Cluster) -> None:
         )
 
 
-def _state(cluster: Cluster, name: str) -> str:
-    """Whether the job is `absent`, `active` or `ended`."""
+def _state(run: Run) -> str:
+    """Whether its job is `absent`, `active` or `ended`."""
+    cluster, name = Cluster.of(run.site), job_name(run)
     where = [] if cluster.namespace is None else [f"--namespace={cluster.namespace}"]
     said = _kubectl("get", KINDS[cluster.kind].plural, name, *where, "--ignore-not-found", "--output=json")
     if not said.strip():
