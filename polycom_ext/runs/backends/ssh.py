@@ -41,7 +41,6 @@ class Ssh:
 
     def submit(self, run: Run, log: BinaryIO) -> Submitted:
         hosts = self.hosts(run)
-        remote.ask_all(hosts, self.check(run))
         rendezvous = f"{hosts[0].address()}:{remote.free_port(hosts[0])}"
         job = uuid.uuid4().hex
         run.directory.write_job({"backend": self.name, "job": job, "hosts": [host.name for host in hosts]})
@@ -75,23 +74,18 @@ class Ssh:
             )
         return [Host(name, site.ssh_options) for name in site.hosts[:nodes]]
 
-    def check(self, run: Run) -> str:
-        """A script that fails with a sentence on a host where the node could not start."""
-        directory, python = str(run.directory.path), node_command(run)[0]
+    def check(self, run: Run) -> None:
+        """Refuse a host where the node could not start."""
+        python = shell(node_command(run)[0])
         setup = "\n".join([f"cd {shell(run.command.directory)} || exit", *run.site.setup])
-        return "\n".join(
-            [
-                _or_refuse(
-                    f"[ -f {shell(run.directory.spec)} ]",
-                    f"{directory} is not there: all nodes share the file system of a run",
-                ),
-                _or_refuse("command -v bash setsid >/dev/null", "it has no bash or no setsid"),
-                _or_refuse(f"command -v {shell(python)} >/dev/null", f"it has no {python}"),
-                _or_refuse(
-                    shell(["bash", "-c", f"{setup}\n{shell(python)} -c 'import polycom_ext' 2>/dev/null"]),
-                    f"its {python} has no polycom_ext, after the site's `setup`",
-                ),
-            ]
+        remote.ask_all(
+            self.hosts(run),
+            looks(run)
+            + or_refuse(f"command -v {python} >/dev/null", f"it has no {python}")
+            + or_refuse(
+                shell(["bash", "-c", f"{setup}\n{python} -c 'import polycom_ext' 2>/dev/null"]),
+                f"its {python} has no polycom_ext, after the site's `setup`",
+            ),
         )
 
     def tell(self, run: Run, job: str, rank: int, signal: str) -> str:
@@ -127,5 +121,13 @@ def _start(run: Run, job: str, rank: int, rendezvous: str) -> str:
     return "\n".join([*exports, start, "exit $?"]) + "\n"
 
 
-def _or_refuse(condition: str, sentence: str) -> str:
-    return f"{condition} || {{ echo {shlex.quote(sentence)} >&2; exit 1; }}"
+def looks(run: Run) -> str:
+    """A script that fails with a sentence on a host that can start no node of the run."""
+    path = run.directory.path
+    return or_refuse(
+        f"[ -d {shell(path)} ]", f"{path} is not there: all nodes share the file system of a run"
+    ) + or_refuse("command -v bash setsid >/dev/null", "it has no bash or no setsid")
+
+
+def or_refuse(condition: str, sentence: str) -> str:
+    return f"{condition} || {{ echo {shlex.quote(sentence)} >&2; exit 1; }}\n"
