@@ -11,6 +11,7 @@ from polycom_ext.runs.plan import Run
 BACKENDS = {
     "local": "polycom_ext.runs.backends.local:Local",
     "slurm": "polycom_ext.runs.backends.slurm:Slurm",
+    "docker": "polycom_ext.runs.backends.docker:Docker",
     "kubernetes": "polycom_ext.runs.backends.kubernetes:Kubernetes",
     "ssh": "polycom_ext.runs.backends.ssh:Ssh",
 }
