@@ -22,7 +22,7 @@ FLOORS = (
     ("functional", "reference"),
     ("activations",),
     ("checkpoints", "upstream"),
-    ("data",),
+    ("data", "machine"),
     ("runs",),
     ("integrations", "report", "doctor"),
     ("cli",),

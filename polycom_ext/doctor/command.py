@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from polycom_ext import arguments, shipped
-from polycom_ext.doctor import judgement, machine, run
+from polycom_ext.doctor import judgement, run
 from polycom_ext.doctor.findings import Finding, Mark, shown
-from polycom_ext.doctor.machine import Machine
 from polycom_ext.errors import PolycomError
+from polycom_ext.machine import look
+from polycom_ext.machine.look import Machine
 from polycom_ext.runs import plan
 from polycom_ext.runs.plan import Run
 from polycom_ext.runs.site import Site
@@ -68,10 +69,10 @@ def _planned(args: argparse.Namespace) -> Run | None:
 
 def _examined(planned: Run | None) -> tuple[Machine, list[Finding]]:
     if planned is None:
-        looked = machine.look(FOLDER)
+        looked = look.look(FOLDER)
         return looked, [*judgement.judge(looked, None), *run.upstreams(None)]
     needs = planned.adapter.needs(planned.spec)
-    looked = machine.look(planned.directory.path, [*needs.modules, *needs.on_gpu])
+    looked = look.look(planned.directory.path, [*needs.modules, *needs.on_gpu])
     wants = judgement.Wants(
         processes=planned.spec.processes_per_node,
         nodes=planned.spec.nodes,

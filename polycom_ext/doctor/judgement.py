@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from polycom_ext.doctor.findings import Finding, Mark
-from polycom_ext.doctor.machine import (
+from polycom_ext.machine.look import (
     PACKAGES,
     RUNS,
     SHARED,
@@ -19,7 +19,7 @@ from polycom_ext.doctor.machine import (
     Package,
     Torch,
 )
-from polycom_ext.doctor.nvidia import Driver, Gpu
+from polycom_ext.machine.nvidia import Driver, Gpu
 
 GIB = 1 << 30
 LEAST_FREE = GIB

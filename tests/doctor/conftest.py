@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from polycom_ext.doctor.machine import (
+from polycom_ext.machine.look import (
     PACKAGES,
     Clock,
     Compiler,
@@ -20,7 +20,7 @@ from polycom_ext.doctor.machine import (
     Package,
     Torch,
 )
-from polycom_ext.doctor.nvidia import Driver, Gpu
+from polycom_ext.machine.nvidia import Driver, Gpu
 
 SMI = '''#!{python} -ISE
 """Answers as nvidia-smi does: rows of the fields asked for, or the first one that it does not know."""

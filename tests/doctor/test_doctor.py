@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from polycom_ext.cli import main
-from polycom_ext.doctor import machine, run
+from polycom_ext.doctor import run
 from polycom_ext.doctor.findings import Mark
-from polycom_ext.doctor.machine import Machine
+from polycom_ext.machine import look as machine
+from polycom_ext.machine.look import Machine
 from polycom_ext.runs import plan
 from polycom_ext.runs.adapter import Upstream
 from polycom_ext.runs.plan import Run

@@ -9,8 +9,8 @@ import pytest
 
 from polycom_ext.doctor.findings import Finding, Mark, shown
 from polycom_ext.doctor.judgement import Wants, judge
-from polycom_ext.doctor.machine import Clock, Compiler, Folder, Machine, Package, Torch
-from polycom_ext.doctor.nvidia import Driver, Process
+from polycom_ext.machine.look import Clock, Compiler, Folder, Machine, Package, Torch
+from polycom_ext.machine.nvidia import Driver, Process
 
 from .conftest import GPU, MACHINE, NO_GPU
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from polycom_ext import reference
-from polycom_ext.doctor import machine, probe
-from polycom_ext.doctor.machine import Package
+from polycom_ext.machine import look as machine
+from polycom_ext.machine import probe
+from polycom_ext.machine.look import Package
 
 Installed = Callable[..., Path]
 CRASH = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from polycom_ext.doctor import nvidia
+from polycom_ext.machine import nvidia
 
 from .conftest import GPU, H100
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import polycom_ext
 from polycom_ext._version import __version__
-from polycom_ext.doctor import nvidia, probe
 from polycom_ext.errors import PolycomError
+from polycom_ext.machine import nvidia, probe
 from polycom_ext.ops import build
 from polycom_ext.upstream import download
 

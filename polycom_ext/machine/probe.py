@@ -1,6 +1,6 @@
 """Imports what is heavy or may crash, in a process of its own, and says what it found.
 
-    python -m polycom_ext.doctor.probe torch | MODULE
+    python -m polycom_ext.machine.probe torch | MODULE
 
 Each thing found is a line of JSON: those before a crash are told. `ask` starts such a process.
 """
