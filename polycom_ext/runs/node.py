@@ -14,10 +14,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import attempt, launch, lobby, plan, record, secrets
+from polycom_ext.runs import attempt, launch, lobby, plan, preflight, record
 from polycom_ext.runs.entry import RUN_DIR
 from polycom_ext.runs.lobby import DONE, FAILED, REFUSED, SIGNALLED, Parted, Stopped, Verdict
 from polycom_ext.runs.lobby.guest import Guest
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
     ending = launch.Ending()
     descriptor = None if inherited is None else int(inherited)
     with run.directory.locked(place.rank, descriptor) as log, launch.handled(ending.hear):
-        node = _Node(run, place, run.directory.wishes(), log, ending)
+        node = _Node(run, place, _wishes(run), inherited is not None, log, ending)
         return _first(node) if place.rank == 0 else _another(node)
 
 
@@ -88,6 +88,8 @@ class _Node:
     run: Run
     place: Place
     wishes: Wishes
+    is_checked: bool
+    """Whether who has planned it has just seen that it can run here."""
     log: BinaryIO
     """Open and locked."""
     ending: launch.Ending
@@ -113,9 +115,18 @@ class _Node:
         return lobby.End(outcome.status, outcome.interrupted, refusal)
 
     def prepare(self) -> None:
-        """Raise PolycomError for what this node lacks."""
+        """Raise PolycomError for what this node lacks; several nodes hear of it from one another."""
         self.run.directory.enter_working_directory()
-        secrets.check(self.run.spec.environment)
+        if self.place.rendezvous is None and not self.is_checked:
+            preflight.check(self.run)
+
+    def facts(self) -> dict[str, Any]:
+        """What the other nodes are told of this one."""
+        try:
+            self.prepare()
+        except PolycomError as error:
+            return {"problem": str(error)}
+        return preflight.look(self.run, self.wishes)
 
 
 def _place(run: Run, rank: str, rendezvous: str | None) -> Place:
@@ -152,7 +163,7 @@ def _first(node: _Node) -> int:
         if verdict.status == REFUSED:
             raise PolycomError(f"{run.name}: {verdict.sentence}")
     except PolycomError as error:
-        company.turn_away(str(error).removeprefix(f"{run.name}: "))
+        company.turn_away(str(error).removeprefix(f"{run.name}: "), node.ending)
         raise
     finally:
         company.leave(verdict)
@@ -199,7 +210,9 @@ def _gathered(node: _Node, host: Host) -> lobby.Entry:
     run = node.run
     others = run.spec.nodes - 1
     print(f"{run.name}: waits for {others} more node{'s' * (others > 1)}", flush=True)
-    host.gather({}, node.wishes.wait, node.ending)
+    present = host.gather(preflight.look(run, node.wishes), node.wishes.wait, node.ending)
+    if wrong := preflight.compare(present, run.spec.processes_per_node, node.wishes):
+        raise PolycomError("; ".join(wrong))
     return host.open(len(run.directory.attempts()))
 
 
@@ -226,8 +239,7 @@ def _another(node: _Node) -> int:
     print(f"{run.name}: node {node.place.rank} calls {node.place.rendezvous}; {said}", flush=True)
     guest = Guest(node.place.rendezvous, _title(run), node.place.rank, node.wishes.silence)
     try:
-        node.prepare()
-        entry = guest.join({}, node.wishes.wait, ending, lambda entry: None)
+        entry = guest.join(node.facts(), node.wishes.wait, ending, lambda entry: None)
         outcome = node.train(entry, lambda: guest.attend(ending))
         verdict = guest.ended(node.end(outcome), ending)
     except Stopped:
@@ -246,6 +258,10 @@ def _another(node: _Node) -> int:
     if verdict.status == REFUSED:
         raise PolycomError(f"{run.name}: {verdict.sentence}")
     return verdict.status
+
+
+def _wishes(run: Run) -> Wishes:
+    return Wishes.from_mapping(run.site.preflight, str(run.directory.site))
 
 
 def _title(run: Run) -> str:

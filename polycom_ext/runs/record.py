@@ -56,8 +56,6 @@ class Record:
         self.job = path / "job.json"
         """To whom it was handed over last."""
         self.command = path / "command.sh"
-        self.site = path / "site.yaml"
-        """What the site where it runs asks for and needs; there is none for a run on this machine."""
         self.versions = path / "versions.json"
         """Versions of what runs, states of the upstream trees, and the attempts."""
         self.log = path / "log.txt"

@@ -25,7 +25,6 @@ from polycom_ext.runs.record import Record
 from polycom_ext.runs.rendering import Command
 from polycom_ext.runs.site import Site
 from polycom_ext.runs.spec import Spec
-from polycom_ext.runs.wishes import Wishes
 from polycom_ext.upstream import git
 
 
@@ -124,13 +123,6 @@ class RunDirectory(Record):
                 f"{self.path} was planned in {where}, which this node cannot enter: {error.strerror}; "
                 "its paths are relative to that folder"
             ) from None
-
-    def wishes(self) -> Wishes:
-        """What the site asks of the nodes; the defaults where there is none."""
-        if not self.site.is_file():
-            return Wishes()
-        preflight = document.load(self.site.read_text(encoding="utf-8")).get("preflight") or {}
-        return Wishes.from_mapping(preflight, str(self.site))
 
     def clear_metrics(self, spec: Spec, adapter: Adapter) -> None:
         """Make the metrics fit for an attempt to add to.

@@ -11,6 +11,7 @@ from typing import Any
 from polycom_ext import shipped
 from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.runs import fields, secrets
+from polycom_ext.runs.wishes import Wishes
 
 ENGINES = ("docker", "podman", "pyxis", "apptainer")
 """`container.engine`: pyxis is Slurm's plugin, the others are commands."""
@@ -102,6 +103,7 @@ def _from_mapping(mapping: dict[str, Any], origin: str) -> Site:
     for key in (key for key in mapping if key != "environment"):
         _refuse_secrets(mapping[key], key, origin)
     backend = {"backend": Site.backend, **mapping}
+    Wishes.from_mapping(fields.section(mapping, "preflight", origin), origin)
     return Site(
         backend=fields.text(backend, "backend", origin, "who starts the nodes"),
         container=_container(mapping, origin) if "container" in mapping else None,

@@ -18,7 +18,7 @@ import pytest
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import launch, lobby
 from polycom_ext.runs.launch import Ending
-from polycom_ext.runs.lobby import DONE, FAILED, REFUSED, End, Entry, Parted, Stopped, Verdict
+from polycom_ext.runs.lobby import DONE, FAILED, REFUSED, End, Entry, Parted, Stopped, Verdict, host
 from polycom_ext.runs.lobby.guest import Guest
 from polycom_ext.runs.lobby.host import Host
 from polycom_ext.runs.lobby.network import Address, free_port, interface_of
@@ -97,10 +97,11 @@ def test_each_is_told_its_own_address_and_the_same_free_port_of_node_0(nodes: Ca
 
 def test_what_is_no_node_keeps_nobody_out(nodes: Callable[..., Nodes]) -> None:
     two = nodes()
-    strangers = [socket.create_connection((two.at.host, two.at.port)) for _ in range(3)]
+    strangers = [socket.create_connection((two.at.host, two.at.port)) for _ in range(4)]
     strangers[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
-    strangers[1].sendall(b'[1]\n{"hello": 3}\n')
-    strangers[2].close()
+    strangers[1].sendall(b"[1]\n")
+    strangers[2].sendall(b'{"hello": 3}\n{"go": 1}\n{"hello": {"run": "the run", "rank": 1}}\n')
+    strangers[3].close()
     two.gather()
     two.until(lambda: True)
     assert two.host.verdict is None
@@ -115,6 +116,7 @@ def test_a_node_that_hangs_up_ends_the_run_for_all_the_others(nodes: Callable[..
     assert three.host.verdict == three.guests[2].verdict == Verdict(FAILED, sentence, 1)
 
 
+@pytest.mark.full
 def test_a_node_that_falls_silent_is_lost_after_the_stated_time(nodes: Callable[..., Nodes]) -> None:
     two = nodes(silence=1.0)
     mute = socket.create_connection((two.at.host, two.at.port))
@@ -130,6 +132,7 @@ def test_a_node_that_falls_silent_is_lost_after_the_stated_time(nodes: Callable[
     mute.close()
 
 
+@pytest.mark.full
 def test_a_node_that_is_only_busy_is_heard(nodes: Callable[..., Nodes]) -> None:
     two = nodes(silence=1.0)
     two.gather()
@@ -164,7 +167,10 @@ def test_of_trainers_that_fail_by_one_another_the_first_is_blamed(nodes: Callabl
     assert verdicts == [Verdict(FAILED, sentence, 1, -signal.SIGKILL)] * 3
 
 
-def test_a_failed_trainer_ends_those_that_have_not_noticed(nodes: Callable[..., Nodes]) -> None:
+def test_a_failed_trainer_ends_those_that_have_not_noticed(
+    nodes: Callable[..., Nodes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "COURT_SECONDS", 0.2)
     two = nodes()
     two.gather()
     began = time.monotonic()
@@ -247,7 +253,7 @@ def test_a_node_0_that_does_not_answer_is_named_with_the_reason() -> None:
 def test_why_node_0_will_not_run_is_told_to_those_who_call(nodes: Callable[..., Nodes]) -> None:
     two = nodes()
     calling = two.call(1)
-    threading.Thread(target=two.host.turn_away, args=("its disk is full",)).start()
+    threading.Thread(target=two.host.turn_away, args=("its disk is full", Ending())).start()
     with pytest.raises(PolycomError, match=r"^its disk is full$"):
         calling.result(SECONDS)
     two.guests[1].close()
@@ -265,6 +271,7 @@ def test_a_node_of_another_run_is_refused(nodes: Callable[..., Nodes]) -> None:
             waiting.result(SECONDS)
 
 
+@pytest.mark.full
 def test_a_second_node_of_one_rank_is_refused_once_it_is_clear_that_the_first_one_lives(
     nodes: Callable[..., Nodes],
 ) -> None:

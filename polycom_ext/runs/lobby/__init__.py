@@ -86,7 +86,7 @@ class Alone:
     def leave(self, verdict: Verdict) -> None:
         """Nobody is told."""
 
-    def turn_away(self, sentence: str) -> None:
+    def turn_away(self, sentence: str, ending: Ending) -> None:
         """Nobody comes."""
 
 

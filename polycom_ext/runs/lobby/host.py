@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 from collections.abc import Mapping
@@ -110,11 +111,10 @@ class Host:
             self._exchange.next(POLL_SECONDS)
         self._exchange.close()
 
-    def turn_away(self, sentence: str) -> None:
+    def turn_away(self, sentence: str, ending: Ending) -> None:
         """Tell the others, as they come, why there will be no run; for as long as a node may be silent."""
         deadline = time.monotonic() + self._silence
-        ending = Ending()
-        while time.monotonic() < deadline and len(self._guests) < self._nodes - 1:
+        while time.monotonic() < deadline and len(self._guests) < self._nodes - 1 and ending.signal is None:
             self.attend(ending, POLL_SECONDS)
         self.leave(Verdict(REFUSED, sentence, 0))
 
@@ -124,7 +124,7 @@ class Host:
 
     def _take(self, peer: Peer, message: Message, ending: Ending) -> None:
         if peer.rank is None:
-            if "hello" in message:
+            with contextlib.suppress(KeyError, TypeError):  # of what is no node
                 self._greet(peer, message)
         elif not message:
             if peer.rank not in self._ends and ending.signal is None and self.verdict is None:
@@ -136,7 +136,8 @@ class Host:
 
     def _greet(self, peer: Peer, message: Message) -> None:
         hello = message["hello"]
-        rank, other = hello["rank"], self._guests.get(hello["rank"])
+        rank, facts = int(hello["rank"]), {**hello["facts"], "ahead": hello["now"] - message["arrived"]}
+        other = self._guests.get(rank)
         if hello["run"] != self._run:
             sentence = f"at {self._at} the nodes of {self._run} meet, not those of {hello['run']}"
             peer.send(over=asdict(Verdict(REFUSED, f"{sentence}: give another free port of node 0", rank)))
@@ -148,7 +149,7 @@ class Host:
         else:
             peer.rank, peer.host = rank, hello["host"]
             self._guests[rank] = peer
-            self._facts[rank] = {**hello["facts"], "ahead": hello["now"] - message["arrived"]}
+            self._facts[rank] = facts
 
     def _announce(self, verdict: Verdict) -> None:
         if not self._announced:
