@@ -22,4 +22,8 @@ if __name__ == "__main__":
     rehearsal.enable()
     rehearsal.enable = lambda: None  # done, for every rank that is forked from here
     importlib.import_module("polycom_ext.integrations.megatron.gpt")
+    writers = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    results_queue = writers.get_write_results_queue
+    # Spawned, as upstream does it but for a persistent writer, it imports torch for each rank that saves.
+    writers.get_write_results_queue = lambda mp_mode="fork": results_queue(mp_mode)
     serve(_entry)
