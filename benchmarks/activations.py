@@ -5,8 +5,9 @@
 
 Providers: `polycom` (this package as it dispatches), `eager` (its plain torch path), `authors` (the formula
 of the paper as plain operations under activation checkpointing, as the released code runs it), `compiled`
-(torch.compile of that formula), `gelu`, `swiglu` (2/3 of the width, twice: equal parameters) and, where it is
-installed and there is a GPU, `liger` (PyPI liger-kernel).
+(torch.compile of that formula, of each shape anew), `gelu`, `swiglu` (2/3 of the width, twice: equal
+parameters) and, where it is installed and there is a GPU, `liger` (PyPI liger-kernel). One that fails is
+told, and the others go on; the exit status is 1 if it is `polycom`.
 
 Writes OUTPUT.csv (one row a provider, width, type and mode: p20, p50, p80 of the time, bytes moved per second
 as a share of what a copy of the tensor reached in the same run, peak memory), OUTPUT.md and OUTPUT.png. The
@@ -26,6 +27,7 @@ import argparse
 import csv
 import datetime
 import importlib.util
+import math
 import os
 import platform
 import shlex
@@ -35,6 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -51,6 +54,10 @@ WIDTHS = (1024, 1536, 2048, 4096, 8192, 8256, 16384, 32768)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HIDDEN = 2048
 """Of the feed-forward block; the paper's."""
+FLUSHED = 256 * 2**20
+"""Bytes that are written between the calls on a GPU: more than its cache holds."""
+LEAST_REPETITIONS = 3
+"""Of a measurement that takes longer than it may."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +130,10 @@ def providers(names: list[str], device: torch.device, dtype: torch.dtype) -> Ite
         "polycom": (functional.poly_norm, torch.float32),
         "eager": (_eager, torch.float32),
         "authors": (_authors, dtype),
-        "compiled": (torch.compile(_formula), dtype),
         "liger": (_liger, dtype),
     }
+    if "compiled" in names:  # whose import takes seconds
+        functions["compiled"] = (torch.compile(_formula, dynamic=False), dtype)
     modules = {"gelu": nn.GELU(), "swiglu": SwiGLU()}
     for name in names:
         if missing := _missing(name, device):
@@ -143,20 +151,26 @@ def _missing(name: str, device: torch.device) -> str:
     """Why a provider cannot run here; nothing if it can."""
     if name == "liger" and (device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None):
         return "needs a GPU and `pip install liger-kernel`"
-    if name == "compiled":
-        try:
+    try:
+        if name == "liger":
+            import_module("liger_kernel.ops.poly_norm")
+        if name == "compiled":
             torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-        except Exception as error:  # of the compiler at hand, whichever that is
-            return " ".join(str(error).split("\n")[:2])
+    except Exception as error:  # of the compiler, or of a package below it
+        return _reason(error)
     return ""
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split(chr(10))[:2])}"
 
 
 class Timer:
     """Times of a call in milliseconds: by events on a GPU, whose cache is flushed before; else the clock."""
 
-    def __init__(self, device: torch.device, repetitions: int) -> None:
-        self.device, self.repetitions = device, repetitions
-        flush = 256 * 2**20 if device.type == "cuda" else 0
+    def __init__(self, device: torch.device, repetitions: int, seconds: float) -> None:
+        self.device, self.repetitions, self.seconds = device, repetitions, seconds
+        flush = FLUSHED if device.type == "cuda" else 0
         self._flush = torch.empty(flush, dtype=torch.int8, device=device)
 
     def __call__(
@@ -165,8 +179,11 @@ class Timer:
         for _ in range(3):
             prepare()
             run()
-        times = []
-        for _ in range(self.repetitions):
+        times: list[float] = []
+        begin = time.monotonic()
+        while len(times) < self.repetitions:
+            if len(times) >= LEAST_REPETITIONS and time.monotonic() - begin > self.seconds:
+                break
             prepare()
             times.append(self._once(run))
         return times
@@ -205,6 +222,7 @@ def _sample_activation(name: str, activation: nn.Module, x: Tensor, timer: Timer
     inputs = x.detach().requires_grad_()
     y = activation(inputs)
     grad = torch.randn_like(y)
+    given = grad.clone() if name == "liger" else grad  # its backward writes its result into it
     size = x.element_size()
     moved = {"forward": (x.numel() + y.numel()) * size, "backward": (2 * x.numel() + y.numel()) * size}
     moved["both"] = moved["forward"] + moved["backward"]
@@ -213,6 +231,8 @@ def _sample_activation(name: str, activation: nn.Module, x: Tensor, timer: Timer
     def clear() -> None:
         inputs.grad = None
         activation.zero_grad()
+        if given is not grad:
+            grad.copy_(given)
 
     def forward() -> Tensor:
         return activation(inputs)
@@ -232,7 +252,7 @@ def _sample_activation(name: str, activation: nn.Module, x: Tensor, timer: Timer
     for mode, run, prepare in modes:
         times = timer(run, prepare)
         prepare()
-        yield Sample(name, mode, times, moved[mode], _peak_mib(x.device, run))
+        yield Sample(name, mode, times, moved[mode], _peak_mib(timer.device, run))
 
 
 class Block(nn.Module):
@@ -280,7 +300,7 @@ def _sample_block(name: str, mode: str, block: Block, x: Tensor, timer: Timer) -
 
     times = timer(run, clear)
     clear()
-    return Sample(name, mode, times, peak_mib=_peak_mib(x.device, run))
+    return Sample(name, mode, times, peak_mib=_peak_mib(timer.device, run))
 
 
 def _swiglu_width(width: int) -> int:
@@ -288,36 +308,65 @@ def _swiglu_width(width: int) -> int:
     return round(width * 2 / 3 / 8) * 8
 
 
-def _round(
-    args: argparse.Namespace, x: Tensor, activations: list[tuple[str, nn.Module]], timer: Timer
+@dataclass(frozen=True)
+class Failure:
+    """What a provider could not do."""
+
+    provider: str
+    dtype: str
+    width: int
+    reason: str
+
+
+def _turn(
+    args: argparse.Namespace, x: Tensor, name: str, activation: nn.Module, timer: Timer
 ) -> Iterator[Sample]:
-    """Every provider's turn."""
+    """A provider's."""
     width = x.shape[1]
-    yield _sample_copy(x, timer)
-    for name, activation in activations:
-        print(f"{x.dtype} {args.rows} x {width} {name}", file=sys.stderr)
-        inputs = x if name != "swiglu" else x.new_empty(args.rows, 2 * _swiglu_width(width)).normal_()
-        yield from _sample_activation(name, activation, inputs, timer)
-        if args.block and x.dtype == torch.bfloat16:
-            hidden = x.new_empty(args.rows, args.hidden).normal_()
-            yield from _sample_blocks(name, activation, hidden, width, timer)
+    print(f"{x.dtype} {args.rows} x {width} {name}", file=sys.stderr)
+    inputs = x if name != "swiglu" else x.new_empty(args.rows, 2 * _swiglu_width(width)).normal_()
+    yield from _sample_activation(name, activation, inputs, timer)
+    if args.block and x.dtype == torch.bfloat16:
+        hidden = x.new_empty(args.rows, args.hidden).normal_()
+        yield from _sample_blocks(name, activation, hidden, width, timer)
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+def _shape(
+    args: argparse.Namespace, dtype_name: str, width: int, device: torch.device, timer: Timer
+) -> Iterator[Sample | Failure]:
+    """Every provider's samples, in rounds; none of a provider after a failure."""
+    if "compiled" in args.providers:
+        torch.compiler.reset()  # else what is compiled for a second width is compiled for any, and slower
+    dtype = DTYPES[dtype_name]
+    x = torch.randn(args.rows, width, device=device, dtype=dtype)
+    activations = list(providers(args.providers, device, dtype))
+    failed: set[str] = set()
+    for turn in range(args.rounds):
+        shift = turn % max(len(activations), 1)
+        yield _sample_copy(x, timer)
+        for name, activation in activations[shift:] + activations[:shift]:
+            if name in failed:
+                continue
+            try:
+                yield from _turn(args, x, name, activation, timer)
+            except Exception as error:  # too little memory, a compiler's, another version's
+                failed.add(name)
+                yield Failure(name, dtype_name, width, _reason(error))
+            if name in failed and device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row | Failure]:
     """Every row of the table, in order; progress goes to stderr."""
-    timer = Timer(device, args.repetitions)
+    timer = Timer(device, args.repetitions, args.seconds)
     for dtype_name in args.dtypes:
-        dtype = DTYPES[dtype_name]
         for width in args.widths:
-            x = torch.randn(args.rows, width, device=device, dtype=dtype)
-            activations = list(providers(args.providers, device, dtype))
             samples: dict[tuple[str, str], Sample] = {}
-            for turn in range(args.rounds):
-                shift = turn % max(len(activations), 1)
-                for sample in _round(args, x, activations[shift:] + activations[:shift], timer):
-                    known = samples.setdefault((sample.provider, sample.mode), sample)
-                    if known is not sample:
-                        known.times += sample.times
+            for found in _shape(args, dtype_name, width, device, timer):
+                if isinstance(found, Failure):
+                    yield found
+                elif (known := samples.setdefault((found.provider, found.mode), found)) is not found:
+                    known.times += found.times
             copy = samples["copy", "forward"]
             assert copy.moved is not None
             rate = copy.moved / copy.quantile(2)
@@ -360,7 +409,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def write_markdown(path: Path, rows: list[Row], device: torch.device) -> None:
+def write_markdown(path: Path, rows: list[Row], failures: list[Failure], device: torch.device) -> None:
     """The conditions, and the same numbers as tables."""
     operations = f"fused on {', '.join(sorted(library.devices))}" if library.devices else "eager"
     build = torch.ops.polycom.polynomial_build() if library.devices else "none"
@@ -372,6 +421,7 @@ def write_markdown(path: Path, rows: list[Row], device: torch.device) -> None:
         f"polycom-ext {polycom_ext.__version__} ({operations}; build {build}).",
         f"Command: `{shlex.join([*_settings(), 'python', *sys.argv])}`.",
         "Times in milliseconds: p20 (p50, p80). Share of copy: by p20, of the bytes that cannot be avoided.",
+        *(f"Failed: {one.provider}, {one.dtype}, width {one.width}: {one.reason}" for one in failures),
         "",
         "| provider | mode | type | rows | width | time | share of copy | peak MiB |",
         "|---|---|---|---|---|---|---|---|",
@@ -425,10 +475,15 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="hidden size of the feed-forward block")
     parser.add_argument("--repetitions", type=int, default=25, help="of a measurement, in every round")
     parser.add_argument("--rounds", type=int, default=3, help="that the providers take turns in")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="a measurement has fewer repetitions after so many"
+    )
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--output", type=Path, default=Path("activations"), help="path without suffix")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     args.rows = args.rows or (16384 if device.type == "cuda" else 2048)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -436,12 +491,17 @@ def main() -> int:
         print(f"warning: nothing is fused on {device.type}: {library.problem}", file=sys.stderr)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for row in measure(args, device):
-        rows.append(row)
+    failures: list[Failure] = []
+    for found in measure(args, device):
+        if isinstance(found, Failure):
+            failures.append(found)
+            print(f"{found.provider} failed: {found.reason}", file=sys.stderr)
+            continue
+        rows.append(found)
         write_csv(args.output.with_suffix(".csv"), rows)  # an interrupted run keeps what it measured
-    write_markdown(args.output.with_suffix(".md"), rows, device)
+        write_markdown(args.output.with_suffix(".md"), rows, failures, device)
     plot(args.output.with_suffix(".png"), rows)
-    return 0
+    return int(any(one.provider == "polycom" for one in failures))
 
 
 if __name__ == "__main__":

@@ -1,57 +1,56 @@
 """What must hold of the fused operations on a device, checked there; each check says how it went.
 
-    python benchmarks/checks.py --output FILE.json [--device cpu] [--only WORD …] [--short]
+    python benchmarks/checks.py --output FILE.json [--device cpu] [--only WORD …] [--short] [--resume]
 
-Every instance against its definition in float64, forward and backward; then what only a device can show:
-determinism, other streams, a second GPU, CUDA graphs, misaligned and huge tensors, NaN and infinity; and
-Transformer Engine's path beside the plain one, where TE is installed. A check that cannot be made here says
-why; one that breaks is a result too, and the others go on. On a CPU its operations are checked, and what is
-only a GPU's is left out. --short takes one width of each kind. Exit status 1 if a check has failed.
+Every instance against its definition in float64, y in FP8 and sharded rows (numerics.py); then what only a
+device can show: determinism, other streams, a second GPU, CUDA graphs, misaligned and huge tensors, NaN and
+infinity; and Transformer Engine's path beside the plain one, where TE is installed. A check that cannot be
+made here says why; one that breaks is a result too, and the others go on: by --resume, where it has ended its
+process or left it without its GPU. On a CPU its operations are checked, and what is only a GPU's is left out.
+--short takes one width of each kind. Exit status 1 if a check has failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from numerics import (
+    TOLERANCE,
+    Setting,
+    Skip,
+    differentiated,
+    eight_bits,
+    error,
+    expected,
+    fused,
+    inputs,
+    instances,
+    many_rows,
+    sharded_rows,
+)
 from torch import Tensor, nn
 
 from polycom_ext import activations, functional, reference
-from polycom_ext.ops.polynomial import library
 
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
-"""Ratio of norms, as stated for the results (design: precision)."""
-COEFFICIENTS = 1e-4
-"""The same of gradients that are sums over all rows, where terms cancel."""
-FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "poly_relu": (functional.poly_relu, lambda x, *of: reference.poly_relu(x.relu(), *of)),
-    "poly_norm": (functional.poly_norm, reference.poly_norm),
-    "poly_relu_norm": (functional.poly_relu_norm, lambda x, *of: reference.poly_norm(x.relu(), *of)),
-}
-"""With relu's derivative at 0, which is 0, and not that of the definitions' clamp: x + pre_bias is often 0 in
-16 bits."""
-ORDERS = (1, 2, 3, 4)
-WIDTHS = (8, 37, 1001, 1024, 1536, 2056, 8192, 8256, 16384, 16388, 32768, 32776)
-"""Each takes another instance in one of the types, or the last or first width of one."""
-SHORT_WIDTHS = (37, 1024, 8256)
-VARIANTS = ("plain", "pre_bias", "row_scale", "experts", "all")
 HUGE = 2**31 + 2**20
 """Elements: their count, and the last ones' places, need more than 32 bits."""
 TE_TOLERANCE = {"bf16": 2e-2, "fp8": 1.5e-1}
 """Ratio of norms of TE's result to the plain one's; FP8 rounds every product's operands to 3 bits."""
 
 
-class Skip(Exception):
-    """The check cannot be made here, for this reason."""
+MOST_SECONDS = 60
+"""Of a check: one that hangs on a GPU cannot be interrupted, but its process can be ended."""
 
 
 @dataclass(frozen=True)
@@ -59,122 +58,10 @@ class Result:
     """One check."""
 
     check: str
-    status: str
-    """`passed`, `failed` or `skipped`."""
-    text: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where the checks are made, and how much of them."""
-
-    device: torch.device
-    short: bool
-
-    def on_gpu(self) -> None:
-        if self.device.type != "cuda":
-            raise Skip("is about GPUs")
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Ratio of norms; what is no number is infinitely wrong."""
-    actual, expected = actual.detach().double(), expected.detach().double()
-    found = float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
-    return found if found == found else float("inf")
-
-
-def inputs(
-    setting: Setting, rows: int, width: int, order: int, dtype: torch.dtype, variant: str, seed: int = 0
-) -> dict[str, Tensor]:
-    """Arguments of a public function, by name; those of a variant as it takes them.
-
-    They are drawn on the CPU: the same numbers on every device.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(setting.device, dtype)
-
-    experts = (3,) if variant in ("experts", "all") else ()
-    given = {
-        "x": normal(rows, width, dtype=dtype),
-        "weight": normal(*experts, order),
-        "bias": normal(*experts, 1),
-    }
-    if variant in ("pre_bias", "all"):
-        given["pre_bias"] = normal(*experts, width, dtype=dtype)
-    if variant in ("row_scale", "all"):
-        given["row_scale"] = normal(rows)
-    if experts:  # the second has no rows, the last ones are nobody's
-        given["offsets"] = torch.tensor([rows // 2, rows // 2, rows - 1], device=setting.device)
-    return given
-
-
-def expected(formula: Callable[..., Tensor], given: dict[str, Tensor]) -> Tensor:
-    """The definition in float64, variants spelled out."""
-    x, weight, bias = given["x"].double(), given["weight"], given["bias"]
-    pre_bias, row_scale = given.get("pre_bias"), given.get("row_scale")
-    ends = [len(x)] if "offsets" not in given else given["offsets"].tolist()
-    parts, start = [], 0
-    for expert, end in enumerate(ends):
-        of = (weight[expert], bias[expert]) if "offsets" in given else (weight, bias)
-        u = x[start:end]
-        if pre_bias is not None:
-            u = u + (pre_bias[expert] if pre_bias.dim() == 2 else pre_bias).double()
-        parts.append(formula(u, *of))
-        start = end
-    y = torch.cat([*parts, torch.zeros_like(x[start:])])
-    return y if row_scale is None else y * row_scale.double()[:, None]
-
-
-def differentiated(
-    function: Callable[..., Tensor], given: dict[str, Tensor], grad: Tensor
-) -> dict[str, Tensor]:
-    """The result, and the gradient of every argument that has one."""
-    leaves = {name: one.detach().clone() for name, one in given.items()}
-    names = [name for name, one in leaves.items() if one.is_floating_point()]
-    for name in names:
-        leaves[name].requires_grad_()
-    y = function(leaves)
-    found = torch.autograd.grad(y, [leaves[name] for name in names], grad.to(y.dtype))
-    return {"y": y.detach(), **{f"gradient of {name}": one for name, one in zip(names, found, strict=True)}}
-
-
-def fused(function: Callable[..., Tensor], given: dict[str, Tensor]) -> Tensor:
-    """The public function of arguments by name."""
-    x, weight, bias, *rest = given
-    return function(*(given[name] for name in (x, weight, bias)), **{name: given[name] for name in rest})
-
-
-def instances(setting: Setting) -> str:
-    """Every function, order, type, kind of width and variant."""
-    if setting.device.type not in library.devices:
-        raise AssertionError(f"nothing is fused on {setting.device.type}: {library.problem}")
-    if setting.device.type == "cuda" and (why := library.gpu_problem(setting.device.index or 0)):
-        raise AssertionError(f"nothing is fused on {setting.device}: {why}")
-    widths = SHORT_WIDTHS if setting.short else WIDTHS
-    wrong, worst, count = [], dict.fromkeys(TOLERANCE, 0.0), 0
-    for name, order, dtype, width, variant in product(FUNCTIONS, ORDERS, TOLERANCE, widths, VARIANTS):
-        function, formula = FUNCTIONS[name]
-        given = inputs(setting, 7, width, order, dtype, variant, seed=width)
-        grad = inputs(setting, 7, width, order, dtype, "plain", seed=width + 1)["x"]
-        got = differentiated(lambda g, function=function: fused(function, g), given, grad)
-        right = differentiated(lambda g, formula=formula: expected(formula, g), given, grad)
-        count += 1
-        for what in got:
-            off = error(got[what], right[what])
-            tensors = what in ("y", "gradient of x")
-            if tensors:
-                worst[dtype] = max(worst[dtype], off)
-            # a sum of what is rounded, rounded again; terms cancel
-            most = TOLERANCE[dtype] if tensors else max(COEFFICIENTS, 3 * TOLERANCE[given[what[12:]].dtype])
-            if off > most:
-                wrong.append(f"{name}-{order} {dtype} width {width} {variant}: {what} is off by {off:.1e}")
-    if wrong:
-        raise AssertionError(f"{len(wrong)} wrong: {'; '.join(wrong[:5])}")
-    told = ", ".join(f"{str(dtype).removeprefix('torch.')} {off:.1e}" for dtype, off in worst.items())
-    return f"{count} cases; largest error of y and the gradient of x: {told}"
+    status: str = "not made"
+    """Or `begun`, `passed`, `failed` or `skipped`."""
+    text: str = ""
+    seconds: float = 0.0
 
 
 def _call(setting: Setting, rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
@@ -348,8 +235,8 @@ def transformer_engine(setting: Setting, recipe: str) -> str:
     setting.on_gpu()
     try:
         import transformer_engine.pytorch as te
-    except ImportError as missing:
-        raise Skip(f"Transformer Engine cannot be imported: {missing}") from None
+    except Exception as problem:  # a library of its own that is missing raises OSError, or others
+        raise Skip(f"Transformer Engine cannot be imported: {problem}") from None
     if recipe == "fp8" and torch.cuda.get_device_capability(setting.device) < (8, 9):
         raise Skip("this GPU has no FP8")
     activation = activations.build("polynorm", device=setting.device)
@@ -389,6 +276,9 @@ def _milliseconds(run: Callable[[nn.Module], object], module: nn.Module) -> floa
 
 CHECKS: dict[str, Callable[[Setting], str]] = {
     "every instance against float64": instances,
+    "many rows against float64": many_rows,
+    "sharded rows": sharded_rows,
+    "FP8": eight_bits,
     "determinism": determinism,
     "another stream": streams,
     "a second GPU": second_device,
@@ -402,27 +292,51 @@ CHECKS: dict[str, Callable[[Setting], str]] = {
 }
 
 
-def made(names: list[str], setting: Setting) -> Iterator[Result]:
-    """Each check's result, whatever becomes of it."""
-    for name in names:
-        start = time.monotonic()
-        try:
-            status, text = "passed", CHECKS[name](setting)
-        except Skip as reason:
-            status, text = "skipped", str(reason)
-        except AssertionError as failure:
-            status, text = "failed", str(failure) or traceback.format_exc().strip().splitlines()[-2].strip()
-        except Exception as failure:
-            traceback.print_exc()
-            status, text = (
-                "failed",
-                f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}",
-            )
-        yield Result(name, status, text, time.monotonic() - start)
+def made(name: str, setting: Setting) -> Result:
+    """A check's result, whatever becomes of it."""
+    start = time.monotonic()
+    try:
+        status, text = "passed", CHECKS[name](setting)
+    except Skip as reason:
+        status, text = "skipped", str(reason)
+    except AssertionError as failure:
+        status, text = "failed", str(failure) or traceback.format_exc().strip().splitlines()[-2].strip()
+    except Exception as failure:
+        traceback.print_exc()
+        said = str(failure).splitlines() or [""]
+        status, text = "failed", f"{type(failure).__name__}: {said[0]}"
+    return Result(name, status, text, time.monotonic() - start)
+
+
+def make(results: list[Result], setting: Setting, tell: Callable[[list[Result]], None]) -> bool:
+    """Make those not made yet, telling before and after each; False if another process must go on."""
+    for at, before in enumerate(results):
+        if before.status == "begun":
+            results[at] = replace(before, status="failed", text="its process ended")
+            tell(results)
+        if before.status != "not made":
+            continue
+        results[at] = replace(before, status="begun")
+        tell(results)
+        faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
+        results[at] = made(before.check, setting)
+        faulthandler.cancel_dump_traceback_later()
+        tell(results)
+        if results[at].status == "failed" and not _works(setting.device):
+            return False
+    return True
+
+
+def _works(device: torch.device) -> bool:
+    """Whether this process still has the device: a kernel's fault takes a GPU from its process."""
+    try:
+        return bool(torch.ones(1, device=device).item())
+    except RuntimeError:
+        return False
 
 
 def main() -> int:
-    """Make the checks; after each one the file holds all so far."""
+    """Make the checks; at any time the file says of each how it stands."""
     parser = argparse.ArgumentParser(description="Check the fused operations on a device.")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True)
@@ -430,14 +344,30 @@ def main() -> int:
         "--only", nargs="+", metavar="WORD", default=[""], help="checks with these in the name"
     )
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on where a process before has ended")
     args = parser.parse_args()
+    faulthandler.enable()
     names = [name for name in CHECKS if any(word in name for word in args.only)]
-    results = []
-    for result in made(names, Setting(torch.device(args.device), args.short)):
-        print(f"{result.check}: {result.status}, {result.text} ({result.seconds:.1f} s)", flush=True)
-        results.append(asdict(result))
-        args.output.write_text(json.dumps(results, indent=1))
-    return int(any(result["status"] == "failed" for result in results))
+    results = [Result(name) for name in names]
+    if args.resume:
+        results = [Result(**one) for one in json.loads(args.output.read_text())]
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    known = {one.check: one for one in results}
+
+    def tell(results: list[Result]) -> None:
+        for one in results:
+            if one != known[one.check] and one.status not in ("begun", "not made"):
+                print(f"{one.check}: {one.status}, {one.text} ({one.seconds:.1f} s)", flush=True)
+            known[one.check] = one
+        text = json.dumps([asdict(one) for one in results], indent=1)
+        partial = args.output.with_name(f".{args.output.name}")
+        partial.write_text(text)
+        partial.replace(args.output)
+
+    ended = make(results, Setting(device, args.short), tell)
+    return int(not ended or any(one.status == "failed" for one in results))
 
 
 if __name__ == "__main__":

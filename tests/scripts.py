@@ -12,6 +12,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 def script(name: str) -> ModuleType:
     """benchmarks/NAME.py, a module of its own at each call."""
+    if str(BENCHMARKS) not in sys.path:  # as a script has its own folder, where its neighbours are
+        sys.path.append(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,6 +19,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from polycom_ext.ops.polynomial import library
+from polycom_ext.ops.polynomial.inputs import Inputs
 
 from .scripts import BENCHMARKS, script
 
@@ -147,8 +153,9 @@ def test_a_check_tells_what_is_wrong_and_the_others_go_on(
     """Of operations that are wrong, breaking or not there."""
     monkeypatch.setattr(checks.functional, "poly_norm", wrong(checks.functional.poly_norm))
     monkeypatch.setitem(checks.CHECKS, "no rows", lambda setting: 1 // 0)
+    monkeypatch.setattr(sys.modules["numerics"], "SHORT_WIDTHS", (37,))
     here = checks.Setting(torch.device("cpu"), short=True)
-    found = {one.check: one for one in checks.made(list(checks.CHECKS), here)}
+    found = {name: checks.made(name, here) for name in checks.CHECKS}
     assert {name for name, one in found.items() if one.status == "failed"} >= {
         "misaligned tensors",
         "no rows",
@@ -159,10 +166,89 @@ def test_a_check_tells_what_is_wrong_and_the_others_go_on(
     assert found["CUDA graphs"].status == "skipped"
 
 
+def test_checks_go_on_behind_one_that_ended_its_process_or_lost_its_gpu(
+    checks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = checks.Setting(torch.device("cpu"), short=True)
+    monkeypatch.setattr(checks, "CHECKS", {name: lambda setting: "fine" for name in "abcd"})
+    monkeypatch.setitem(checks.CHECKS, "b", lambda setting: 1 // 0)
+    monkeypatch.setattr(checks, "_works", lambda device: False)
+    told: list[list[str]] = []
+    results = [checks.Result("a", "begun"), *map(checks.Result, "bcd")]
+
+    def go_on() -> bool:
+        ended: bool = checks.make(results, here, lambda now: told.append([one.status for one in now]))
+        return ended
+
+    assert not go_on()
+    assert told[-1] == ["failed", "failed", "not made", "not made"]
+    assert results[0].text == "its process ended"
+    assert go_on()
+    assert told[-2:] == [["failed", "failed", "passed", "begun"], ["failed", "failed", "passed", "passed"]]
+
+
+BREAKING = """
+import os, sys, time
+sys.path[:0] = [{benchmarks!r}]
+import checks
+checks.MOST_SECONDS = 1
+checks.CHECKS = {{
+    "first": lambda setting: "fine",
+    "crash": lambda setting: os.abort(),
+    "hang": lambda setting: time.sleep(60),
+    "last": lambda setting: "fine",
+}}
+sys.exit(checks.main())
+"""
+
+
+@pytest.mark.full
+def test_a_check_that_crashes_or_hangs_costs_an_acceptance_that_check_only(
+    accept: Any, tmp_path: Path
+) -> None:
+    script = tmp_path / "breaking.py"
+    script.write_text(BREAKING.format(benchmarks=str(BENCHMARKS)))
+    results = tmp_path / "checks.json"
+    command = [sys.executable, str(script), "--device", "cpu", "--output", str(results)]
+    step = accept.run_checks(tmp_path / "log", command, dict(os.environ))
+    assert not step.succeeded
+    found = {one["check"]: (one["status"], one["text"]) for one in json.loads(results.read_text())}
+    ended = ("failed", "its process ended")
+    assert found == {"first": ("passed", "fine"), "crash": ended, "hang": ended, "last": ("passed", "fine")}
+    assert "Fatal Python error: Aborted" in step.output
+    assert "Timeout (0:00:01)!" in step.output
+
+
+def test_checks_without_any_result_are_not_tried_again(accept: Any, tmp_path: Path) -> None:
+    """As where torch cannot be imported, or crashes at each start."""
+    results, log = tmp_path / "checks.json", tmp_path / "log"
+    results.write_text(json.dumps([{"check": "a", "status": "not made"}]))
+    accept.run_checks(log, ["sh", "-c", "kill -SEGV $$", "sh", "--output", str(results)], dict(os.environ))
+    assert log.read_text().count("checks: status -11") == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("echo '========= Error: Device not supported'; exit 1", "left out: compute-sanitizer does not"),
+        ("sleep 20", "left out: not at its end, ended after 1 s"),
+        ("exit 9", "9"),
+        ("exit $((PYTORCH_NO_CUDA_MEMORY_CACHING - 1))", "0"),
+    ],
+)
+def test_the_sanitizer_fails_an_acceptance_by_what_it_finds_only(
+    accept: Any, tmp_path: Path, script: str, status: str
+) -> None:
+    accept.SECONDS = {"sanitizer": 1}
+    step = accept.under_sanitizer(tmp_path / "log", ["sh", "-c", script], dict(os.environ))
+    assert step.status.startswith(status)
+    assert step.succeeded == (status != "9")
+
+
 def test_every_kind_of_difference_is_found(checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that cannot fail is none: each is given an operation with the fault that it is about."""
     here = checks.Setting(torch.device("cpu"), short=True)
-    true = checks.functional.poly_norm
+    true, quantize = checks.functional.poly_norm, sys.modules["numerics"].quantized.quantize
     calls = iter(range(10_000))
 
     def drifting(x: torch.Tensor, *rest: torch.Tensor, **variants: torch.Tensor) -> torch.Tensor:
@@ -175,38 +261,87 @@ def test_every_kind_of_difference_is_found(checks: Any, monkeypatch: pytest.Monk
         monkeypatch.setattr(checks.functional, "poly_norm", function)
         with pytest.raises(AssertionError, match="differs by"):
             check(here)
-    if "cpu" not in checks.library.devices:
-        pytest.skip(f"the fused operations are not there: {checks.library.problem}")
-    monkeypatch.setitem(checks.FUNCTIONS, "poly_norm", (cut, checks.reference.poly_norm))
-    monkeypatch.setattr(checks, "SHORT_WIDTHS", (37,))
+    if "cpu" not in library.devices:
+        pytest.skip(f"the fused operations are not there: {library.problem}")
+    numerics = sys.modules["numerics"]
+    monkeypatch.setitem(numerics.FUNCTIONS, "poly_norm", (cut, checks.reference.poly_norm))
+    monkeypatch.setattr(numerics, "SHORT_WIDTHS", (37,))
     with pytest.raises(AssertionError, match=r"wrong: poly_norm-1 .* is off by"):
         checks.instances(here)
+    with pytest.raises(AssertionError, match=r"poly_norm-3 .* 3542 rows of width 37 plain: y is off by"):
+        checks.many_rows(here)
+    monkeypatch.setattr(numerics, "Inputs", lambda x, *rest: Inputs(x.roll(1, 0), *rest))
+    with pytest.raises(AssertionError, match="width 74: y is off by"):
+        checks.sharded_rows(here)
+    monkeypatch.setattr(numerics, "Inputs", Inputs)
+    for field in ("data", "scale_inv", "amax"):
+
+        def off(y: torch.Tensor, target: Any, field: str = field) -> None:
+            quantize(y, target)
+            if getattr(target, field) is not None:
+                getattr(target, field).view(-1)[0] += 1
+
+        monkeypatch.setattr(numerics.quantized, "quantize", off)
+        with pytest.raises(AssertionError, match=rf"TENSOR .* {field} differs at 1 places"):
+            checks.eight_bits(here)
+
+
+class OnCpu(TorchFunctionMode):
+    """Whoever asks for memory of a GPU is given the CPU's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def home(value: Any) -> Any:
+            gpu = isinstance(value, torch.device) and value.type == "cuda"
+            return torch.device("cpu") if gpu else value
+
+        return func(*map(home, args), **{name: home(value) for name, value in (kwargs or {}).items()})
+
+
+class GeneratorOnCpu(torch.Generator):
+    def __new__(cls, device: object = None) -> Any:
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 @pytest.fixture
-def pretended(checks: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A setting on a "GPU" whose memory and operations are the CPU's: what is torch.cuda's does nothing."""
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A "GPU" whose memory and operations are the CPU's: what is torch.cuda's does nothing."""
     event = SimpleNamespace(record=lambda: None, elapsed_time=lambda other: 1.0)
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    cuda = {
-        **dict.fromkeys(("Stream", "current_stream"), lambda device: stream),
-        **dict.fromkeys(("stream", "graph"), lambda of: contextlib.nullcontext()),
-        **dict.fromkeys(("_sleep", "synchronize"), lambda *of: None),
+    idle = ("_sleep", "synchronize", "set_device", "reset_peak_memory_stats")
+
+    def each(names: tuple[str, ...], give: Callable[[], object]) -> dict[str, Any]:
+        return {name: lambda *of: give() for name in names}  # functions of their own: dynamo tells them apart
+
+    cuda: dict[str, Any] = {
+        **each(("Stream", "current_stream"), lambda: stream),
+        **each(("stream", "graph"), contextlib.nullcontext),
+        **each(("memory_allocated", "max_memory_allocated"), lambda: 0),
+        **each(idle, lambda: None),
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
         "Event": lambda enable_timing: event,
         "device_count": lambda: 1,
         "get_device_capability": lambda device: (9, 0),
+        "get_device_name": lambda device: "NVIDIA H100 80GB HBM3",
+        "mem_get_info": lambda device: (2**37, 2**37),
     }
     for name, one in cuda.items():
+        assert hasattr(torch.cuda, name)  # of this torch
         monkeypatch.setattr(torch.cuda, name, one)
-    monkeypatch.setattr(checks.Setting, "on_gpu", lambda self: None)
-    return checks.Setting(torch.device("cpu"), short=True)
+    monkeypatch.setattr(torch, "Generator", GeneratorOnCpu)
+    monkeypatch.setattr(library, "gpu_problem", lambda index: "")
+    monkeypatch.setattr(library, "cuda_architectures", lambda: ["sm_90"])
+    if library.devices:
+        monkeypatch.setattr(library, "devices", frozenset({"cpu", "cuda"}))
+    with OnCpu():
+        yield torch.device("cuda:0")
 
 
-def test_the_checks_of_gpus_run_with_the_device_replaced(
-    checks: Any, pretended: Any, monkeypatch: pytest.MonkeyPatch
+def test_the_checks_run_with_the_device_replaced(
+    checks: Any, pretended: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph that replays nothing is found out."""
+    """All of them; a graph that replays nothing is found out."""
+    if not library.devices:
+        pytest.skip(f"the fused operations are not there: {library.problem}")
     te: Any = ModuleType("transformer_engine.pytorch")
     te.ops = SimpleNamespace(Sequential=nn.Sequential, Linear=nn.Linear)
     te.autocast = lambda enabled: contextlib.nullcontext()
@@ -216,13 +351,12 @@ def test_the_checks_of_gpus_run_with_the_device_replaced(
     for module in (te, room):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(sys.modules["transformer_engine"], "pytorch", te, raising=False)
-    names = [
-        name for name in checks.CHECKS if name.startswith(("another", "a second", "CUDA", "Transformer"))
-    ]
-    found = {one.check: (one.status, one.text) for one in checks.made(names, pretended)}
-    assert found["another stream"][0] == "passed"
+    monkeypatch.setattr(sys.modules["numerics"], "SHORT_WIDTHS", (37,))
+    setting = checks.Setting(pretended, short=True)
+    found = {name: (one.status, one.text) for name in checks.CHECKS for one in [checks.made(name, setting)]}
+    assert [name for name, (status, _) in found.items() if status == "failed"] == ["CUDA graphs"]
+    assert [name for name, (status, _) in found.items() if status == "skipped"] == ["a second GPU"]
     assert found["a second GPU"] == ("skipped", "there is one GPU")
-    assert found["CUDA graphs"][0] == "failed"
     assert "replayed: y differs by" in found["CUDA graphs"][1]
     for recipe in ("bf16", "FP8"):
         status, text = found[f"Transformer Engine, {recipe}"]
@@ -230,6 +364,151 @@ def test_the_checks_of_gpus_run_with_the_device_replaced(
             "passed",
             "y differs by 0.0e+00, gradient of x differs by 0.0e+00, TE 1.00 ms, plain 1.00 ms",
         )
+
+
+def test_the_benchmark_runs_with_the_device_replaced(
+    pretended: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (
+        "--rows 4 --widths 48 --hidden 32 --repetitions 3 --dtypes bfloat16 --providers polycom gelu swiglu"
+    )
+    output = tmp_path / "gpu"
+    monkeypatch.setattr(
+        sys, "argv", ["x", *options.split(), "--device", str(pretended), "--output", str(output)]
+    )
+    module: Any = script("activations")
+    monkeypatch.setattr(module, "FLUSHED", 8)
+    assert module.main() == 0
+    with output.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["p50_ms"] for row in rows} == {"1.0"}  # by the events
+    assert {row["peak_mib"] for row in rows if row["provider"] != "copy"} == {"0.0"}
+    assert "on NVIDIA H100 80GB HBM3" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(("architecture", "built"), [("sm_90", True), ("sm_80", False)])
+def test_operations_that_are_there_for_this_gpu_are_not_built_again(
+    accept: Any,
+    pretended: torch.device,
+    architecture: str,
+    built: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(library, "cuda_architectures", lambda: [architecture, "compute_80"])
+    monkeypatch.setattr(sys, "argv", ["-c", str(pretended)])
+    exec(accept.PROBE, {})
+    assert json.loads(capsys.readouterr().out) == ["NVIDIA H100 80GB HBM3", "9.0", built]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Any:
+    """The benchmark's module, and arguments of a small run of it in this process."""
+    module: Any = script("activations")
+    module.arguments = SimpleNamespace(
+        rows=4,
+        widths=[48, 96],
+        dtypes=["float32"],
+        providers=["gelu", "polycom"],
+        repetitions=3,
+        rounds=2,
+        seconds=60.0,
+        block=False,
+    )
+    return module
+
+
+def test_a_provider_that_fails_is_told_and_the_others_go_on(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scarce(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        calls.append(x.shape[1])
+        if x.shape[1] == 48:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.\nMore.")
+        return x.relu()
+
+    calls: list[int] = []
+    monkeypatch.setattr(nn.GELU, "forward", scarce)
+    found = list(small.measure(small.arguments, torch.device("cpu")))
+    [failure] = [one for one in found if isinstance(one, small.Failure)]
+    reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    assert failure == small.Failure("gelu", "float32", 48, reason)
+    assert calls.count(48) == 1  # not in the second round
+    rows = {(one.provider, one.width) for one in found if isinstance(one, small.Row)}
+    assert rows == {(name, width) for name in ("copy", "polycom", "gelu") for width in (48, 96)} - {
+        ("gelu", 48)
+    }
+
+
+def test_a_failure_of_ours_is_the_exit_status_and_in_the_page(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = "--rows 4 --widths 48 --repetitions 3 --rounds 1 --dtypes float32 --providers polycom gelu"
+    output = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["x", *options.split(), "--device", "cpu", "--output", str(output)])
+    monkeypatch.setattr(small.functional, "poly_norm", lambda *of: 1 // 0)
+    assert small.main() == 1
+    page = output.with_suffix(".md").read_text()
+    assert "Failed: polycom, float32, width 48: ZeroDivisionError" in page
+    assert "| gelu | backward |" in page
+
+
+def test_a_backward_that_writes_into_its_gradient_is_given_the_same_each_time(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Liger's does, by its default."""
+
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            seen.append(grad.clone())
+            return grad.mul_(2)
+
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(small, "_liger", lambda x, *rest: InPlace.apply(x))
+    monkeypatch.setattr(small, "_missing", lambda name, device: "")
+    small.arguments.providers, small.arguments.rounds, small.arguments.widths = ["liger"], 1, [48]
+    assert all(isinstance(one, small.Row) for one in small.measure(small.arguments, torch.device("cpu")))
+    assert len(seen) > 10
+    assert all(torch.equal(one, seen[0]) for one in seen)
+
+
+def test_a_measurement_has_fewer_repetitions_where_it_takes_too_long(small: Any) -> None:
+    device = torch.device("cpu")
+    calls: list[int] = []
+    assert len(small.Timer(device, 9, 0.0)(lambda: calls.append(1))) == small.LEAST_REPETITIONS
+    assert len(small.Timer(device, 9, 60.0)(lambda: calls.append(1))) == 9
+    assert len(small.Timer(device, 2, 0.0)(lambda: calls.append(1))) == 2
+
+
+@pytest.mark.full
+def test_each_shape_is_compiled_for_itself(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one would else be compiled for any, and a ninth not at all."""
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        widths.extend(one.shape[1] for one in inputs if isinstance(one, torch.Tensor) and one.dim() == 2)
+        return module.forward
+
+    widths: list[Any] = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    small.arguments.widths = list(range(16, 27))
+    small.arguments.providers, small.arguments.rounds, small.arguments.repetitions = ["compiled"], 1, 2
+    found = list(small.measure(small.arguments, torch.device("cpu")))
+    assert not any(isinstance(one, small.Failure) for one in found)
+    assert {width for width in widths if type(width) is int} >= set(small.arguments.widths)
+
+
+@pytest.mark.full
+def test_the_formula_compiles_where_there_is_a_compiler(small: Any) -> None:
+    if reason := small._missing("compiled", torch.device("cpu")):
+        pytest.skip(reason)
+    small.arguments.providers, small.arguments.rounds, small.arguments.widths = ["compiled"], 1, [48]
+    found = list(small.measure(small.arguments, torch.device("cpu")))
+    assert {one.mode for one in found if one.provider == "compiled"} == {"forward", "backward", "both"}
 
 
 @pytest.mark.full
@@ -250,7 +529,7 @@ def test_an_acceptance_runs_from_end_to_end(tmp_path: Path) -> None:
         assert f"| {step} | {status} |" in text
     assert "| sanitizer | left out: compute-sanitizer" in text
     assert "the fused operations were not built: false failed" in text
-    assert text.count("| passed |") == 6
+    assert text.count("| passed |") == 9
     assert text.count("| failed |") == 0
     assert "## Activations on" in text
     assert "| forward | 1536 | ? |" in text
