@@ -24,7 +24,7 @@ from polycom_ext.runs.lobby.guest import Guest
 from polycom_ext.runs.lobby.host import Host
 from polycom_ext.runs.lobby.network import Address
 from polycom_ext.runs.plan import Run
-from polycom_ext.runs.rendering import ADDRESS, NODE_RANK, RENDEZVOUS
+from polycom_ext.runs.rendering import ADDRESS, NODE_RANK, RENDEZVOUS, Command, render
 from polycom_ext.runs.wishes import Wishes
 
 LOCKED_LOG = "POLYCOM_LOCKED_LOG"
@@ -97,8 +97,18 @@ class _Node:
 
     def train(self, entry: lobby.Entry | None, tick: launch.Tick) -> launch.Outcome:
         """Run the trainer, by the command as it is on this node."""
+        return self._launch(self.run.command, entry, tick)
+
+    def measure(self, entry: lobby.Entry, tick: launch.Tick) -> launch.Outcome:
+        """Take part in the measurement of the network between all nodes."""
+        run, file = self.run, self.run.directory.bandwidth
+        program = ["-m", "polycom_ext.runs.bandwidth", str(file), f"--floor={self.wishes.bandwidth}"]
+        command = render(run.spec, run.adapter, run.directory.path, run.site.environment, program)
+        return self._launch(command, entry, tick)
+
+    def _launch(self, command: Command, entry: lobby.Entry | None, tick: launch.Tick) -> launch.Outcome:
         environment = {RUN_DIR: str(self.run.directory.path), **self._way(entry)}
-        return launch.launch(self.run.command.script(), environment, self.log, tick, self.ending)
+        return launch.launch(command.script(), environment, self.log, tick, self.ending)
 
     def _way(self, entry: lobby.Entry | None) -> dict[str, str]:
         """To the other nodes."""
@@ -213,7 +223,24 @@ def _gathered(node: _Node, host: Host) -> lobby.Entry:
     present = host.gather(preflight.look(run, node.wishes), node.wishes.wait, node.ending)
     if wrong := preflight.compare(present, run.spec.processes_per_node, node.wishes):
         raise PolycomError("; ".join(wrong))
+    if node.wishes.bandwidth is not None:
+        _measure(node, host, present)
     return host.open(len(run.directory.attempts()))
+
+
+def _measure(node: _Node, host: Host, present: lobby.Present) -> None:
+    """Raise PolycomError for a network that is slower than the site asks for, Parted for one that fails."""
+    run, floor = node.run, node.wishes.bandwidth or 0.0
+    print(f"{run.name}: measures the network between the nodes", flush=True)
+    outcome = node.measure(host.measure(), lambda: host.attend(node.ending))
+    lobby.check(node.ending)
+    if host.verdict is not None:
+        raise Parted(host.verdict.sentence)
+    if outcome.status != 0:
+        how = lobby.how(outcome.status)
+        raise Parted(f"the measurement of the network {how}, see {run.directory.log}")
+    if slow := preflight.slow(run.directory.read_bandwidth(), present, floor):
+        raise PolycomError(slow)
 
 
 def _not_begun(node: _Node, error: Exception) -> Verdict:
@@ -237,9 +264,13 @@ def _another(node: _Node) -> int:
     assert node.place.rendezvous is not None
     said = f"everything it says goes to {run.directory.log_of(node.place.rank)}"
     print(f"{run.name}: node {node.place.rank} calls {node.place.rendezvous}; {said}", flush=True)
+
+    def measure(entry: lobby.Entry) -> None:
+        node.measure(entry, lambda: None)  # what node 0 says meanwhile is read afterwards
+
     guest = Guest(node.place.rendezvous, _title(run), node.place.rank, node.wishes.silence)
     try:
-        entry = guest.join(node.facts(), node.wishes.wait, ending, lambda entry: None)
+        entry = guest.join(node.facts(), node.wishes.wait, ending, measure)
         outcome = node.train(entry, lambda: guest.attend(ending))
         verdict = guest.ended(node.end(outcome), ending)
     except Stopped:

@@ -94,6 +94,21 @@ def compare(nodes: Nodes, processes: int, wishes: Wishes) -> list[str]:
     return found
 
 
+def slow(measured: Mapping[str, Any], nodes: Nodes, floor: float) -> str:
+    """What is wrong with the network that `runs.bandwidth` has measured; nothing where it is fast enough."""
+    reached = measured["all_reduce"]
+    if reached >= floor:
+        return ""
+    reaches = f"reaches {reached:.3g} GB/s, and preflight.bandwidth is {floor:g}"
+    sentence = f"the all-reduce over all processes {reaches}"
+    links = {int(rank): speed for rank, speed in measured.get("links", {}).items()}
+    if links:
+        rank = min(links, key=lambda one: links[one])
+        way = f"from {_name(nodes, rank)} to {_name(nodes, rank + 1)}"
+        sentence += f"; the slowest way is that {way}, {links[rank]:.3g} GB/s"
+    return sentence
+
+
 def _versions(gpus: bool) -> dict[str, str]:
     """Of what is imported on every node; torch, which takes seconds to import, is only asked on GPUs."""
     found = {"Python": platform.python_version()}

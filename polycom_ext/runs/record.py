@@ -66,6 +66,8 @@ class Record:
         """A JSON line a logged step, of its `step` and its `metrics` by name."""
         self.coefficients = path / "coefficients.json"
         """What `coefficients` makes, of the last step."""
+        self.bandwidth = path / "bandwidth.json"
+        """What `runs.bandwidth` measured between the nodes, where a site asks for it."""
         self.checkpoints = path / "checkpoints"
         self.refusal = path / "refusal.txt"
         """Why a trainer refused to run: one sentence."""
@@ -89,6 +91,10 @@ class Record:
     def read_coefficients(self) -> dict[str, Any] | None:
         """What was learned, None if it is not there. Raises PolycomError if it cannot be read."""
         return _parse(self.coefficients) if self.coefficients.is_file() else None
+
+    def read_bandwidth(self) -> dict[str, Any]:
+        """What was measured between the nodes. Raises PolycomError if it cannot be read."""
+        return _parse(self.bandwidth)
 
     def write_coefficients(self, learned: Mapping[str, Any]) -> None:
         """Write what `coefficients` has made."""

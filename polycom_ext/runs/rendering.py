@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +89,18 @@ class Command:
         return "\n".join([*lines, text]) + "\n"
 
 
-def render(spec: Spec, adapter: Adapter, run_dir: Path, beneath: Mapping[str, str] = {}) -> Command:
+def render(
+    spec: Spec,
+    adapter: Adapter,
+    run_dir: Path,
+    beneath: Mapping[str, str] = {},
+    program: Sequence[str] = (),
+) -> Command:
     """The command, the same on each node. Writes nothing.
 
     Args:
         beneath: a site's variables, to which the spec's own add.
+        program: what the processes run in place of the trainer.
     """
     alone = spec.nodes == 1
     stated = {
@@ -111,7 +118,7 @@ def render(spec: Spec, adapter: Adapter, run_dir: Path, beneath: Mapping[str, st
     for given in (environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")):
         paths += [path for path in given.split(os.pathsep) if path and path not in paths]
     return Command(
-        arguments=[sys.executable, *launcher, *adapter.arguments(spec, run_dir)],
+        arguments=[sys.executable, *launcher, *(program or adapter.arguments(spec, run_dir))],
         environment={"PYTHONPATH": os.pathsep.join(paths), **environment},
         directory=Path.cwd(),
     )
