@@ -16,12 +16,12 @@ export POLYCOM_RENDEZVOUS="$address:$port"
 # A step takes all of a node's CPUs only if it is told so; and it waits for whoever is last.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 srun --nodes=@NODES@ --ntasks=@NODES@ --ntasks-per-node=1 --cpu-bind=none --mpi=none --export=ALL \
-    --wait=0 --kill-on-bad-exit=0 @STEP_OPTIONS@ \
+    --wait=0 --kill-on-bad-exit=0@STEP_OPTIONS@ \
     bash @NODE_SCRIPT@
 status=$?
 
-# 0: done. 2: refused, a person must change something. TERM, INT and HUP: stopped by a person, as scancel does.
-case $status in 0 | 2 | 129 | 130 | 143) exit $status ;; esac
+# 0: done. 2: refused, as 126 and 127 are by a shell: for a person to mend. HUP, INT, TERM: a person has stopped it.
+case $status in 0 | 2 | 126 | 127 | 129 | 130 | 143) exit $status ;; esac
 # What is left has failed, was killed on one node, or was warned of its time limit (USR1): it can go on.
 restarts=${SLURM_RESTART_COUNT:-0}
 if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" != RUNNING ]; then

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import node, secrets
+from polycom_ext.runs.backends import container
 from polycom_ext.runs.backends.rendering import (
     JOB_SCRIPT,
     NODE_SCRIPT,
@@ -22,6 +23,7 @@ from polycom_ext.runs.backends.rendering import (
     shell,
 )
 from polycom_ext.runs.plan import Run
+from polycom_ext.runs.rendering import BREAK
 from polycom_ext.runs.site import Container
 
 WARNING = "USR1@300"
@@ -38,20 +40,22 @@ class Slurm:
     """Submits a job, and returns."""
 
     def files(self, run: Run) -> dict[str, str]:
-        container = run.site.container
-        step_options: list[str] = []
-        if container is not None and container.engine == "pyxis":
-            step_options = _pyxis(run, container)
+        image = run.site.container
+        command, step_options = node_command(run), list[str]()
+        if image is not None and image.engine == "pyxis":
+            step_options = _pyxis(run, image)
+        elif image is not None:
+            command = container.wrap(image, run, command)
         job = {
             "OPTIONS": Verbatim("\n".join(_options(run))),
             "NODES": run.spec.nodes,
-            "STEP_OPTIONS": step_options,
+            "STEP_OPTIONS": Verbatim("".join(f"{BREAK}{shell(option)}" for option in step_options)),
             "NODE_SCRIPT": run.directory.path / NODE_SCRIPT,
             "MAX_RESTARTS": run.site.max_restarts,
         }
         return {
             JOB_SCRIPT: fill("slurm.sh", job, shell),
-            NODE_SCRIPT: node_script(run, node_command(run)),
+            NODE_SCRIPT: node_script(run, command),
         }
 
     def check(self, run: Run) -> None:
@@ -144,7 +148,7 @@ def _without_patterns(path: Path) -> str:
     return str(path).replace("%", "%%")
 
 
-def _pyxis(run: Run, container: Container) -> list[str]:
+def _pyxis(run: Run, image: Container) -> list[str]:
     """Options that pyxis adds to srun's: each task is in the container then, node.sh with it."""
     if run.site.setup:
         raise PolycomError(
@@ -152,15 +156,15 @@ def _pyxis(run: Run, container: Container) -> list[str]:
             "leave it to the image, or to `environment:`"
         )
     here = [str(run.directory.path), str(run.command.directory)]
-    mounts = [*(f"{path}:{path}" for path in dict.fromkeys(here)), *map(_twice, container.mounts)]
+    mounts = [*(f"{path}:{path}" for path in dict.fromkeys(here)), *map(_twice, image.mounts)]
     for mount in mounts:
         if "," in mount:
             raise PolycomError(f"{run.name}: pyxis cannot mount {mount!r}: no comma may be in it")
     return [
-        f"--container-image={container.image}",
+        f"--container-image={image.image}",
         f"--container-mounts={','.join(mounts)}",
         f"--container-workdir={run.command.directory}",
-        *container.options,
+        *image.options,
     ]
 
 
