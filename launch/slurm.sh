@@ -12,6 +12,7 @@ is_taken() { # anything listens there, under whatever address
 port=$((20000 + SLURM_JOB_ID % 12000)) # below those that the system hands out; another for another job
 while is_taken "$port"; do port=$((port < 31999 ? port + 1 : 20000)); done
 export POLYCOM_RENDEZVOUS="$address:$port"
+unset POLYCOM_NODE_RANK # whoever submits may have one; each node's is Slurm's
 
 # A step takes all of a node's CPUs only if it is told so; and it waits for whoever is last.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"

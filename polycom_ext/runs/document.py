@@ -70,14 +70,6 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def dump_line(value: Any) -> str:
-    """As `dump`, on one line, as it may stand anywhere in a YAML file."""
-    text = yaml.dump(
-        value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
-    )
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
 def holds(number: float, text: str) -> bool:
     """Whether a number is what its text says: 12e4567 is more than every float, and 1e-400 is not 0."""
     too_large = math.isinf(number) and "inf" not in text.lower()

@@ -13,7 +13,7 @@ _LAST_WORDS = ("AUTH", "PASS", "PWD")
 _LOGIN = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 """`scheme://user:password@host`, as in the address of a proxy."""
 
-_ASSIGNMENT = re.compile(r"""(\w+)=(['"]?[^\s'"$`])""")
+_ASSIGNMENT = re.compile(r"""(\w+)=(?=['"]?[^\s'"$`])""")
 """NAME=VALUE, the value written out."""
 
 
@@ -37,7 +37,7 @@ def in_text(text: str) -> str | None:
     """
     if _LOGIN.search(text):
         return "a login in an address"
-    names = (name for name, value in _ASSIGNMENT.findall(text) if is_secret(name))
+    names = (name for name in _ASSIGNMENT.findall(text) if is_secret(name))
     return next(names, None)
 
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +138,23 @@ def on_each_node(place: Place, command: str) -> None:
         finish(node)
 
 
+def of_a_run(place: Place, command: str) -> None:
+    """The run is the toy trainer's, and under way."""
+    spec = {"trainer": "toy", "activation": "polynorm", "environment": {"TOY_SPEC": "a b"}}
+    (place.checkout / "NAME.yaml").write_text(yaml.safe_dump({**spec, "toy": {"steps": 100, "seconds": 0.2}}))
+    shutil.rmtree(place.checkout / "outputs" / "NAME", ignore_errors=True)
+    running = place.start("polycom run NAME.yaml")
+    deadline = time.monotonic() + 60
+    while not (place.checkout / "outputs" / "NAME" / "pid-0").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    try:
+        place.run(command)
+    finally:
+        running.terminate()
+        running.communicate()
+
+
 Rule = Callable[[Place, str], None]
 RULES: tuple[tuple[str, Rule], ...] = (
     (r"make [\w-]+", known_to_make),
@@ -144,6 +162,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"polycom run .* --dry-run", as_written),
     (r"polycom run .*", shortened),
     (r"polycom node .*", on_each_node),
+    (r"polycom (logs|stop) .*", of_a_run),
     (r"polycom (upstream|data|status|report|doctor)( .*)?", as_written),
     (r"mkdir patches/megatron-next .*", with_a_pin),
     (r"git .*", as_written),
@@ -170,7 +189,7 @@ WITH_COMMANDS = [page for page in PAGES if commands(page)]
 def test_it_is_known_how_each_command_is_run(page: Path) -> None:
     assert [command for command in commands(page) if rule(command) is None] == []
     blocks = {token.info for token in tokens(page) if token.type == "fence"}
-    assert blocks <= {"sh", "python", "toml", "diff", "{toctree}"}
+    assert blocks <= {"sh", "python", "toml", "diff", "yaml", "{toctree}"}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def fill(template: str, values: Mapping[str, Any], quote: Callable[[Any], str]) 
     """A file of `launch/` with each @NAME@ in it replaced by its value, quoted.
 
     Args:
-        quote: `shell`, or `document.dump_line` for YAML. Only a `Verbatim` goes unquoted.
+        quote: how a value is written, whatever it holds, unless it is `Verbatim`: `shell` for a script.
     """
     text = (shipped.folder("launch") / template).read_text(encoding="utf-8")
 
