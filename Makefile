@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo
 READY := $(VENV)/.ready
 OPERATIONS := $(VENV)/.operations
+CLUSTER_READY := $(VENV)/.cluster
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 
 DENSE := swiglu gelu relu polyrelu polynorm
@@ -79,7 +80,11 @@ test-full: $(READY)
 # Several nodes for real, made of this machine: root's to do. What is missing is installed, on Debian.
 CLUSTER := slurm-wlm munge docker.io debootstrap openssh-server iproute2 iptables
 
-test-cluster: $(READY)
+$(CLUSTER_READY): requirements-cluster.txt $(READY)
+	$(PIP) --requirement requirements-cluster.txt
+	touch $@
+
+test-cluster: $(CLUSTER_READY)
 	bash tests/cluster/install.sh $(CLUSTER)
 	$(BIN)/pytest -m cluster -rs -n 2 --dist loadfile tests/cluster
 

@@ -17,6 +17,15 @@ def output(text: str) -> Path:
 
 def count(text: str) -> int:
     """How many of something there are to be, at least one."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return _whole(text, 1)
+
+
+def count_or_none(text: str) -> int:
+    """How many of something there may be, 0 for none."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} up")
     return int(text)

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", metavar="N", help="as --set nodes=N")
     parser.add_argument("--processes-per-node", metavar="M", help="as --set processes_per_node=M")
     parser.add_argument(
+        "--max-restarts",
+        type=arguments.count_or_none,
+        metavar="N",
+        help="how often a run is started again that failed or was out of time (default: the site's)",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print each command, and what is rendered, and write nothing"
     )
 
@@ -76,7 +82,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _site(args: argparse.Namespace) -> Site:
     site = Site() if args.site is None else sites.load(sites.find(args.site))
-    return site if args.backend is None else replace(site, backend=args.backend)
+    given = {"backend": args.backend, "max_restarts": args.max_restarts}
+    return replace(site, **{key: value for key, value in given.items() if value is not None})
 
 
 def _counts(args: argparse.Namespace) -> list[str]:
