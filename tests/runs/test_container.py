@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from polycom_ext.cli import main
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import plan
 from polycom_ext.runs.backends import container, rendering
+from polycom_ext.runs.backends.docker import Docker
 from polycom_ext.runs.plan import Run
 from polycom_ext.runs.site import Container, Site
 
@@ -117,3 +119,38 @@ def test_each_node_of_each_run_has_a_name_of_its_own_that_docker_takes(planned: 
 
 def test_a_user_keeps_the_number_that_owns_the_files(planned: Callable[..., Run]) -> None:
     assert after("--user", wrapped(planned())) == [f"{os.getuid()}:{os.getgid()}"]
+
+
+@pytest.mark.parametrize(
+    ("site", "sentence"),
+    [
+        (
+            {},
+            "the backend docker wants a site whose `container:` has an image, and docker or podman as engine",
+        ),
+        ({"container": Container("an/image", "apptainer")}, "wants a site whose `container:` has an image"),
+        ({"container": Container("an/image"), "hosts": ("localhost",)}, "nodes is 2, and the site's `hosts`"),
+        (
+            {"container": Container("an/image"), "hosts": ("localhost", "gpu-02")},
+            "others of the site's `hosts` are to reach the first one, and have no name for it but localhost",
+        ),
+    ],
+)
+def test_the_backend_docker_refuses_what_it_could_not_start(
+    toy_spec: Callable[..., str], site: dict[str, Any], sentence: str
+) -> None:
+    run = plan.planned(Path(toy_spec()), ["nodes=2"], Path("outputs").absolute(), Path(), Site(**site))
+    with pytest.raises(PolycomError, match=re.escape(sentence)):
+        Docker().files(run)
+
+
+def test_a_dry_run_shows_each_nodes_container_and_no_secret(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("site.yaml").write_text(f"extends: docker-rehearsal.yaml\nenvironment: {{HF_TOKEN: {SECRET}}}\n")
+    assert main(["run", toy_spec(steps=1), "--nodes", "2", "--site", "site.yaml", "--dry-run"]) == 0
+    shown = capfd.readouterr().out
+    [line] = [line for line in shown.splitlines() if "exec docker run" in line]
+    assert f"--env HF_TOKEN polycom:cpu polycom node {Path('outputs/small').absolute()}" in line
+    assert SECRET not in shown
+    assert "--gpus" not in line

@@ -23,8 +23,9 @@ class Docker(Ssh):
     name = "docker"
 
     def files(self, run: Run) -> dict[str, str]:
+        command = container.wrap(_container(run), run, node_command(run))
         self.hosts(run)
-        return host_scripts(run, container.wrap(_container(run), run, node_command(run)))
+        return host_scripts(run, command)
 
     def check(self, run: Run) -> None:
         """Refuse a host without the engine; one without the image gets it."""
