@@ -194,7 +194,7 @@ def test_no_layer_holds_what_the_build_was_told_in_confidence(image: str) -> Non
 def test_a_containers_alpha_torch_and_its_list_of_versions_survive_the_installation(
     image: str, settings: list[str]
 ) -> None:
-    docker("build", "--tag", "localhost/alpha", "-", stdin=ALPHA)
+    docker("build", "--network", "host", "--tag", "localhost/alpha", "-", stdin=ALPHA)
     options = [
         "--target",
         "megatron",
