@@ -22,7 +22,8 @@ while :; do
     wait "$node"
     status=$?
     # 1: failed, here or on another node. 137: killed, as for want of memory. All else is for a person to mend.
-    case $status in 1 | 137) ;; *) exit $status ;; esac
+    # 125 to 127: nothing has run, in the words of container engines and shells; that is a refusal.
+    case $status in 1 | 137) ;; 125 | 126 | 127) exit 2 ;; *) exit $status ;; esac
     [ -z "$stopped" ] || exit $status
     if [ "$restarts" -ge @MAX_RESTARTS@ ]; then
         echo "exit status $status after $restarts restarts, as many as max_restarts allows" >&2

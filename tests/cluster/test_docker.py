@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -216,7 +217,7 @@ def test_a_containers_alpha_torch_and_its_list_of_versions_survive_the_installat
     assert said == "2.11.0a0+x.nv26.02 /opt/torch/torch/__init__.py 0.8.1 torch.Size([2, 8])\n"
 
 
-def write_site(folder: Path, **container: str) -> str:
+def write_site(folder: Path, **container: Any) -> str:
     """This machine as two nodes, as the shipped site has it, but for this of the container."""
     site = {"extends": "docker-rehearsal.yaml", "container": container}
     path = folder / "site.yaml"
@@ -298,3 +299,11 @@ def test_what_stands_in_the_way_is_said_in_one_sentence_before_anything_starts(
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert sentence in refused.stderr
     assert refused.stderr.count("\n") == 1
+
+
+def test_what_the_engine_refuses_is_no_failure_that_a_restart_could_mend(image: str, tmp_path: Path) -> None:
+    spec, device = write_spec(tmp_path, "base-dense.yaml", "polynorm"), "--device=/dev/no-such-device"
+    refused = run("run", spec, "--site", write_site(tmp_path, options=[device]), folder=tmp_path)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "/dev/no-such-device" in refused.stderr
+    assert containers() == []
