@@ -1,17 +1,23 @@
-"""What a trainer's entry owes to its run: to say, in the run's record, why it will not train."""
+"""What a trainer's entry owes to its run: to say in its record why it will not train, and to hear a stop."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from polycom_ext.runs import record
 
 RUN_DIR = "POLYCOM_RUN_DIR"
 """Environment variable of a worker that `polycom node` has started: the run's directory."""
+STOP = signal.SIGUSR1
+"""By which a worker that handles it is asked to save a checkpoint and to end with status 0. SIGTERM comes from
+torchrun, too: to those whose neighbour has failed, and who have nobody to save with."""
 ERROR_MARK = "polycom: error: "
 """Begins the line that says on standard error why a run was refused."""
 
@@ -39,3 +45,14 @@ def note_what_argparse_refuses() -> None:
         tell(parser, message)
 
     argparse.ArgumentParser.error = error  # type: ignore[assignment,method-assign]
+
+
+def hear_stop() -> Callable[[], bool]:
+    """Handle STOP from now on; returns what says whether it came. Ranks have yet to agree on it."""
+    came: list[int] = []
+
+    def hear(signum: int, frame: FrameType | None) -> None:
+        came.append(signum)
+
+    signal.signal(STOP, hear)
+    return lambda: bool(came)

@@ -14,15 +14,20 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from polycom_ext.runs.entry import STOP
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What asks a run to end; a second one of them kills it."""
+SAVING = (signal.SIGTERM, signal.SIGUSR1)
+"""Those with which job systems announce the end: a trainer that can saves a checkpoint first."""
 POLL_SECONDS = 0.3
 LOG_BYTES = 1 << 20
 """As much of the end of a log is looked at for what went wrong."""
 Tick = Callable[[], None]
 """Called while a trainer runs, to show what is new."""
 GRACE_SECONDS = 60.0
-"""How long a trainer may take to end after a signal; the launcher itself gives its workers 30 seconds."""
+"""How long a trainer that saves nothing may take to end after a signal; the launcher itself gives its workers
+30 seconds."""
 LAUNCHERS_OWN = "torch/distributed/elastic/"
 """Stands in each line that tells of a failed worker."""
 MARKER = "POLYCOM_LAUNCH"
@@ -50,14 +55,18 @@ class Outcome:
 class Ending:
     """What asks a trainer to end: the signals that reach this process, and the nodes beside it.
 
-    The first signal is forwarded to the trainer, a second one to this process kills it.
+    SIGTERM and SIGUSR1 are told to the trainer's workers, by entry.STOP, if they catch that: they save and end,
+    within `grace` seconds. Where none does, the process group of the launcher gets SIGTERM, as it gets SIGINT
+    and SIGHUP. A second signal to this process kills it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = GRACE_SECONDS) -> None:
+        self._grace = grace
         self._own: list[int] = []
         self._passed_on: int | None = None
         self._at_once = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._mark = b""
 
     @property
     def signal(self) -> int | None:
@@ -88,9 +97,9 @@ class Ending:
         """Whether this process was told twice."""
         return len(self._own) > 1
 
-    def begin(self, process: subprocess.Popen[bytes]) -> None:
+    def begin(self, process: subprocess.Popen[bytes], mark: bytes) -> None:
         """The trainer; what came before there was one is told to it now."""
-        self._process = process
+        self._process, self._mark = process, mark
         if self._at_once:
             self._send(signal.SIGKILL)
         elif self.signal is not None:
@@ -100,8 +109,18 @@ class Ending:
         """There is no trainer any more."""
         self._process = None
 
+    def stop(self) -> float:
+        """Tell the workers of a signal of SAVING; how long the trainer may take to end."""
+        if self.signal not in SAVING or self._process is None:
+            return GRACE_SECONDS
+        if _tell_workers(self._process.pid, self._mark):
+            return self._grace
+        _signal_group(self._process, signal.SIGTERM)  # as which torchrun knows a stop
+        return GRACE_SECONDS
+
     def _send(self, signum: int) -> None:
-        if self._process is not None:
+        """At once, but for what `stop` tells: to look at all processes is nothing for a handler of signals."""
+        if self._process is not None and signum not in SAVING:
             _signal_group(self._process, signum)
 
 
@@ -112,6 +131,7 @@ def launch(script: str, environment: Mapping[str, str], log: BinaryIO, tick: Tic
     the script's process group to end at any time. When this returns or raises, no process of it is left.
     """
     marker = uuid.uuid4().hex
+    mark = f"{MARKER}={marker}".encode()
     start = log.seek(0, os.SEEK_END)
     process: subprocess.Popen[bytes] | None = None
     try:
@@ -125,13 +145,13 @@ def launch(script: str, environment: Mapping[str, str], log: BinaryIO, tick: Tic
                 start_new_session=True,
                 pass_fds=[int(Path(path).name)],
             )
-        ending.begin(process)
+        ending.begin(process, mark)
         _wait(process, tick, ending)
     finally:
         ending.done()
         if process is not None:
             _end(process)
-        _kill_all(f"{MARKER}={marker}".encode())
+        _kill_all(mark)
     tick()
     return Outcome(process.returncode, ending.signal, _read_from(Path(log.name), start))
 
@@ -164,7 +184,7 @@ def _wait(process: subprocess.Popen[bytes], tick: Tick, ending: Ending) -> None:
             return
         tick()
         if ending.signal is not None and deadline is None:
-            deadline = time.monotonic() + GRACE_SECONDS
+            deadline = time.monotonic() + ending.stop()
         if deadline is not None and time.monotonic() > deadline:
             ending.end_at_once()
 
@@ -197,6 +217,30 @@ def held_back() -> Iterator[None]:
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signum)
+
+
+def _tell_workers(launcher: int, mark: bytes) -> bool:
+    """Ask the workers of a launch to save and end; whether there is one that hears it.
+
+    One is enough, as they agree among themselves. By default the signal would kill, and so it would one that
+    has not come so far as to hear it.
+    """
+    told = False
+    for pid, environment in _environments():
+        if pid != launcher and _mark(environment) == mark and _leads_session(pid) and _catches(pid, STOP):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, STOP)
+                told = True
+    return told
+
+
+def _catches(pid: int, signum: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError:
+        return False
+    caught = status.partition("SigCgt:")[2].split()
+    return bool(caught) and bool(int(caught[0], 16) >> (signum - 1) & 1)
 
 
 def end_leftovers(pids: list[int]) -> bool:

@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     run.directory.check_place()
     if inherited is None and run.says_finished():
         return DONE
-    ending = launch.Ending()
+    ending = launch.Ending(run.spec.stop_grace_seconds)
     descriptor = None if inherited is None else int(inherited)
     with run.directory.locked(place.rank, descriptor) as log, launch.handled(ending.hear):
         node = _Node(run, place, _wishes(run), inherited is not None, log, ending)
@@ -318,9 +318,10 @@ def _judge(node: _Node, outcome: launch.Outcome, verdict: Verdict | None, comple
 
 
 def _stopped(node: _Node, signum: int) -> int:
+    step = node.run.latest_step()
+    goes_on = "starts anew" if step is None else f"goes on from the last checkpoint, of step {step}"
     print(
-        f"{node.run.name}: stopped after {attempt.since(node.began)}; "
-        "the same command goes on from the last checkpoint",
+        f"{node.run.name}: stopped after {attempt.since(node.began)}; the same command {goes_on}",
         file=sys.stderr,
     )
     return SIGNALLED + signum

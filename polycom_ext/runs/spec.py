@@ -14,7 +14,7 @@ from polycom_ext.runs import fields
 
 SHARED_KEYS = (
     *("name", "trainer", "upstream", "activation", "ffn_width", "nodes", "processes_per_node"),
-    *("environment", "sources"),
+    *("stop_grace_seconds", "environment", "sources"),
 )
 """Top-level keys of every spec; the one more is the section of the trainer's options."""
 
@@ -38,6 +38,8 @@ class Spec:
     upstream: str | None = None
     """The pinned version of the trainer; None where there is but one, or none."""
     nodes: int = 1
+    stop_grace_seconds: int = 600
+    """How long it may take to save a checkpoint and to end, once it was told to stop."""
 
     @property
     def world_size(self) -> int:
@@ -75,6 +77,7 @@ class Spec:
             "ffn_width": self.ffn_width,
             "nodes": self.nodes,
             "processes_per_node": self.processes_per_node,
+            "stop_grace_seconds": self.stop_grace_seconds,
             "environment": self.environment,
             trainers.find(self.trainer).section: self.options,
             "sources": self.sources,
@@ -117,6 +120,7 @@ def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:
         ffn_width=fields.count(mapping, "ffn_width", origin, 1) if "ffn_width" in mapping else None,
         nodes=fields.count(mapping, "nodes", origin, 1),
         processes_per_node=fields.count(mapping, "processes_per_node", origin, 1),
+        stop_grace_seconds=fields.count(mapping, "stop_grace_seconds", origin, 600),
         environment=fields.environment(mapping, origin),
         options=fields.section(mapping, adapter.section, origin),
         sources=mapping.get("sources"),

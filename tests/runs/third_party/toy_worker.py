@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--size", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.0, help="a step")
+    parser.add_argument("--save-interval", type=int, default=1)
+    parser.add_argument("--save-seconds", type=float, help="of a checkpoint that it saves when told to stop")
     parser.add_argument("--fail-at", type=int)
     parser.add_argument("--refuse", help="the sentence")
     parser.add_argument("--mute", action="store_true", help="whatever it has to say")
@@ -48,6 +50,7 @@ def main() -> None:
     assert os.environ["TOY"] == "1", "the adapter's environment"
     assert os.environ["TOY_SPEC"] == "a b", "the spec's environment"
     rank = int(os.environ["RANK"])
+    stopped = entry.hear_stop() if args.save_seconds is not None else lambda: False
     if args.helper and (helper := os.fork()) == 0:
         time.sleep(args.helper)
         os._exit(0)
@@ -65,9 +68,16 @@ def main() -> None:
         if rank == 0:
             values = {record.TRAIN_LOSS: 5.0 / step, record.STEP_SECONDS: 0.5}
             record.append(record.Record(args.run_dir).metrics, step, values)
+        stops = stopped()
+        if stops:
+            print("saving before the end", flush=True)
+            time.sleep(args.save_seconds)
+        if rank == 0 and (stops or step % args.save_interval == 0):
             if args.fill:
                 checkpoint.with_name("weights").write_bytes(bytes(args.fill << 20))
             write_text(checkpoint, str(step))  # whole, whoever reads it meanwhile
+        if stops:
+            return
 
 
 if __name__ == "__main__":
