@@ -16,8 +16,8 @@ from polycom_ext.runs import record
 RUN_DIR = "POLYCOM_RUN_DIR"
 """Environment variable of a worker that `polycom node` has started: the run's directory."""
 STOP = signal.SIGUSR1
-"""By which a worker that handles it is asked to save a checkpoint and to end with status 0. SIGTERM comes from
-torchrun, too: to those whose neighbour has failed, and who have nobody to save with."""
+"""By which a worker that handles it is asked to save a checkpoint and to end with status 0. SIGTERM comes
+from torchrun, too: to those whose neighbour has failed, and who have nobody to save with."""
 ERROR_MARK = "polycom: error: "
 """Begins the line that says on standard error why a run was refused."""
 

@@ -11,6 +11,7 @@ from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.integrations.megatron import blends, checks, model, options, tokens
 from polycom_ext.integrations.megatron.native import FLAGS
+from polycom_ext.runs import entry
 from polycom_ext.runs.adapter import Facts, Needs, Upstream, chosen_tree, integer
 from polycom_ext.runs.record import Record
 from polycom_ext.runs.spec import Spec
@@ -20,6 +21,8 @@ RESERVED = {
     "load": "a run resumes from its own directory; to start from elsewhere use pretrained-checkpoint",
     "polycom-activation": "name it with `activation:`",
     "polycom-metrics": "metrics go to the run directory",
+    "exit-signal-handler": "a run saves a checkpoint whenever it is told to stop",
+    "exit-signal": "stop a run by SIGTERM or SIGUSR1 to `polycom node`",
     "yaml-cfg": "it would replace every option of the run",
     **{option: "name the activation with `activation:`" for flags in FLAGS.values() for option in flags},
 }
@@ -60,6 +63,8 @@ class MegatronAdapter:
             "save": str(record.checkpoints),
             "load": str(record.checkpoints),
             "polycom-metrics": str(record.metrics),
+            "exit-signal-handler": True,
+            "exit-signal": entry.STOP.name,
         }
         arguments = ["-m", "polycom_ext.integrations.megatron.pretrain"]
         for name, value in given.items():

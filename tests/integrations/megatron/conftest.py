@@ -58,7 +58,12 @@ class Trainer:
         self._zygote = Zygote(Path(__file__).with_name("zygote.py"), [tree], ENVIRONMENT)
 
     def __call__(
-        self, *options: str, processes: int = 1, iterations: int = 5, kill_when: str | None = None
+        self,
+        *options: str,
+        processes: int = 1,
+        iterations: int = 5,
+        kill_when: str | None = None,
+        stop_when: str | None = None,
     ) -> Run:
         """Train; options are Megatron's, after the tiny model's and the CPU's."""
         self._count += 1
@@ -77,6 +82,7 @@ class Trainer:
             "log": str(self.log),
             "timeout": 240,
             "kill_when": kill_when,
+            "stop_when": stop_when,
         }
         run = Run(self._zygote.run(request), self.log.read_text())
         if metrics.exists():

@@ -1,9 +1,10 @@
 """Ranks of a training entry, forked from a process that has imported it: saves seconds a run.
 
 A zygote imports an entry and calls `serve`, which reads one JSON object a line, {"arguments": […],
-"processes": N, "log": FILE, "timeout": SECONDS, "kill_when": TEXT}, runs the entry in N forked ranks with the
-environment that torchrun would give them, and answers with the exit statuses. All ranks are killed once one
-has failed or the log holds the text of "kill_when".
+"processes": N, "log": FILE, "timeout": SECONDS, "kill_when": TEXT, "stop_when": TEXT}, runs the entry in N
+forked ranks with the environment that torchrun would give them, and answers with the exit statuses. All ranks
+are killed once one has failed or the log holds the text of "kill_when"; the last one is asked to stop once it
+holds that of "stop_when".
 """
 
 import contextlib
@@ -92,6 +93,11 @@ def _rank(request: dict[str, Any], rank: int, port: int, entry: Entry) -> None:
         os._exit(status)
 
 
+def _says(request: dict[str, Any], key: str) -> bool:
+    text, log = request.get(key), Path(request["log"])
+    return bool(text) and log.exists() and text in log.read_text()
+
+
 def _run(request: dict[str, Any], entry: Entry) -> list[int]:
     port = _free_port()
     children = []
@@ -102,14 +108,17 @@ def _run(request: dict[str, Any], entry: Entry) -> list[int]:
         children.append(child)
     statuses: dict[int, int] = {}
     deadline = time.monotonic() + request["timeout"]
+    stopped = False
     while len(statuses) < len(children):
         for child in children:
             if child not in statuses:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     statuses[child] = os.waitstatus_to_exitcode(status)
-        text, log = str(request.get("kill_when") or ""), Path(request["log"])
-        killed = bool(text) and log.exists() and text in log.read_text()
+        killed = _says(request, "kill_when")
+        if not stopped and _says(request, "stop_when"):
+            os.kill(children[-1], signal.SIGUSR1)
+            stopped = True
         failed = any(status != 0 for status in statuses.values())
         if killed or failed or time.monotonic() > deadline:
             for child in children:
