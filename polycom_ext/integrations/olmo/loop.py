@@ -76,6 +76,7 @@ def build(cfg: Any, device: torch.device, output: Path | None) -> RecordingTrain
 def train(trainer: RecordingTrainer) -> None:
     """Load the checkpoint to go on from, if there is one, train to the end, and write what was learned."""
     cfg = trainer.cfg
+    trainer.hear_stop()
     with trainer:
         checkpoint.begin_state(cfg, trainer.optim)
         if cfg.load_path is not None:

@@ -9,11 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from olmo.torch_util import get_global_rank
-from olmo.train import Trainer
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from polycom_ext.integrations.olmo.activation import coefficient_modules
+from polycom_ext.integrations.olmo.stopping import StoppingTrainer
 from polycom_ext.runs import record
 
 TRAIN_NAMES = {
@@ -31,7 +31,7 @@ MMLU = ("stem", "humanities", "social_sciences", "other")
 """OLMo evaluates MMLU by group, as mmlu_GROUP_var; papers quote the mean of the four."""
 
 
-class RecordingTrainer(Trainer):
+class RecordingTrainer(StoppingTrainer):
     """OLMo's Trainer; where `output` is set, rank 0 appends the metrics of logged steps to a file there."""
 
     output: Path | None = None

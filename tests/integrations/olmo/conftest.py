@@ -105,6 +105,7 @@ class Trainer:
         processes: int = 1,
         moe: bool = False,
         kill_at: int | None = None,
+        stop_when: str | None = None,
         folder: Path | None = None,
         timeout: float = 240,
         **settings: object,
@@ -125,6 +126,7 @@ class Trainer:
             "processes": processes,
             "log": str(log),
             "kill_at": kill_at,
+            "stop_when": stop_when,
             "timeout": timeout,
         }
         run = Run(self._zygote.run(request), log.read_text(), folder)
