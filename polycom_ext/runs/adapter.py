@@ -112,9 +112,15 @@ class Adapter(Protocol):
         """The step at which the run is over; None if that is not counted in steps."""
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
-        """The step of the checkpoint from which the run would go on; None if there is none.
+        """The step of the newest whole checkpoint, from which the run would go on; None if there is none.
 
-        Raises PolycomError where this cannot be told: what cannot be read is not absent.
+        Raises PolycomError where there are some and none is whole: what is damaged is not absent.
+        """
+
+    def prepare_resume(self, spec: Spec, run_dir: Path) -> list[str]:
+        """Before a start: have the trainer go on from `latest_step`, and move aside what is damaged.
+
+        Returns a sentence for each checkpoint that is passed over; `runs.checkpoints` tells which are whole.
         """
 
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:

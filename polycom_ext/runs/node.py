@@ -185,6 +185,8 @@ def _lead(node: _Node, company: lobby.Alone | Host) -> Verdict:
     run, ending = node.run, node.ending
     step = run.latest_step()
     run.directory.clear_metrics(run.spec, run.adapter)
+    for sentence in run.adapter.prepare_resume(run.spec, run.directory.path):
+        print(f"{run.name}: passed over: {sentence}", file=sys.stderr)
     run.directory.begin_attempt(node.log, step)
     try:
         entry = _gathered(node, company) if isinstance(company, Host) else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from polycom_ext import files
@@ -263,7 +264,7 @@ def test_a_resumed_run_stands_where_it_went_on(run: Record) -> None:
 def test_what_a_spec_asks_for_gives_tokens_and_the_time_left(tmp_path: Path) -> None:
     run = Record(tmp_path / "run")
     run.checkpoints.mkdir(parents=True)
-    options = {"seq-length": 128, "global-batch-size": 16, "train-iters": 400}
+    options = {"seq-length": 128, "global-batch-size": 16, "train-iters": 400, "ckpt-format": "torch"}
     spec = {
         "name": "small",
         "trainer": "megatron",
@@ -278,7 +279,8 @@ def test_what_a_spec_asks_for_gives_tokens_and_the_time_left(tmp_path: Path) -> 
         run.begin_attempt(log, None)
         for step, seconds in ((10, 9.0), (20, 0.25), (30, 0.25)):
             record.append(run.metrics, step, {record.TRAIN_LOSS: 6.0, record.STEP_SECONDS: seconds})
-        (run.checkpoints / "iter_0000020").mkdir()
+        (run.checkpoints / "iter_0000020" / "mp_rank_00").mkdir(parents=True)
+        torch.save({}, run.checkpoints / "iter_0000020" / "mp_rank_00" / "model_optim_rng.pt")
         (run.checkpoints / "latest_checkpointed_iteration.txt").write_text("20")
         os.utime(run.checkpoints / "iter_0000020", (time.time() - 60,) * 2)
         found = status.read(run.path)

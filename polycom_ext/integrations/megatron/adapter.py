@@ -9,7 +9,7 @@ from typing import Any
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
-from polycom_ext.integrations.megatron import blends, checks, model, options, tokens
+from polycom_ext.integrations.megatron import blends, checks, model, options, saved, tokens
 from polycom_ext.integrations.megatron.native import FLAGS
 from polycom_ext.runs import entry
 from polycom_ext.runs.adapter import Facts, Needs, Upstream, chosen_tree, integer
@@ -27,9 +27,6 @@ RESERVED = {
     **{option: "name the activation with `activation:`" for flags in FLAGS.values() for option in flags},
 }
 """Options that a run sets itself -> why a spec cannot."""
-
-TRACKER = "latest_checkpointed_iteration.txt"
-"""The file by which Megatron knows what to resume from; it is not written atomically."""
 
 
 class MegatronAdapter:
@@ -111,7 +108,10 @@ class MegatronAdapter:
         return checks.integer(spec, "train-iters", None)
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
-        return _latest_iteration(Record(run_dir).checkpoints)
+        return saved.choice(spec, Record(run_dir).checkpoints).step
+
+    def prepare_resume(self, spec: Spec, run_dir: Path) -> list[str]:
+        return saved.prepare(spec, Record(run_dir).checkpoints)
 
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
         latest, total = self.latest_step(spec, run_dir), self.total_steps(spec)
@@ -123,36 +123,6 @@ class MegatronAdapter:
         )
 
         return from_megatron(Record(run_dir).checkpoints, spec.activation)
-
-
-def _latest_iteration(checkpoints: Path) -> int | None:
-    """The iteration that Megatron's tracker names; None without a tracker and without a whole checkpoint.
-
-    Raises PolycomError where it names none that is there: Megatron would give up, and a start from scratch
-    would write over what was trained.
-    """
-    tracker = checkpoints / TRACKER
-    try:
-        text = tracker.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        if not any(checkpoints.glob("iter_*/.metadata")):  # which is written last
-            return None
-        problem = "is not there"
-    except (OSError, UnicodeDecodeError) as error:
-        problem = f"cannot be read ({getattr(error, 'strerror', None) or 'it is no text'})"
-    else:
-        if text.isascii() and text.isdigit():
-            if (checkpoints / f"iter_{int(text):07d}").is_dir():
-                return int(text)
-            problem = f"names iteration {int(text)}, whose folder is not there"
-        else:
-            problem = f"names {text[:40]!r}, which is no iteration" if text else "is empty"
-    saved = sorted(path.name for path in checkpoints.glob("iter_*") if path.is_dir())
-    if saved:
-        way_out = f"{', '.join(saved)} are there: write the number of the last whole one into that file"
-    else:
-        way_out = "none is there: remove that file to start anew"
-    raise PolycomError(f"{tracker} {problem}; of checkpoints, {way_out}")
 
 
 def _resolved(spec: Spec) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import yaml
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
-from polycom_ext.integrations.olmo import options, tokens
+from polycom_ext.integrations.olmo import options, saved, tokens
 from polycom_ext.integrations.olmo.native import NATIVE
 from polycom_ext.runs import document
 from polycom_ext.runs.adapter import Facts, Needs, Upstream, chosen_tree, integer, trees
@@ -197,11 +197,10 @@ class OLMoAdapter:
         return min((count for count in steps if count is not None), default=None)
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
-        folders = Record(run_dir).checkpoints.glob("step*")
-        names = (
-            re.fullmatch(r"step(\d+)(-unsharded)?", folder.name) for folder in folders if folder.is_dir()
-        )
-        return max((int(name[1]) for name in names if name), default=None)
+        return saved.choice(Record(run_dir).checkpoints).step
+
+    def prepare_resume(self, spec: Spec, run_dir: Path) -> list[str]:
+        return saved.prepare(Record(run_dir).checkpoints)
 
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
         latest, total = self.latest_step(spec, run_dir), self.total_steps(spec)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 import wandb
 from olmo.config import CheckpointType
 from olmo.data import build_train_dataloader
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from polycom_ext.errors import PolycomError
-from polycom_ext.integrations.olmo import checkpoint, inputs
+from polycom_ext.integrations.olmo import checkpoint, inputs, saved
 from polycom_ext.integrations.olmo.initialisation import reset_parameters
 from polycom_ext.integrations.olmo.recording import RecordingTrainer
 
@@ -132,13 +133,29 @@ def _find_checkpoint(cfg: Any) -> bool:
     """Whether the run goes on from its own latest checkpoint; that is then what will be loaded, as it is."""
     for folder in (cfg.save_folder, cfg.remote_save_folder) if cfg.try_load_latest_save else ():
         with inputs.reaching(str(folder)):
-            latest = find_latest_checkpoint(folder) if folder is not None else None
+            latest = _latest(folder) if folder is not None else None
         if latest is not None:
             cfg.load_path, cfg.load_path_sharded_checkpointer = str(latest), None
             cfg.restore_dataloader = True
             cfg.reset_trainer_state = cfg.reset_optimizer_state = False
             return True
     return False
+
+
+def _latest(folder: str) -> Any:
+    """Upstream's choice, but of whole ones where they can be looked at; the first rank looks for all."""
+    if "://" in folder:
+        return find_latest_checkpoint(folder)
+    chosen: list[Any] = [None, None]
+    if get_global_rank() == 0:
+        try:
+            chosen[0] = saved.choice(Path(folder)).path
+        except PolycomError as error:
+            chosen[1] = str(error)
+    dist.broadcast_object_list(chosen)
+    if chosen[1] is not None:
+        raise PolycomError(chosen[1])
+    return chosen[0]
 
 
 def _save_config(cfg: Any, resumes: bool) -> None:

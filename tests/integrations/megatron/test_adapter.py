@@ -24,6 +24,8 @@ from polycom_ext.runs import document, plan
 from polycom_ext.runs.site import Site
 from polycom_ext.runs.spec import Spec, load
 
+from .test_damage import save
+
 TINY = Path(__file__).parents[3] / "configs" / "tiny"
 DATA = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
 PER_TOKEN = {
@@ -427,7 +429,7 @@ def test_the_run_is_complete_at_its_last_iteration(tmp_path: Path) -> None:
     assert trainer.latest_step(spec, tmp_path) is None
     assert not trainer.is_complete(spec, tmp_path)
     for step, complete in (("4", False), ("8", True), ("9", True)):
-        (tmp_path / "checkpoints" / f"iter_{int(step):07d}").mkdir(parents=True)
+        save("torch_dist", tmp_path / "checkpoints" / f"iter_{int(step):07d}")
         (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(step)
         assert trainer.latest_step(spec, tmp_path) == int(step)
         assert trainer.is_complete(spec, tmp_path) is complete
@@ -457,50 +459,38 @@ def test_tiny_specs_of_a_kind_differ_in_their_activation_only(kind: str) -> None
         )
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        (b"", "is empty"),
-        (b"\xff\x00", "cannot be read (it is no text)"),
-        (b"four\n", "names 'four', which is no iteration"),
-        (b"8", "names iteration 8, whose folder is not there"),
-    ],
-)
-def test_a_tracker_that_cannot_be_read_is_not_an_absent_one(
-    text: bytes, problem: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tracker_alone_is_no_start_from_scratch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    for iteration in (2, 4):
-        (run_dir / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True)
+    (run_dir / "checkpoints").mkdir(parents=True)
     tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
-    tracker.write_bytes(text)
+    tracker.write_text("8")
     (run_dir / "metrics.jsonl").write_text("{}\n")
-    (run_dir / "coefficients.json").write_text("{}\n")
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     options = ["--set", "megatron.train-data-path=null", "--set", "megatron.valid-data-path=null"]
     options += ["--set", "megatron.mock-data=true", "--output", str(run_dir)]
     assert main(["run", str(TINY / "dense-polynorm.yaml"), *options]) == 2
     error = capfd.readouterr().err
-    assert f"{tracker} {problem}; of checkpoints, iter_0000002, iter_0000004 are there" in error
+    assert f"{tracker} names iteration 8, whose folder is not there, and no checkpoint is there" in error
     assert error.count("\n") == 1
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
-def test_a_lost_tracker_is_told_from_a_first_checkpoint_that_was_never_whole(tmp_path: Path) -> None:
+def test_a_first_checkpoint_that_was_never_whole_is_none(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "iter_0000004"
     checkpoint.mkdir(parents=True)
     assert MegatronAdapter().latest_step(make(), tmp_path) is None
+    [sentence] = MegatronAdapter().prepare_resume(make(), tmp_path)
+    assert sentence.startswith(f"{checkpoint} lacks ")
+    (tmp_path / "checkpoints" / "damaged" / "iter_0000004").rename(checkpoint)
     (checkpoint / ".metadata").touch()
-    with pytest.raises(PolycomError, match=r"iteration.txt is not there; of checkpoints, iter_0000004 are"):
+    with pytest.raises(PolycomError, match=r"no checkpoint is whole: \S*iter_0000004 lacks metadata.json"):
         MegatronAdapter().latest_step(make(), tmp_path)
 
 
 def test_what_is_no_folder_of_iterations_cannot_be_read_either(tmp_path: Path) -> None:
     assert MegatronAdapter().latest_step(make(), tmp_path) is None
     (tmp_path / "checkpoints").touch()
-    with pytest.raises(
-        PolycomError, match=r"cannot be read \(Not a directory\); of checkpoints, none is there"
-    ):
+    with pytest.raises(PolycomError, match=r"cannot be read \(Not a directory\), and no checkpoint is there"):
         MegatronAdapter().latest_step(make(), tmp_path)
 
 

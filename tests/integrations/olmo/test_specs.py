@@ -15,6 +15,8 @@ from polycom_ext.integrations.olmo.adapter import OLMoAdapter
 from polycom_ext.runs.adapter import trees
 from polycom_ext.runs.spec import Spec, load
 
+from .test_damage import save
+
 TINY = sorted((Path(__file__).parents[3] / "configs" / "tiny").glob("olmo-*-*.yaml"))
 TINY = [path for path in TINY if "base" not in path.name]
 
@@ -224,8 +226,10 @@ def test_data_of_another_shape_is_refused(sentence: str) -> None:
 def test_a_run_is_complete_at_its_last_step_with_its_coefficients(tmp_path: Path) -> None:
     trainer, spec = OLMoAdapter(), make()
     assert trainer.latest_step(spec, tmp_path) is None
-    for step in ("step4", "step8-unsharded", "step12-tmp", "latest"):
-        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    save("torch_legacy", tmp_path / "checkpoints" / "step4")
+    save("unsharded", tmp_path / "checkpoints" / "step8-unsharded")
+    for step in ("step12-tmp", "latest"):
+        (tmp_path / "checkpoints" / step).mkdir()
     assert trainer.latest_step(spec, tmp_path) == 8
     assert not trainer.is_complete(spec, tmp_path)
     (tmp_path / "coefficients.json").write_text(json.dumps({"step": 8}))

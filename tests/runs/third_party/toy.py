@@ -65,6 +65,9 @@ class ToyAdapter:
         path = run_dir / "checkpoints" / "step"
         return int(path.read_text()) if path.exists() else None
 
+    def prepare_resume(self, spec: Spec, run_dir: Path) -> list[str]:
+        return []
+
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
         return (self.latest_step(spec, run_dir) or 0) >= int(spec.options["steps"])
 

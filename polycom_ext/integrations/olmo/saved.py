@@ -1,0 +1,100 @@
+"""OLMo's checkpoints in a run's directory: which are whole, and which a run goes on from. Without torch.
+
+    unsharded     stepN-unsharded/{model,optim,train}.pt, or .safetensors
+    torch_legacy  stepN/rank*.pt
+    olmo_core     stepN/{model,optim}/{metadata.json,rank_*.safetensors} and stepN/train/rank*.pt
+
+and each its config.yaml. OLMo gives a folder its name once it is written; damage comes later.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from polycom_ext.errors import PolycomError
+from polycom_ext.runs.checkpoints import (
+    Choice,
+    choose,
+    problem_of_file,
+    read_pickle,
+)
+
+
+def choice(checkpoints: Path) -> Choice:
+    """The newest whole checkpoint, of one step the sharded one before the unsharded, as upstream chooses.
+
+    Raises PolycomError where there are some and none is whole: a start from scratch would write over them.
+    """
+    chosen = choose((step, path, _problem(path)) for step, _, path in _folders(checkpoints))
+    if chosen.step is None and chosen.damaged:
+        listed = "; ".join(map(str, chosen.damaged))
+        raise PolycomError(f"no checkpoint is whole: {listed}; move {checkpoints} away to start anew")
+    return chosen
+
+
+def prepare(checkpoints: Path) -> list[str]:
+    """Move what is damaged aside, so that OLMo goes on from what is chosen; a sentence for each."""
+    return [f"{damaged}; it is now {damaged.set_aside()}" for damaged in choice(checkpoints).damaged]
+
+
+def _folders(checkpoints: Path) -> list[tuple[int, bool, Path]]:
+    """(step, whether it is sharded, folder), the newest first."""
+    matches = (
+        (re.fullmatch(r"step(\d+)(-unsharded)?", path.name), path) for path in checkpoints.glob("step*")
+    )
+    found = ((int(name[1]), name[2] is None, path) for name, path in matches if name and path.is_dir())
+    return sorted(found, reverse=True)
+
+
+def _problem(folder: Path) -> str | None:
+    if not (folder / "config.yaml").is_file():
+        return "lacks config.yaml"
+    if folder.name.endswith("-unsharded"):
+        parts = ("model", "optim", "train")
+        return _first(lambda part: _problem_of_part(folder, part), *parts)
+    if any(folder.glob("rank*.pt")):
+        return _problem_of_ranks(folder, "")
+    return _first(lambda part: _problem_of_shards(folder, part), "model", "optim") or _problem_of_ranks(
+        folder, "train/"
+    )
+
+
+def _problem_of_part(folder: Path, part: str) -> str | None:
+    names = [f"{part}.safetensors"] if (folder / f"{part}.safetensors").exists() else [f"{part}.pt"]
+    return _first(lambda name: problem_of_file(folder, name), *names)
+
+
+def _problem_of_shards(folder: Path, part: str) -> str | None:
+    """Its metadata.json says in which files each tensor lies."""
+    name = f"{part}/metadata.json"
+    problem = problem_of_file(folder, name)
+    if problem is not None:
+        return problem
+    try:
+        tensors = json.loads((folder / name).read_text(encoding="utf-8"))["tensors"].values()
+        files = sorted({f"{part}/{file}" for tensor in tensors for file in tensor["shard_spec_per_file"]})
+    except (KeyError, TypeError, AttributeError):
+        return f"holds {name}, which is none of olmo_core's"
+    return _first(lambda file: problem_of_file(folder, file), *files)
+
+
+def _problem_of_ranks(folder: Path, prefix: str) -> str | None:
+    """There is a file of each process that has saved it; the first one says how many those were."""
+    first = f"{prefix}rank0.pt"
+    problem = problem_of_file(folder, first)
+    if problem is not None:
+        return problem
+    try:
+        count = int(read_pickle(folder / first)["world_size"])
+    except Exception:  # whatever a pickle raises that was written over
+        return f"holds {first}, which cannot be read"
+    return _first(
+        lambda name: problem_of_file(folder, name), *(f"{prefix}rank{rank}.pt" for rank in range(1, count))
+    )
+
+
+def _first(problem: Callable[[str], str | None], *names: str) -> str | None:
+    return next((found for found in map(problem, names) if found is not None), None)
