@@ -157,3 +157,14 @@ def share_activation(experts: nn.ModuleList) -> nn.Module:
         del expert.activation_func
         object.__setattr__(expert, "activation_func", shared)
     return shared
+
+
+def count_in_norm(*linears: nn.Module) -> None:
+    """Let the gradient's norm count grouped linear layers' parameters of every tensor-parallel rank.
+
+    Transformer Engine marks those of its other layers so, and those of grouped ones up to 2.12 only. Without
+    the mark Megatron takes them for copies of the first rank's.
+    """
+    for linear in linears:
+        for parameter in linear.parameters():
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]

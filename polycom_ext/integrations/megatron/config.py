@@ -99,6 +99,12 @@ def check_arguments(args: Any, config: TransformerConfig) -> None:
     """
     reason = _wrong_layout(config)
     name = getattr(config, "polycom_activation", None)
+    if reason is None and name is None and _norm_misses_experts(config) and args.clip_grad > 0:
+        reason = (
+            "--moe-grouped-gemm under tensor parallelism, with Transformer Engine 2.13 or later: the norm "
+            "by which Megatron clips leaves out the experts of every rank but the first: remove "
+            "--moe-grouped-gemm or give --clip-grad 0"
+        )
     if reason is None and name is not None:
         if args.moe_use_upcycling:
             reason = "--moe-use-upcycling copies a dense model's fixed activation into the experts"
@@ -109,6 +115,15 @@ def check_arguments(args: Any, config: TransformerConfig) -> None:
                 reason = "--use-megatron-fsdp has not been tried with its float32 coefficients: remove it"
     if reason is not None:
         raise PolycomError(reason if name is None else f"--polycom-activation {name}: {reason}")
+
+
+def _norm_misses_experts(config: TransformerConfig) -> bool:
+    """Whether grouped experts are left out of the gradient's norm where `count_in_norm` is not called."""
+    if not (config.num_moe_experts and config.moe_grouped_gemm and config.tensor_model_parallel_size > 1):
+        return False
+    from megatron.core.utils import is_te_min_version
+
+    return config.transformer_impl == "transformer_engine" and bool(is_te_min_version("2.13.0"))
 
 
 def prepare_config(config: TransformerConfig) -> None:

@@ -12,6 +12,7 @@ from polycom_ext import upstream
 
 from ..zygotes.forked_ranks import Zygote
 
+ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
 
 CPU_OPTIONS = """
@@ -50,12 +51,13 @@ class Run:
 class Trainer:
     """Runs the training entry in forked ranks of one process that has imported it."""
 
-    def __init__(self, tree: Path, folder: Path) -> None:
+    def __init__(self, tree: Path, folder: Path, environment: dict[str, str] | None = None) -> None:
         self._folder = folder
         self._count = 0
         self.log = folder
         """What the run says that has begun last."""
-        self._zygote = Zygote(Path(__file__).with_name("zygote.py"), [tree], ENVIRONMENT)
+        environment = {**ENVIRONMENT, **(environment or {})}
+        self._zygote = Zygote(Path(__file__).with_name("zygote.py"), [tree, ROOT], environment)
 
     def __call__(
         self,

@@ -1,13 +1,20 @@
-"""Serves ranks of the Megatron training entry, or of a script beside this one; see forked_ranks.py."""
+"""Serves ranks of the Megatron training entry, or of a script beside this one; see forked_ranks.py.
+
+Where POLYCOM_TE_SOURCES names an unpacked wheel of Transformer Engine, they find it over a stand-in for its
+compiled module.
+"""
 
 import importlib
+import os
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 from forked_ranks import serve
 
 from polycom_ext.integrations.megatron import pretrain, rehearsal
+from tests.integrations.transformer_engine import standin
 
 
 def _entry(request: dict[str, Any]) -> None:
@@ -18,12 +25,22 @@ def _entry(request: dict[str, Any]) -> None:
     pretrain.main()
 
 
-if __name__ == "__main__":
+def _main() -> None:
+    sources = os.environ.get("POLYCOM_TE_SOURCES")
+    if sources:
+        standin.install(Path(sources))
+        standin.without_driver()
     rehearsal.enable()
     rehearsal.enable = lambda: None  # done, for every rank that is forked from here
+    if sources:
+        standin.name_a_device()
     importlib.import_module("polycom_ext.integrations.megatron.gpt")
     writers = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     results_queue = writers.get_write_results_queue
     # Spawned, as upstream does it but for a persistent writer, it imports torch for each rank that saves.
     writers.get_write_results_queue = lambda mp_mode="fork": results_queue(mp_mode)
     serve(_entry)
+
+
+if __name__ == "__main__":
+    _main()

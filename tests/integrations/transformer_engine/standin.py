@@ -3,26 +3,28 @@
 `install(sources)` lets `import transformer_engine` find an unpacked `transformer-engine` wheel, and the
 compiled module and the others that no test makes use of: packages for debugging, TE's ONNX export and Triton
 kernels. The names that TE only mentions (enumerations it compares, kernels it may call) are `Placeholder`s,
-which raise when called. What the tests do call torch forms, below: TE's matrix products, layer norm and the
-sum of a bias's gradient. `without_driver()` puts these functions where a compiled module, the real one too,
-has kernels.
+which raise when called. What the tests do call torch forms, in kernels.py. `without_driver()` puts these
+functions where a compiled module, the real one too, has kernels.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import os
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
+
+from tests.integrations.transformer_engine.kernels import KERNELS
 
 COMPILED = "transformer_engine_torch"
 UNUSED = ("nvdlfw_inspect", "transformer_engine.pytorch.onnx_extensions", "transformer_engine.pytorch.triton")
@@ -133,61 +135,6 @@ class FP8TensorMeta:
         self.scale = self.scale_inv = self.amax_history = None
 
 
-def generic_gemm(
-    A: Tensor,
-    transA: bool,
-    B: Tensor,
-    transB: bool,
-    D: Tensor | None,
-    quantizer: Any,
-    output_dtype: Any,
-    bias: Tensor | None,
-    bias_type: Any,
-    gelu: bool,
-    gelu_in: Any,
-    grad: bool,
-    workspace: Any,
-    workspace_size: int,
-    accumulate: bool,
-    *rest: Any,
-    **keywords: Any,
-) -> tuple[Tensor, None, None, None]:
-    """D = op(B) op(A), matrices of rows: what cuBLAS, column by column, calls op(A) op(B)."""
-    a, b = A.reshape(-1, A.shape[-1]), B.reshape(-1, B.shape[-1])
-    out = (b.T if transB else b) @ (a.T if transA else a)
-    if not transB:
-        out = out.reshape(*B.shape[:-1], out.shape[-1])
-    if bias is not None and not grad:
-        out = out + bias
-    if D is not None:
-        out = D.add_(out) if accumulate else D.copy_(out)
-    return out, None, None, None
-
-
-def layernorm_fwd(
-    input: Tensor, weight: Tensor, bias: Tensor, eps: float, ln_out: Any, quantizer: Any, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    mean = input.mean(dim=-1)
-    rstd = (input.var(dim=-1, unbiased=False) + eps).rsqrt()
-    out = (input - mean[:, None]) * rstd[:, None] * weight + bias
-    return out if quantizer is None else quantizer(out), mean, rstd
-
-
-def layernorm_bwd(
-    dz: Tensor, x: Tensor, mu: Tensor, rsigma: Tensor, gamma: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    normal, scaled = (x - mu[:, None]) * rsigma[:, None], dz * gamma
-    dots = (scaled * normal).mean(dim=-1, keepdim=True)
-    dx = (scaled - scaled.mean(dim=-1, keepdim=True) - normal * dots) * rsigma[:, None]
-    return dx, (dz * normal).sum(dim=0), dz.sum(dim=0)
-
-
-def bgrad_quantize(input: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
-    return input.sum(dim=tuple(range(input.dim() - 1))), quantizer(input)
-
-
-KERNELS = (generic_gemm, layernorm_fwd, layernorm_bwd, bgrad_quantize)
-"""What needs a driver in the real module, and the tests call."""
 REAL: dict[str, Any] = {}
 """What stood where a kernel of KERNELS stands now."""
 TYPES = (DType, FP8FwdTensors, FP8BwdTensors, FP8TensorMeta)
@@ -197,7 +144,7 @@ def install(sources: Path) -> None:
     """Let `import transformer_engine` find the unpacked wheel in `sources`."""
     tex = PlaceholderModule(COMPILED)
     tex.__spec__ = importlib.machinery.ModuleSpec(COMPILED, None)
-    for one in TYPES:
+    for one in (*TYPES, *KERNELS):  # present at import, for whoever imports all there is
         setattr(tex, one.__name__, one)
     sys.modules[COMPILED] = tex
     sys.meta_path.insert(0, Finder())
@@ -227,11 +174,36 @@ def without_driver() -> None:
                 setattr(module, one.__name__, one)
     replaced: dict[str, Any] = {
         "utils._empty_tensor": lambda: torch.empty(0),
-        "cpp_extensions.gemm.get_cublas_workspace": lambda *_: torch.empty(0, dtype=torch.uint8),
+        "cpp_extensions.gemm.get_cublas_workspace": lambda *_: torch.empty(1, 1, dtype=torch.uint8),
         "quantization.check_recipe_support": lambda recipe: None,
         "quantization.get_device_compute_capability": lambda: (9, 0),
+        "attention.dot_product_attention.utils.get_cudnn_version": lambda: (9, 10, 0),
     }
     for path, function in replaced.items():
         place, _, name = path.rpartition(".")
         setattr(sys.modules[f"transformer_engine.pytorch.{place}"], name, function)
     torch.cuda.is_current_stream_capturing = lambda: False
+    layers = importlib.import_module("transformer_engine.pytorch")
+    layer, attention = layers.module.base.TransformerEngineBaseModule, layers.DotProductAttention
+    for kind, name in ((layer, "__init__"), (layer, "prepare_forward"), (attention, "forward")):
+        setattr(kind, name, _as_if_on_a_gpu(getattr(kind, name)))
+
+
+def name_a_device() -> None:
+    """Let torch.cuda tell of one Hopper, as TE's layers ask; after the rehearsal, which has none."""
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+
+
+def _as_if_on_a_gpu(check: Callable[..., Any]) -> Callable[..., Any]:
+    """`check`, in which TE asserts that there is a GPU, or that a tensor lies on it."""
+
+    @functools.wraps(check)
+    def passes(*args: Any, **kwargs: Any) -> Any:
+        with (
+            mock.patch.object(torch.cuda, "is_available", return_value=True),
+            mock.patch.object(torch.Tensor, "is_cuda", True, create=True),
+        ):
+            return check(*args, **kwargs)
+
+    return passes

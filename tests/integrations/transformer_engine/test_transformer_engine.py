@@ -23,9 +23,8 @@ WHEELS = {
 """The first with the extension API, the first with forward-backward fusions, the last; Python only, 1 MB."""
 
 
-@pytest.fixture
-def sources(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    version = request.param
+def unpack(version: str, folder: Path) -> Path:
+    """The wheel's files, in `folder`; skips the test where it cannot be had."""
     filename = f"transformer_engine-{version}-py3-none-any.whl"
     try:
         wheel = download.from_pypi("transformer-engine", version, filename, WHEELS[version])
@@ -33,8 +32,13 @@ def sources(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         if "reachable" not in str(error):
             raise
         pytest.skip(str(error))
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    return tmp_path
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def sources(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return unpack(request.param, tmp_path)
 
 
 OTHERS = [pytest.param(version, marks=pytest.mark.full) for version in list(WHEELS)[:-1]]

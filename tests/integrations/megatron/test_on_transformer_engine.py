@@ -1,0 +1,91 @@
+"""Megatron's layers on Transformer Engine's are the local ones, in every layout, and so are its op fuser's.
+
+TE's real Python over a stand-in for its compiled module; attention is its unfused one, in plain torch.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ..transformer_engine.test_transformer_engine import WHEELS, unpack
+from .conftest import Trainer
+from .test_layouts import BIASED, DENSE, MLP_ACT, MOE, MOE_MODEL, SHARED_EXPERT_AND_MTP, Start, assert_same
+from .test_layouts import start as start
+
+pytestmark = pytest.mark.full
+
+# Of extra state, which TE's layers have and the local ones' checkpoints lack, nothing is said.
+ON_TE = """
+    --transformer-impl transformer_engine --attention-backend unfused --dist-ckpt-strictness log_all
+""".split()
+FUSER = [*ON_TE, *"--spec tests.integrations.megatron.fused_layers spec".split()]
+GROUPED = [*ON_TE, "--moe-grouped-gemm"]
+MOE_ACT = "--recompute-granularity selective --recompute-modules moe_act".split()
+
+ONE = {"one process": (1, "")}
+
+
+@pytest.fixture(scope="module")
+def on_te(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    """Train with Transformer Engine at hand."""
+    folder = tmp_path_factory.mktemp("on_te")
+    sources = unpack(list(WHEELS)[-1], folder / "sources")
+    trainer = Trainer(tree, folder, {"POLYCOM_TE_SOURCES": str(sources)})
+    yield trainer
+    trainer.close()
+
+
+@pytest.mark.parametrize("layout", ["one process", "TP2", "TP2+SP"])
+@pytest.mark.parametrize("layers", [ON_TE, FUSER], ids=["layers", "op fuser"])
+def test_dense(on_te: Trainer, start: Start, layers: list[str], layout: str) -> None:
+    """From a checkpoint of the local layers; row sums are exact over the group, biases sharded."""
+    options, straight = start("polynorm", BIASED)
+    processes, more = {**ONE, **DENSE}[layout]
+    assert_same(on_te(*options, *layers, *more.split(), processes=processes), straight)
+
+
+@pytest.mark.parametrize("layers", [ON_TE, FUSER], ids=["layers", "op fuser"])
+def test_dense_without_biases_and_recomputed(on_te: Trainer, start: Start, layers: list[str]) -> None:
+    options, straight = start("polyrelu", [])
+    processes, more = DENSE["TP2+SP"]
+    assert_same(on_te(*options, *layers, *more.split(), *MLP_ACT, processes=processes), straight)
+
+
+@pytest.fixture(scope="module")
+def experts(on_te: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Experts of TE's layers, one after the other, from a checkpoint of their own.
+
+    The local layers' has the norm before them under another key.
+    """
+    return Start(on_te, tmp_path_factory.mktemp("experts"))
+
+
+def test_experts_one_after_the_other_are_the_local_ones(on_te: Trainer, train: Trainer) -> None:
+    options = [*SHARED_EXPERT_AND_MTP, "--polycom-activation", "polynorm"]
+    assert_same(on_te(*options, *ON_TE), train(*options))
+
+
+@pytest.mark.parametrize("layout", ["one process", *MOE])
+def test_grouped_experts(on_te: Trainer, experts: Start, layout: str) -> None:
+    """With a shared one beside them, and MTP."""
+    options, straight = experts("polynorm", [*SHARED_EXPERT_AND_MTP, *ON_TE])
+    processes, more = {**ONE, **MOE}[layout]
+    recomputed = MOE_ACT if layout == "ETP2" else []
+    assert_same(on_te(*options, *GROUPED, *more.split(), *recomputed, processes=processes), straight)
+
+
+def test_grouped_experts_with_biases(on_te: Trainer, experts: Start) -> None:
+    options, straight = experts("polynorm", [*BIASED, *MOE_MODEL, *GROUPED], MOE["EP2"][1], 2)
+    processes, more = MOE["TP2, ETP1, EP2"]
+    assert_same(on_te(*options, *more.split(), processes=processes), straight)
+
+
+@pytest.mark.parametrize("clip", ["1", "0"])
+def test_what_clips_by_a_wrong_norm_is_refused(on_te: Trainer, clip: str) -> None:
+    """GELU's experts, which nobody marks; without clipping the norm is only written down."""
+    processes, more = MOE["ETP2"]
+    run = on_te(*MOE_MODEL, *GROUPED, *more.split(), "--clip-grad", clip, processes=processes, iterations=1)
+    refused = "leaves out the experts of every rank but the first" in run.log
+    assert refused is (clip == "1")
+    assert (2 in run.statuses) is refused

@@ -1,0 +1,170 @@
+"""What Transformer Engine's compiled module has a GPU do, by torch: under its names, with its parameters.
+
+`make test-te` holds the names and parameters against the real module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = list[list[Tensor]]
+"""Of a multi-tensor kernel: lists of equal length, as gradients, parameters, …"""
+
+
+def generic_gemm(
+    A: Tensor,
+    transA: bool,
+    B: Tensor,
+    transB: bool,
+    D: Tensor | None,
+    quantizer: Any,
+    output_dtype: Any,
+    bias: Tensor | None,
+    bias_type: Any,
+    gelu: bool,
+    gelu_in: Any,
+    grad: bool,
+    workspace: Any,
+    workspace_size: int,
+    accumulate: bool,
+    *rest: Any,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor | None, None, None]:
+    """D = op(B) op(A), matrices of rows: what cuBLAS, column by column, calls op(A) op(B)."""
+    a, b = A.reshape(-1, A.shape[-1]), B.reshape(-1, B.shape[-1])
+    out = (b.T if transB else b) @ (a.T if transA else a)
+    if not transB:
+        out = out.reshape(*B.shape[:-1], out.shape[-1])
+    if bias is not None and not grad:
+        out = out + bias
+    if D is not None:
+        out = D.add_(out) if accumulate else D.copy_(out)
+    return out, b.sum(dim=0) if grad and bias is not None else None, None, None
+
+
+def te_general_grouped_gemm(
+    A: list[Tensor],
+    transa: bool,
+    B: list[Tensor],
+    transb: bool,
+    D: list[Tensor] | None,
+    D_type: Any,
+    m_splits: list[int],
+    bias: list[Tensor],
+    bias_type: Any,
+    single_output: bool,
+    pre_gelu_out: list[Tensor],
+    grad: bool,
+    workspace: Any,
+    workspaceSize: int,
+    accumulate: bool,
+    *rest: Any,
+) -> list[Tensor]:
+    """A product for each of the lists' places; in `single_output` the results lie one after the other."""
+    assert D is not None
+    outs = list(D[0].split(m_splits)) if single_output else D
+    for a, b, out, one in zip(A, B, outs, bias, strict=True):
+        product = (b.T if transb else b) @ (a.T if transa else a)
+        if one.numel():
+            if grad:
+                one.copy_(b.sum(dim=0))
+            else:
+                product = product + one
+        out.add_(product) if accumulate else out.copy_(product)
+    return bias
+
+
+def layernorm_fwd(
+    input: Tensor, weight: Tensor, bias: Tensor, eps: float, ln_out: Any, quantizer: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = input.mean(dim=-1)
+    rstd = (input.var(dim=-1, unbiased=False) + eps).rsqrt()
+    out = (input - mean[:, None]) * rstd[:, None] * weight + bias
+    return out if quantizer is None else quantizer(out), mean, rstd
+
+
+def layernorm_bwd(
+    dz: Tensor, x: Tensor, mu: Tensor, rsigma: Tensor, gamma: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    normal, scaled = (x - mu[:, None]) * rsigma[:, None], dz * gamma
+    dots = (scaled * normal).mean(dim=-1, keepdim=True)
+    dx = (scaled - scaled.mean(dim=-1, keepdim=True) - normal * dots) * rsigma[:, None]
+    return dx, (dz * normal).sum(dim=0), dz.sum(dim=0)
+
+
+def rmsnorm_fwd(
+    input: Tensor, weight: Tensor, eps: float, ln_out: Any, quantizer: Any, *rest: Any
+) -> tuple[Tensor, None, Tensor]:
+    rstd = (input.square().mean(dim=-1) + eps).rsqrt()
+    out = input * rstd[:, None] * weight
+    return out if quantizer is None else quantizer(out), None, rstd
+
+
+def rmsnorm_bwd(dz: Tensor, x: Tensor, rsigma: Tensor, gamma: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    normal, scaled = x * rsigma[:, None], dz * gamma
+    dots = (scaled * normal).mean(dim=-1, keepdim=True)
+    return (scaled - normal * dots) * rsigma[:, None], (dz * normal).sum(dim=0)
+
+
+def bgrad_quantize(input: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    return input.sum(dim=tuple(range(input.dim() - 1))), quantizer(input)
+
+
+def multi_tensor_l2norm(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: Tensors, per_tensor: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    norms = torch.stack([one.norm() for one in tensor_lists[0]])
+    return norms.norm().view(1), norms if per_tensor else norms.new_empty(0)
+
+
+def multi_tensor_scale(
+    chunk_size: int, is_infinite: Tensor, tensor_lists: Tensors, scale: float | Tensor
+) -> None:
+    for one, out in zip(*tensor_lists, strict=True):
+        out.copy_(one * scale)
+
+
+def multi_tensor_scale_tensor(
+    chunk_size: int, is_infinite: Tensor, tensor_lists: Tensors, scale: Tensor
+) -> None:
+    multi_tensor_scale(chunk_size, is_infinite, tensor_lists, scale)
+
+
+def multi_tensor_adam(
+    chunk_size: int,
+    noop_flag: Tensor,
+    tensor_lists: Tensors,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: int,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+) -> None:
+    assert mode == 1  # AdamW
+    assert bias_correction == 1
+    for gradient, parameter, first, second in zip(*tensor_lists, strict=True):
+        first.lerp_(gradient, 1 - beta1)
+        second.lerp_(gradient.square(), 1 - beta2)
+        root = (second / (1 - beta2**step)).sqrt() + epsilon
+        parameter.sub_(lr * (first / (1 - beta1**step) / root + weight_decay * parameter))
+
+
+KERNELS = (
+    generic_gemm,
+    te_general_grouped_gemm,
+    layernorm_fwd,
+    layernorm_bwd,
+    rmsnorm_fwd,
+    rmsnorm_bwd,
+    bgrad_quantize,
+    multi_tensor_l2norm,
+    multi_tensor_scale,
+    multi_tensor_scale_tensor,
+    multi_tensor_adam,
+)
