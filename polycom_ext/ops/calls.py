@@ -1,4 +1,7 @@
-"""What every operation asks of a call: the type to compute in, the ranks that share a row, torch.func."""
+"""What every operation asks of a call: the type to compute in, the ranks that share a row, torch.func.
+
+And what is done with a factor a row where no fused operation does it.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,11 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group_size(group) > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def scale_rows(y: Tensor, row_scale: Tensor | None) -> Tensor:
+    """y * row_scale[..., None], in the wider of the two types, then rounded to y's."""
+    return y if row_scale is None else (y * row_scale.unsqueeze(-1)).to(y.dtype)
 
 
 def transformed() -> bool:

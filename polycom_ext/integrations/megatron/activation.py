@@ -32,6 +32,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from polycom_ext.activations import build
+from polycom_ext.ops.calls import scale_rows
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -73,8 +74,7 @@ class _InMLP(nn.Module):
                 counts = torch.tensor(tokens_per_expert, device=x.device)
                 bias = bias.repeat_interleave(counts, dim=0, output_size=x.shape[0])
             x = x + bias
-        y = cast(Tensor, act(x))
-        return y if token_weight is None else (y * token_weight.unsqueeze(-1)).to(y.dtype)
+        return scale_rows(cast(Tensor, act(x)), token_weight)
 
     def of_experts(
         self, biases: list[Tensor] | None, tokens_per_expert: list[int]

@@ -22,7 +22,7 @@ from transformer_engine.pytorch.utils import canonicalize_device
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.transformer_engine import quantization
-from polycom_ext.ops.calls import group_size
+from polycom_ext.ops.calls import group_size, scale_rows
 from polycom_ext.ops.polynomial import dispatch, fused
 from polycom_ext.ops.polynomial.dispatch import Path
 from polycom_ext.ops.polynomial.inputs import Inputs
@@ -59,10 +59,7 @@ class Activation(BasicOperation):
     def __init__(self, module: nn.Module, *, activation_recompute_in_mlp: bool = False) -> None:
         super().__init__()
         if not module._parameters or module._modules:
-            raise PolycomError(
-                f"{type(module).__name__} is no activation with parameters of its own, which an operation of "
-                "ours is for: take one of transformer_engine.pytorch.ops, as GELU or SwiGLU"
-            )
+            raise _nothing_to_learn(type(module).__name__)
         object.__setattr__(self, "module", module)  # not as a submodule, which would prefix the names
         self._parameters = module._parameters
         self.activation_recompute_in_mlp = activation_recompute_in_mlp
@@ -190,8 +187,7 @@ class Activation(BasicOperation):
         inputs = self._inputs(x, pre_bias, row_scale)
         if inputs is not None:
             return dispatch.polynomial(inputs._replace(**parameters), group=self._group)
-        y: Tensor = torch.func.functional_call(self.module, parameters, (x,))
-        return y if row_scale is None else (y * row_scale.unsqueeze(-1)).to(y.dtype)
+        return scale_rows(torch.func.functional_call(self.module, parameters, (x,)), row_scale)
 
     def _by_formula(
         self, given: Sequence[Tensor | None], grad_output: Tensor
@@ -251,6 +247,13 @@ def _typed(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
     return None if gradient is None or of is None else gradient.to(of.dtype)
 
 
+def _nothing_to_learn(activation: str) -> PolycomError:
+    return PolycomError(
+        f"the activation {activation} has no parameters of its own, which an operation of ours is for: take "
+        "one of transformer_engine.pytorch.ops, as GELU or SwiGLU"
+    )
+
+
 def operation_of(
     module: nn.Module, *, scaled: bool = False, activation_recompute_in_mlp: bool = False
 ) -> Activation:
@@ -274,10 +277,7 @@ def named(name: str, *, scaled: bool = False) -> type[Activation]:
     """
     entry = activations.find(name)
     if not entry.learnable or entry.gated:
-        raise PolycomError(
-            f"activation {name!r} has no parameters to learn, which an operation of ours is for: take one of "
-            "transformer_engine.pytorch.ops, as GELU or SwiGLU"
-        )
+        raise _nothing_to_learn(repr(name))
     target = entry.load()
     base = ScaledActivation if scaled else Activation
     constants = getattr(target, "constants", ())

@@ -403,9 +403,9 @@ def test_under_delayed_scaling_y_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_learns_nothing_is_refused_by_name() -> None:
-    with pytest.raises(PolycomError, match="GELU is no activation with parameters"):
+    with pytest.raises(PolycomError, match="activation GELU has no parameters of its own"):
         room.operation_of(nn.GELU())
-    with pytest.raises(PolycomError, match="'swiglu' has no parameters"):
+    with pytest.raises(PolycomError, match="activation 'swiglu' has no parameters of its own"):
         room.named("swiglu")
     with pytest.raises(PolycomError, match="unknown activation 'polynrom'"):
         room.named("polynrom")
