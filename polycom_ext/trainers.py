@@ -1,8 +1,8 @@
-"""The trainers that a run spec may name, the forms of token files, and where the adapter of each one lives.
+"""The trainers that a run spec may name, the forms of token files and checkpoints, and where each lives.
 
 Another package adds its own as entry points: NAME = "MODULE:CLASS" under `polycom_ext.trainers`, a class that
 keeps the contract of `runs/adapter.py`, and NAME = "MODULE:OBJECT" under `polycom_ext.token_formats`, a
-`TokenFormat` of `data/formats.py`.
+`TokenFormat` of `data/formats.py`, or under `polycom_ext.checkpoints`, a `Form` of `checkpoints/forms.py`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ OUR_FORMATS = {
 """`--format` of `polycom data prepare` -> the form of token files."""
 DEFAULT_FORMAT = "megatron"
 
+CHECKPOINT_GROUP = "polycom_ext.checkpoints"
+OUR_CHECKPOINTS = {
+    "megatron": "polycom_ext.integrations.megatron.conversion:CHECKPOINTS",
+    "hf": "polycom_ext.integrations.huggingface.conversion:CHECKPOINTS",
+}
+"""Forms of checkpoints -> what reads or writes them."""
+
 
 def names() -> list[str]:
     """The trainers there are, ours first."""
@@ -47,6 +54,12 @@ def format_names() -> list[str]:
 def token_format(name: str) -> Any:
     """The form of token files of that name; raises PolycomError as `find`."""
     return _load("token format", name, _known(FORMAT_GROUP, OUR_FORMATS))
+
+
+def checkpoint_forms() -> dict[str, Any]:
+    """The forms of checkpoints there are by name, ours first."""
+    known = _known(CHECKPOINT_GROUP, OUR_CHECKPOINTS)
+    return {name: _load("form of checkpoints", name, known) for name in known}
 
 
 def _known(group: str, ours: Mapping[str, str]) -> dict[str, EntryPoint]:

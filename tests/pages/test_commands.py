@@ -163,7 +163,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"polycom run .*", shortened),
     (r"polycom node .*", on_each_node),
     (r"polycom (logs|stop) .*", of_a_run),
-    (r"polycom (upstream|data|status|report|doctor)( .*)?", as_written),
+    (r"polycom (convert|upstream|data|status|report|doctor)( .*)?", as_written),
     (r"mkdir patches/megatron-next .*", with_a_pin),
     (r"git .*", as_written),
     (r"\.venv/bin/pytest .*", by_this_python),

@@ -18,7 +18,7 @@ OVERRIDE = "polycom_allow_other_activation"
 
 
 @dataclass(frozen=True)
-class _Function:
+class Function:
     """An activation up to what it learns."""
 
     name: str
@@ -37,17 +37,17 @@ def constants(activation: str) -> dict[str, Any]:
     return {"order": order, **fixed} if entry.ordered else fixed
 
 
-def _function(args: Namespace) -> _Function:
+def trained_function(args: Namespace) -> Function:
     named = getattr(args, "polycom_activation", None)
     if named is not None:
         saved = getattr(args, "polycom_constants", None)
-        return _Function(parse(named)[0].name, constants(named) if saved is None else saved)
+        return Function(parse(named)[0].name, constants(named) if saved is None else saved)
     for name, flags in FLAGS.items():
         if flags and all(
             getattr(args, flag.replace("-", "_"), None) == value for flag, value in flags.items()
         ):
-            return _Function(name, {})
-    return _Function("quick_geglu" if getattr(args, "quick_geglu", False) else "gelu", {})
+            return Function(name, {})
+    return Function("quick_geglu" if getattr(args, "quick_geglu", False) else "gelu", {})
 
 
 def check_activation(args: Namespace, checkpoint_args: Namespace) -> None:
@@ -58,7 +58,7 @@ def check_activation(args: Namespace, checkpoint_args: Namespace) -> None:
     """
     if getattr(args, OVERRIDE, False):
         return
-    ours, theirs = _function(args), _function(checkpoint_args)
+    ours, theirs = trained_function(args), trained_function(checkpoint_args)
     if ours != theirs:
         raise PolycomError(
             f"the checkpoint's activation is {theirs}, the arguments ask for {ours}: name the checkpoint's, "

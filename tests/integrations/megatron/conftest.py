@@ -68,16 +68,29 @@ class Trainer:
         stop_when: str | None = None,
     ) -> Run:
         """Train; options are Megatron's, after the tiny model's and the CPU's."""
-        self._count += 1
-        metrics, self.log = self._folder / f"{self._count}.jsonl", self._folder / f"{self._count}.log"
-        arguments = [
-            *CPU_OPTIONS,
-            *TINY,
-            *("--train-iters", str(iterations), "--polycom-metrics", str(metrics)),
-            *options,
-        ]
+        arguments = [*CPU_OPTIONS, *TINY, *options]
         if BIASES in options:
             arguments = [option for option in arguments if option not in (BIASES, "--disable-bias-linear")]
+        return self.exactly(
+            *arguments,
+            processes=processes,
+            iterations=iterations,
+            kill_when=kill_when,
+            stop_when=stop_when,
+        )
+
+    def exactly(
+        self,
+        *options: str,
+        processes: int = 1,
+        iterations: int = 5,
+        kill_when: str | None = None,
+        stop_when: str | None = None,
+    ) -> Run:
+        """Train with these options and no others but for the length and the metrics."""
+        self._count += 1
+        metrics, self.log = self._folder / f"{self._count}.jsonl", self._folder / f"{self._count}.log"
+        arguments = ["--train-iters", str(iterations), "--polycom-metrics", str(metrics), *options]
         request = {
             "arguments": arguments,
             "processes": processes,
@@ -95,14 +108,15 @@ class Trainer:
             pytest.fail(f"training failed with {run.statuses}:\n{run.log[-6000:]}")
         return run
 
-    def script(self, name: str) -> dict[str, Any]:
+    def script(self, name: str, *arguments: str) -> Any:
         """What a script beside this file prints last, as JSON; it finds Megatron imported."""
-        log = self._folder / f"{name}.log"
-        request = {"script": str(Path(__file__).with_name(name)), "processes": 1, "log": str(log)}
+        self._count += 1
+        log = self._folder / f"{self._count}-{name}.log"
+        request: dict[str, Any] = {"script": str(Path(__file__).with_name(name)), "arguments": arguments}
+        request |= {"processes": 1, "log": str(log)}
         statuses = self._zygote.run({**request, "timeout": 120})
         assert statuses == [0], log.read_text()[-6000:]
-        said: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
-        return said
+        return json.loads(log.read_text().splitlines()[-1])
 
     def close(self) -> None:
         """End the forking process."""

@@ -19,6 +19,7 @@ from tests.integrations.transformer_engine import standin
 
 def _entry(request: dict[str, Any]) -> None:
     if script := request.get("script"):
+        sys.argv = [script, *request.get("arguments", [])]
         runpy.run_path(script, run_name="__main__")
         return
     sys.argv = ["pretrain", *request["arguments"]]

@@ -1,0 +1,85 @@
+"""`polycom convert SOURCE TARGET --to FORM`: a checkpoint in another form, on a CPU, a shard at a time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from polycom_ext import arguments, trainers
+from polycom_ext._version import __version__
+from polycom_ext.checkpoints.forms import Options, Reads, Writes
+from polycom_ext.checkpoints.model import Model, checked
+from polycom_ext.data.progress import progress
+from polycom_ext.errors import PolycomError, did_you_mean
+from polycom_ext.files import exclusive, sha256
+
+MANIFEST = "conversion.json"
+"""What was made of what, and the hash of each file."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a run's directory, or a checkpoint")
+    parser.add_argument(
+        "target", metavar="TARGET", type=arguments.output, help="a folder that does not exist"
+    )
+    parser.add_argument("--to", required=True, metavar="FORM", help="the form to write: hf")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights (default: as they are); coefficients stay float32"
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json to go with it")
+    parser.add_argument(
+        "--shard-bytes",
+        type=arguments.count,
+        default=Options.shard_bytes,
+        metavar="N",
+        help=f"size of a file of weights, what has to fit in memory (default: {Options.shard_bytes})",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Convert; the target appears whole or not at all."""
+    writer = _writer(args.to)
+    if args.target.exists():
+        raise PolycomError(f"{args.target} exists, and nothing is written over: name another folder")
+    if args.tokenizer is not None and not args.tokenizer.is_file():
+        raise PolycomError(f"--tokenizer {args.tokenizer} does not exist")
+    model = _opened(args.source)
+    options = Options(args.dtype, args.shard_bytes, args.tokenizer)
+    partial = args.target.with_name(f".{args.target.name}.partial")
+    with exclusive(partial):
+        _write(writer, checked(model), partial / "made", options)
+        (partial / "made").rename(args.target)
+    shutil.rmtree(partial)
+    print(f"{args.target}: {model.config['activation']['name']} of {model.source}")
+    return 0
+
+
+def _writer(name: str) -> Writes:
+    forms = {form: one for form, one in trainers.checkpoint_forms().items() if isinstance(one, Writes)}
+    if name not in forms:
+        raise PolycomError(f"--to {name}{did_you_mean(name, forms)}: the forms are {', '.join(forms)}")
+    return forms[name]
+
+
+def _opened(source: Path) -> Model:
+    if not source.is_dir():
+        raise PolycomError(f"{source} is no folder, so no checkpoint")
+    readers = [form for form in trainers.checkpoint_forms().values() if isinstance(form, Reads)]
+    for form in readers:
+        found = form.find(source)
+        if found is not None:
+            return form.read(found)
+    raise PolycomError(f"{source} holds no checkpoint that can be read here")
+
+
+def _write(writer: Writes, model: Model, folder: Path, options: Options) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was interrupted
+    folder.mkdir()
+    with progress(len(model.tensors), "converting") as bar:
+        writer.write(model, folder, options, lambda size: bar.update(1))
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    told = {"source": model.source, "polycom-ext": __version__, "sha256": files}
+    (folder / MANIFEST).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,41 @@
+"""What a form of checkpoints does for `polycom convert`; found by name in trainers.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from polycom_ext.checkpoints.model import Model
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may wish of what is written."""
+
+    dtype: str | None = None
+    """Of the weights, as torch names it; None leaves them as they are."""
+    shard_bytes: int = 5 * 10**9
+    """What a file of weights may hold, but for a single tensor that is larger."""
+    tokenizer: Path | None = None
+    """A tokenizer.json to go with it."""
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """A form that can be read."""
+
+    def find(self, path: Path) -> Path | None:
+        """The newest checkpoint of this form in a folder, that of a run or itself; None if there is none."""
+
+    def read(self, path: Path) -> Model:
+        """Open it. Raises PolycomError where it is damaged, or its model is not one that can be expressed."""
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """A form that can be written."""
+
+    def write(self, model: Model, folder: Path, options: Options, advance: Callable[[int], object]) -> None:
+        """Write a model into an empty folder; `advance` is told the bytes of each tensor."""
