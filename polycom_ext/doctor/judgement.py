@@ -287,6 +287,8 @@ def folder(found: Folder, for_run: bool) -> Finding:
     """A place that is written to."""
     name = found.purpose if found.purpose == SHARED else f"disk, {found.purpose}"
     text, stops = f"{found.free / GIB:.1f} GiB free in {found.path}", for_run and found.purpose == RUNS
+    if found.problem:
+        return Finding(name, Mark.WRONG, found.problem)
     if not found.writable:
         return Finding(name, Mark.WRONG, f"{found.path} cannot be written to", "name another place", stops)
     if found.free < LEAST_FREE:

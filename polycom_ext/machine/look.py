@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,8 @@ class Folder:
     free: int
     """Bytes."""
     writable: bool
+    problem: str = ""
+    """Why there is none, and the way out."""
 
 
 @dataclass(frozen=True)
@@ -209,15 +211,19 @@ def _nvcc(torch: Torch) -> Compiler:
     return Compiler(path, release)
 
 
-def _folders(runs: Path) -> list[Folder]:
+def _folders(runs: Path) -> Iterator[Folder]:
+    yield folder(RUNS, runs.absolute())
     try:
-        cache = download.cache_dir()
-    except PolycomError:
-        cache = Path.home()
-    places = {RUNS: runs, "cache": cache, "temporary files": Path(tempfile.gettempdir())}
+        yield folder("cache", download.cache_dir().absolute())
+    except (PolycomError, OSError) as error:  # without a home: none that is this user's, or no place for one
+        yield Folder("cache", "", 0, False, str(error))
+    try:
+        yield folder("temporary files", Path(tempfile.gettempdir()).absolute())
+    except OSError:
+        problem = "there is no place for them that can be written; set TMPDIR to one"
+        yield Folder("temporary files", "", 0, False, problem)
     if SHARED_MEMORY.exists():
-        places[SHARED] = SHARED_MEMORY
-    return [folder(purpose, path.absolute()) for purpose, path in places.items()]
+        yield folder(SHARED, SHARED_MEMORY)
 
 
 def folder(purpose: str, path: Path) -> Folder:

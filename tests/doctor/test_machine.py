@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,47 @@ def test_a_folder_that_is_not_made_yet_is_judged_by_the_one_above(tmp_path: Path
     (tmp_path / "file").touch()
     assert not machine.folder("runs", tmp_path / "file" / "small").writable
     assert not machine.folder("runs", Path("/proc/outputs")).writable or os.access("/proc", os.W_OK)
+
+
+def test_where_a_run_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYCOM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    places = {one.purpose: (one.path, one.problem) for one in machine._folders(Path("runs"))}
+    assert places == {
+        "runs": (str(tmp_path / "runs"), ""),
+        "cache": (str(tmp_path / "cache"), ""),
+        "temporary files": (str(tmp_path / "temporary"), ""),
+        "shared memory": (str(tmp_path), ""),
+    }
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "none")
+    assert "shared memory" not in {one.purpose for one in machine._folders(Path("runs"))}
+
+
+def test_a_user_without_a_home_whose_cache_is_somebody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("POLYCOM_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4711)  # which is in no passwd, and owns nothing here
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "polycom-cache-4711").mkdir()
+    cache = {one.purpose: one for one in machine._folders(tmp_path)}["cache"]
+    assert (cache.path, cache.writable) == ("", False)
+    assert "POLYCOM_CACHE" in cache.problem
+
+
+def test_no_place_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError("[Errno 2] No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.delenv("POLYCOM_CACHE", raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    found = {one.purpose: one.problem for one in machine._folders(tmp_path)}
+    assert "No usable temporary directory" in found["cache"]
+    assert found["temporary files"].endswith("set TMPDIR to one")
+    assert found["runs"] == ""
 
 
 def test_the_clock_is_set_beside_the_files_of_the_package(tmp_path: Path) -> None:
