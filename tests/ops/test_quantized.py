@@ -82,7 +82,11 @@ def _equal(target: Target, expected: Target) -> None:
 def test_the_operation_writes_what_quantising_y_would(
     recipe: Recipe, options: dict[str, Any], rho: int, normalize: bool, rows: int, width: int
 ) -> None:
-    inputs = _inputs(rows, width, rho, normalize)
+    _check_operation(recipe, options, _inputs(rows, width, rho, normalize))
+
+
+def _check_operation(recipe: Recipe, options: dict[str, Any], inputs: Inputs) -> None:
+    rows, width = inputs.x.shape
     target, expected = _target(recipe, rows, width, options), _target(recipe, rows, width, options)
     assert not problem(inputs, target)
     kept = forward(inputs, target)
@@ -129,6 +133,27 @@ def _check_kernel(emulator: Emulator, recipe: Recipe, options: dict[str, Any], i
     quantize(y, expected)
     _equal(target, expected)
     assert torch.equal(kept.view(torch.int32), scales.view(torch.int32))
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**100], ids=["small", "large"])
+@pytest.mark.parametrize(("recipe", "options"), RECIPES[1:])
+@pytest.mark.parametrize("by", ["kernel", pytest.param("operation", marks=needs_fused)])
+def test_the_scale_of_a_block_of_every_size(
+    request: pytest.FixtureRequest, by: str, recipe: Recipe, options: dict[str, Any], factor: float
+) -> None:
+    """From zero and the least numbers to infinity; y is a multiple of x."""
+    block = 32 if recipe == Recipe.MX else 128
+    mantissas = torch.tensor([0, 1, 0x40, 0x5F, 0x60, 0x61, 0x7F])
+    largest = (torch.arange(158).unsqueeze(1) << 7 | mantissas).flatten().to(torch.int16).view(torch.bfloat16)
+    torch.manual_seed(0)
+    x = largest.unsqueeze(1) * torch.rand(len(largest), block).bfloat16()
+    x[:, 5] = largest
+    weight = torch.tensor([0.0, 0.0, factor])
+    inputs = Inputs(x, weight, torch.zeros(1), rho=1, normalize=False)
+    if by == "kernel":
+        _check_kernel(request.getfixturevalue("emulator"), recipe, options, inputs)
+    else:
+        _check_operation(recipe, options, inputs)
 
 
 @pytest.mark.parametrize("recipe", list(Recipe))
