@@ -159,9 +159,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--short", action="store_true", help="little of everything")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="without an ending; else only the table is printed")
     arguments = parser.parse_args()
+    if arguments.short:
+        arguments.tokens, arguments.hidden, arguments.width, arguments.repetitions = 8, 32, 64, 2
     torch.set_num_threads(arguments.threads)
     sys.path.insert(0, str(upstream.ensure_applied("megatron")))
     rehearsal.enable()

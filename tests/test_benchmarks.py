@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from polycom_ext import activations
 from polycom_ext.ops.polynomial import library
 from polycom_ext.ops.polynomial.inputs import Inputs
 
@@ -534,3 +536,32 @@ def test_an_acceptance_runs_from_end_to_end(tmp_path: Path) -> None:
     assert "## Activations on" in text
     assert "| forward | 1536 | ? |" in text
     assert 'polycom,"block, recomputing",bfloat16' in csv_file.read_text()
+
+
+@pytest.mark.full
+def test_the_layer_of_megatrons_is_measured_fused_and_separate(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "layer"
+    command = [sys.executable, str(BENCHMARKS / "megatron_layer.py"), "--short", "--output", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    with output.with_suffix(".csv").open() as file:
+        found = {
+            tuple(row[name] for name in ("provider", "mode", "part", "dtype")) for row in csv.DictReader(file)
+        }
+    axes = (("fused", "separate"), ("dense", "expert"), ("layer", "activation"), ("float32", "bfloat16"))
+    assert found == set(product(*axes))
+    page = output.with_suffix(".md").read_text()
+    assert page in result.stdout
+    assert "8 tokens, hidden 32, width 64" in page
+    assert page.count("| layer |") == 1 + 4
+
+
+def test_both_forms_of_the_layer_are_the_same_function() -> None:
+    """Else their times cannot be compared."""
+    module: Any = script("megatron_layer")
+    x, bias, weights = torch.randn(5, 48), torch.randn(48), torch.rand(5)
+    plain = activations.build("polynorm")
+    for given in ((x, bias, None), (x, None, weights), (x, bias, weights)):
+        names = {"pre_bias": given[1], "row_scale": given[2]}
+        formed = plain(x, **{name: one for name, one in names.items() if one is not None})
+        torch.testing.assert_close(module.separately(None, plain, *given), formed)
