@@ -26,16 +26,16 @@ SMI = '''#!{python} -ISE
 """Answers as nvidia-smi does: rows of the fields asked for, or the first one that it does not know."""
 import re, sys
 
-TABLES, STATUS, SAYS = {tables!r}, {status!r}, {says!r}
+TABLES, STATUS, SAYS, STREAM = {tables!r}, {status!r}, {says!r}, sys.{stream}
 if SAYS is not None:
-    print(SAYS)
+    STREAM.buffer.write(SAYS.encode("utf-8", "surrogateescape"))
     sys.exit(STATUS)
 what, fields = re.fullmatch("--query-([a-z-]+)=(.+)", sys.argv[1]).groups()
 assert sys.argv[2:] == ["--format=csv,noheader,nounits"], sys.argv
 rows = TABLES.get(what, [])
 for field in fields.split(","):
     if rows and not isinstance(rows[0], str) and field not in rows[0]:
-        print(f'Field "{{field}}" is not a valid field to query.\\n')
+        print(f'Field "{{field}}" is not a valid field to query.\\n', file=STREAM)
         sys.exit(2)
 for row in rows:
     print(row if isinstance(row, str) else ", ".join(row[field] for field in fields.split(",")))
@@ -72,10 +72,15 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
     def write(
-        tables: dict[str, list[dict[str, str] | str]], status: int = 0, says: str | None = None
+        tables: dict[str, list[dict[str, str] | str]],
+        status: int = 0,
+        says: str | None = None,
+        stream: str = "stdout",
     ) -> None:
         path = folder / "nvidia-smi"
-        path.write_text(SMI.format(python=sys.executable, tables=tables, status=status, says=says))
+        path.write_text(
+            SMI.format(python=sys.executable, tables=tables, status=status, says=says, stream=stream)
+        )
         path.chmod(0o755)
 
     return write

@@ -32,11 +32,12 @@ def test_a_healthy_gpu(smi: Smi) -> None:
     assert nvidia.look() == nvidia.Driver("580.95.05", (GPU,))
 
 
-def test_fields_that_a_driver_does_not_know_are_left_out(smi: Smi) -> None:
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_fields_that_a_driver_does_not_know_are_left_out(smi: Smi, stream: str) -> None:
     """Newer ones and the compute capability: driver 470 has neither."""
     new = ("clocks_event_reasons.active", "gpu_recovery_action", "compute_cap")
     old = {field: value for field, value in H100.items() if field not in new}
-    smi({"gpu": [old | {"clocks_throttle_reasons.active": "0x0000000000000040"}]})
+    smi({"gpu": [old | {"clocks_throttle_reasons.active": "0x0000000000000040"}]}, stream=stream)
     [found] = nvidia.look().gpus
     assert (found.capability, found.mhz, found.faults) == (None, 345, ())
     assert found.slowed == ("slowed down by heat (hardware)",)
@@ -76,6 +77,7 @@ def test_a_clock_held_by_a_setting_and_mig_are_told(smi: Smi) -> None:
     ("field", "value", "fault"),
     [
         ("ecc.errors.uncorrected.volatile.total", "1", "1 memory error that ECC could not correct"),
+        ("ecc.errors.uncorrected.volatile.total", "2", "2 memory errors that ECC could not correct"),
         ("ecc.errors.uncorrected.volatile.total", "[Unknown Error]", "…volatile.total is [Unknown Error]"),
         ("temperature.gpu", "[GPU requires reset]", "temperature.gpu is [GPU requires reset]"),
         ("retired_pages.pending", "Yes", "memory pages wait to be retired"),
@@ -88,12 +90,14 @@ def test_what_asks_for_a_reset_is_a_fault(smi: Smi, field: str, value: str, faul
     assert told.endswith(fault.removeprefix("…"))
 
 
-def test_what_the_driver_does_not_tell_is_no_fault(smi: Smi) -> None:
+@pytest.mark.parametrize("action", ["N/A", "[N/A]"])
+def test_what_the_driver_does_not_tell_is_no_fault(smi: Smi, action: str) -> None:
     untold = {
         "temperature.gpu": "[N/A]",
         "ecc.mode.current": "[Not Supported]",
         "ecc.errors.uncorrected.volatile.total": "N/A",
         "memory.used": "[Insufficient Permissions]",
+        "gpu_recovery_action": action,
     }
     smi({"gpu": [H100 | untold]})
     [found] = nvidia.look().gpus
@@ -112,6 +116,14 @@ def test_rows_of_memory_that_failed_and_processes_belong_to_their_gpu(smi: Smi) 
     assert second.faults == ("memory rows wait to be remapped", "memory rows could not be remapped")
 
 
+def test_tables_that_hold_no_rows_are_left_out(smi: Smi) -> None:
+    process = {"gpu_uuid": H100["uuid"], "pid": "[N/A]", "process_name": "x", "used_memory": "[N/A]"}
+    smi({"gpu": [H100], "remapped-rows": ["No devices support it"], "compute-apps": [process]})
+    assert nvidia.look().gpus == (GPU,)
+    smi({"gpu": [H100], "compute-apps": ["No running processes found"]})
+    assert nvidia.look().gpus == (GPU,)
+
+
 def test_ecc_may_be_off(smi: Smi) -> None:
     smi({"gpu": [H100 | {"ecc.mode.current": "Disabled"}]})
     assert nvidia.look().gpus[0].ecc is False
@@ -125,12 +137,23 @@ def test_a_lost_gpu_is_told_beside_those_that_work(smi: Smi) -> None:
     assert found.problem == lost
 
 
+FAILED = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+
+
+@pytest.mark.parametrize(
+    ("says", "stream", "problem"),
+    [
+        (FAILED, "stdout", FAILED),
+        (FAILED, "stderr", FAILED),
+        ("", "stdout", "exit status 9"),
+        ("\udcff broken", "stdout", "\ufffd broken"),
+    ],
+)
 def test_a_driver_that_does_not_answer_is_told_in_its_words(
-    smi: Smi, monkeypatch: pytest.MonkeyPatch
+    smi: Smi, says: str, stream: str, problem: str
 ) -> None:
-    says = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
-    smi({}, status=9, says=says)
-    assert nvidia.look() == nvidia.Driver(None, problem=f"nvidia-smi: {says}")
+    smi({}, status=9, says=says, stream=stream)
+    assert nvidia.look() == nvidia.Driver(None, problem=f"nvidia-smi: {problem}")
 
 
 def test_one_that_hangs_is_given_up(smi: Smi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
