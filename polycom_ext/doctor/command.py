@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from polycom_ext import arguments, shipped
-from polycom_ext.doctor import judgement, run
+from polycom_ext.doctor import judgement, nodes, run
 from polycom_ext.doctor.findings import Finding, Mark, shown
 from polycom_ext.errors import PolycomError
 from polycom_ext.machine import look
@@ -36,11 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=arguments.output, metavar="DIR", help="run directory (default: outputs/NAME)"
     )
     parser.add_argument("--json", action="store_true", help="an object: verdict, findings, facts")
+    nodes.add_arguments(parser)
     parser.set_defaults(only_prints=True)
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the findings; 0 if this package, or the run, can do its work here, else 2."""
+    if args.nodes is not None:
+        if args.config is not None:
+            raise PolycomError("--nodes compares machines; the nodes of a run are compared as it starts")
+        return nodes.main(args)
     if args.config is None and (args.set or args.output):
         raise PolycomError("--set and --output are of a run: name its spec with --config")
     planned, wrong = None, []

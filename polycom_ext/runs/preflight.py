@@ -38,7 +38,7 @@ SAMPLE_BYTES = 1 << 20
 """So much of the beginning and of the end of a data file is compared, beside its size."""
 
 
-def look(run: Run | None, wishes: Wishes) -> dict[str, Any]:
+def look(run: Run | None, wishes: Wishes, folder: Path = Path()) -> dict[str, Any]:
     """The facts of this node, without a run those of the machine alone; `problem` keeps a run from starting.
 
     Checks that are not wanted are not made, but for those that a run makes before it starts in any case.
@@ -50,13 +50,13 @@ def look(run: Run | None, wishes: Wishes) -> dict[str, Any]:
         facts["package"] = {"polycom-ext": f"{__version__} (files {_digest_of_package()})"}
     if wishes.wants("versions"):
         facts["versions"] = _versions(bool(gpus.gpus))
+    if wishes.wants("disk"):
+        free = machine.folder(machine.RUNS, folder.absolute() if run is None else run.directory.path)
+        facts["disk"] = {"path": free.path, "free": free.free, "writable": free.writable}
     if run is None:
         return facts
     if wishes.wants("spec"):
         facts["spec"] = {"run.yaml": _digest(run.directory.spec.read_bytes())}
-    if wishes.wants("disk"):
-        free = machine.folder(machine.RUNS, run.directory.path)
-        facts["disk"] = {"path": free.path, "free": free.free, "writable": free.writable}
     try:
         check(run)
         if wishes.wants("trees"):
@@ -92,6 +92,20 @@ def compare(nodes: Nodes, processes: int, wishes: Wishes) -> list[str]:
     if wishes.wants("gpus"):
         found += _differences(nodes, "gpu models")
     return found
+
+
+def table(nodes: Nodes) -> str:
+    """What each node has, a line each."""
+    lines = []
+    for rank, (host, facts) in nodes.items():
+        told = {**facts.get("package", {}), **facts.get("versions", {}), **_models(facts)}
+        if "disk" in facts:
+            told["free"] = f"{facts['disk']['free'] / GB:.3g} GB in {facts['disk']['path']}"
+        if "ahead" in facts:
+            told["clock"] = f"{facts['ahead']:+.2f} s"
+        said = ", ".join(f"{name} {value}" for name, value in told.items())
+        lines.append(f"node {rank:<3} {host:20}  {said}")
+    return "\n".join(lines)
 
 
 def slow(measured: Mapping[str, Any], nodes: Nodes, floor: float) -> str:
@@ -222,8 +236,10 @@ def _differences(nodes: Nodes, kind: str) -> Iterator[str]:
 
 
 def _told(facts: Facts, kind: str) -> Mapping[str, str]:
-    if kind != "gpu models":
-        return facts.get(kind, {})
+    return _models(facts) if kind == "gpu models" else facts.get(kind, {})
+
+
+def _models(facts: Facts) -> Mapping[str, str]:
     names = Counter(gpu["name"] for gpu in facts["gpus"]["gpus"])
     told = ", ".join(f"{count} × {name}" for name, count in sorted(names.items())) or "none"
     return {"GPUs:": told, "the driver": facts["gpus"]["driver"] or "none"}

@@ -224,7 +224,7 @@ def test_a_signal_while_they_wait_ends_the_waiting_of_all(nodes: Callable[..., N
     three = nodes(3)
     waiting = three.call(1)
     hosting = ThreadPoolExecutor(1).submit(three.host.gather, {}, SECONDS, three.endings[0])
-    time.sleep(0.5)
+    time.sleep(0.2)
     three.endings[1].hear(signal.SIGINT)
     with pytest.raises(Stopped):
         waiting.result(SECONDS)
@@ -236,8 +236,8 @@ def test_a_signal_while_they_wait_ends_the_waiting_of_all(nodes: Callable[..., N
 def test_nodes_that_do_not_come_are_named(nodes: Callable[..., Nodes]) -> None:
     four = nodes(4)
     joining = four.call(2)
-    with pytest.raises(Parted, match=rf"^nodes 1 and 3 did not call {four.at} within 0.7 s$"):
-        four.host.gather({}, 0.7, four.endings[0])
+    with pytest.raises(Parted, match=rf"^nodes 1 and 3 did not call {four.at} within 0.4 s$"):
+        four.host.gather({}, 0.4, four.endings[0])
     threading.Thread(target=four.host.leave, args=(Verdict(FAILED, "nodes 1 and 3 did not come"),)).start()
     with pytest.raises(Parted, match="nodes 1 and 3 did not come"):
         joining.result(SECONDS)
@@ -264,7 +264,7 @@ def test_a_node_of_another_run_is_refused(nodes: Callable[..., Nodes]) -> None:
     with contextlib.closing(Guest(two.at, "another", 1, SECONDS)) as stranger:
         waiting = ThreadPoolExecutor(1).submit(stranger.join, {}, SECONDS, Ending(), lambda entry: None)
         with pytest.raises(Parted):
-            two.host.gather({}, 1.0, two.endings[0])
+            two.host.gather({}, 0.5, two.endings[0])
         with pytest.raises(
             PolycomError, match=f"at {two.at} the nodes of the run meet, not those of another"
         ):
@@ -305,11 +305,11 @@ def test_an_ipv6_address_is_written_in_brackets() -> None:
 
 def test_a_signal_passed_on_and_the_same_from_the_job_system_are_one(tmp_path: Path) -> None:
     """Slurm tells every node, and so do the nodes: a trainer that is saving is not killed for that."""
-    ending, script = Ending(), "trap 'echo told; sleep 1; exit 7' TERM; while :; do sleep 0.05; done"
+    ending, script = Ending(), "trap 'echo told; sleep 0.3; exit 7' TERM; while :; do sleep 0.05; done"
     begun = time.monotonic()
 
     def tick() -> None:
-        if time.monotonic() - begun > 0.5:
+        if time.monotonic() - begun > 0.2:
             ending.pass_on(signal.SIGTERM)
         if ending.signal is not None and not heard:
             heard.append(signal.SIGTERM)
