@@ -1,4 +1,4 @@
-"""`polycom doctor --nodes N`, given on each of N nodes: whether they are alike and well, else which is not."""
+"""`polycom doctor --nodes N`, given on each of N nodes: whether they are alike and well, and which is not."""
 
 from __future__ import annotations
 
