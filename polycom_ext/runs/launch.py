@@ -272,6 +272,12 @@ def _is_ending(pid: int, environments: dict[int, bytes]) -> bool:
     return environments.get(pid) == b"" or not Path(f"/proc/{pid}").exists()
 
 
+def are_orphans(pids: list[int]) -> bool:
+    """Whether these are processes of a trainer whose `polycom node` is gone."""
+    environments = dict(_environments())
+    return bool(pids) and all(_mark(environments.get(pid, b"")) is not None for pid in pids)
+
+
 def users(pids: list[int]) -> str:
     """Who has a directory in use, and what can be done about it, as the end of a sentence."""
     if not pids:

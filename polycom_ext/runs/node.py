@@ -29,6 +29,8 @@ from polycom_ext.runs.wishes import Wishes
 
 LOCKED_LOG = "POLYCOM_LOCKED_LOG"
 """Environment variable of a node whose parent has planned the run and waits for it: the log's descriptor."""
+ORPHAN_SECONDS = 45.0
+"""So long a node started again waits for the trainer of the one before, which ends as it has lost that."""
 SOCKET_INTERFACE = "GLOO_SOCKET_IFNAME"
 """Otherwise gloo asks for the address of the machine's name."""
 
@@ -76,7 +78,11 @@ def main(args: argparse.Namespace) -> int:
         return DONE
     ending = launch.Ending(run.spec.stop_grace_seconds)
     descriptor = None if inherited is None else int(inherited)
-    with run.directory.locked(place.rank, descriptor) as log, launch.handled(ending.hear):
+    patience = 0.0 if place.rendezvous is None else ORPHAN_SECONDS
+    with (
+        run.directory.locked(place.rank, descriptor, patience) as log,
+        launch.handled(ending.hear),
+    ):
         node = _Node(run, place, _wishes(run), inherited is not None, log, ending)
         return _first(node) if place.rank == 0 else _another(node)
 

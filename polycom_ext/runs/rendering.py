@@ -74,6 +74,7 @@ class Command:
             "#!/bin/sh",
             f"cd {shlex.quote(str(self.directory))} || exit",
             '[ -n "$HOME" ] || id -un > /dev/null 2>&1 || export HOME="${TMPDIR:-/tmp}"',
+            "# shellcheck disable=SC2046 # names are to be words",
             f"unset {' '.join(FOREIGN)}{BREAK}$(env | sed -n '{prefixes}')",
         ]
         for name, value in secrets.masked(self.environment).items():

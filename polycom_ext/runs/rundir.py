@@ -56,7 +56,9 @@ class RunDirectory(Record):
             )
 
     @contextlib.contextmanager
-    def locked(self, node_rank: int = 0, inherited: int | None = None) -> Iterator[BinaryIO]:
+    def locked(
+        self, node_rank: int = 0, inherited: int | None = None, patience: float = 0.0
+    ) -> Iterator[BinaryIO]:
         """A node's log, open for appending and locked: one run at a time in one directory.
 
         A trainer that inherits it holds the lock for as long as any of its processes lives. What a dead
@@ -64,6 +66,7 @@ class RunDirectory(Record):
 
         Args:
             inherited: descriptor of the locked log, from the process that has planned this run.
+            patience: seconds that a trainer which has lost its `polycom node` is given to end.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.log_of(node_rank)
@@ -73,8 +76,11 @@ class RunDirectory(Record):
                 yield log
             return
         with path.open("ab") as log:
-            if not lock(log) and not (launch.end_leftovers(holders(path)) and _locks_soon(log)):
-                raise PolycomError(f"{self.path} is in use by {launch.users(holders(path))}")
+            deadline = time.monotonic() + patience
+            while not lock(log) and not (launch.end_leftovers(holders(path)) and _locks_soon(log)):
+                if time.monotonic() > deadline or not launch.are_orphans(holders(path)):
+                    raise PolycomError(f"{self.path} is in use by {launch.users(holders(path))}")
+                time.sleep(0.5)
             yield log
 
     def log_of(self, node_rank: int) -> Path:

@@ -53,11 +53,13 @@ class Nodes:
     def until(self, condition: Callable[[], object]) -> None:
         """All of them attend, as nodes do whose trainers run."""
         deadline = time.monotonic() + SECONDS
-        while not condition():
-            assert time.monotonic() < deadline
+        while True:
             self.host.attend(self.endings[0])
             for rank, guest in self.guests.items():
                 guest.attend(self.endings[rank])
+            if condition():
+                return
+            assert time.monotonic() < deadline
             time.sleep(0.01)
 
     def close(self) -> None:

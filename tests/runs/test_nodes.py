@@ -100,6 +100,37 @@ def test_a_node_whose_polycom_is_killed_ends_the_others_and_is_named_in_the_reco
     assert gone(*pids), "those of the lost node as well"
 
 
+@pytest.mark.full
+def test_nodes_that_are_started_again_at_once_wait_for_what_is_left_and_go_on(
+    two_nodes: Callable[..., None], polycom: list[str]
+) -> None:
+    two_nodes(steps=60, seconds=0.1, helper=300)
+    command = [*polycom, "node", str(RUN), "--rendezvous", f"127.0.0.1:{free_port()}", "--node-rank"]
+    nodes = [subprocess.Popen([*command, rank], stderr=subprocess.DEVNULL) for rank in "01"]
+    worker_pids(4)
+    for node in nodes:
+        node.kill()
+        node.wait()
+    first, second = on_two_nodes(polycom)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert len(json.loads((RUN / "versions.json").read_text())["attempts"]) == 2
+
+
+@pytest.mark.full
+def test_a_node_that_is_started_twice_is_refused_and_the_run_goes_on(
+    two_nodes: Callable[..., None], polycom: list[str]
+) -> None:
+    two_nodes(steps=40, seconds=0.1)
+    command = [*polycom, "node", str(RUN), "--rendezvous", f"127.0.0.1:{free_port()}", "--node-rank"]
+    nodes = [subprocess.Popen([*command, rank]) for rank in "01"]
+    worker_pids(4)
+    for rank in "01":
+        again = subprocess.run([*command, rank], capture_output=True, text=True, timeout=60, check=False)
+        assert again.returncode == 2
+        assert "is in use by another run (process " in again.stderr
+    assert [node.wait(60) for node in nodes] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
