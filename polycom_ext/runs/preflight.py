@@ -10,7 +10,7 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import util
 from pathlib import Path
@@ -45,7 +45,12 @@ def look(run: Run | None, wishes: Wishes, folder: Path = Path()) -> dict[str, An
     """
     facts: dict[str, Any] = {}
     gpus = nvidia.look()
-    facts["gpus"] = {**asdict(gpus), "driver": gpus.version}
+    visible = visible_of(gpus.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    facts["gpus"] = {
+        "problem": gpus.problem,
+        "driver": gpus.version,
+        "gpus": [asdict(gpu) for gpu in visible],
+    }
     if wishes.wants("package"):
         facts["package"] = {"polycom-ext": f"{__version__} (files {_digest_of_package()})"}
     if wishes.wants("versions"):
@@ -77,8 +82,20 @@ def check(run: Run) -> None:
             raise PolycomError(f"{upstream.tree(name)} is not there: `polycom upstream apply {name}`")
 
 
-def compare(nodes: Nodes, processes: int, wishes: Wishes) -> list[str]:
-    """What is wrong, a sentence each that names the node; nothing where all is well."""
+def visible_of(gpus: Sequence[nvidia.Gpu], named: str | None) -> list[nvidia.Gpu]:
+    """Those that CUDA_VISIBLE_DEVICES names, by index or the beginning of an id, in its order; else all."""
+    if named is None or "MIG" in named:
+        return list(gpus)
+    names = [name.strip() for name in named.split(",") if name.strip()]
+    return [gpu for name in names for gpu in gpus if name == str(gpu.index) or gpu.uuid.startswith(name)]
+
+
+def compare(nodes: Nodes, processes: int | None, wishes: Wishes) -> list[str]:
+    """What is wrong, a sentence each that names the node; nothing where all is well.
+
+    Args:
+        processes: of the run on each node, which are on its first GPUs; None for no run, so that all count.
+    """
     found = [
         f"{_name(nodes, rank)}: {facts['problem']}"
         for rank, (_, facts) in nodes.items()
@@ -177,16 +194,16 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def _gpus(facts: Facts, processes: int, wishes: Wishes) -> Iterator[str]:
+def _gpus(facts: Facts, processes: int | None, wishes: Wishes) -> Iterator[str]:
     about = facts.get("gpus")
     if about is None:
         return
     gpus = about["gpus"]
     if wishes.wants("health") and about["problem"]:
         yield f"has a driver that fails: {about['problem']}"
-    if wishes.wants("gpus") and gpus and len(gpus) < processes:
+    if wishes.wants("gpus") and gpus and len(gpus) < (processes or 0):
         yield f"has {len(gpus)} GPU{'s' * (len(gpus) > 1)}, and the run has {processes} processes a node"
-    for gpu in gpus:
+    for gpu in gpus[:processes]:
         name = f"has a GPU {gpu['index']} ({gpu['name']})"
         if wishes.wants("health") and gpu["faults"]:
             yield f"{name} that is not healthy: {'; '.join(gpu['faults'])}"

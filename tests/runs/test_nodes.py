@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import polycom_ext
 from polycom_ext.cli import main
 from polycom_ext.runs.status import read
 
@@ -23,6 +25,7 @@ from .test_local import gone, worker_pids
 from .test_training import metrics, write_spec
 
 RUN = Path("outputs/small")
+PACKAGE = Path(polycom_ext.__file__).parent
 
 
 def free_port() -> int:
@@ -98,6 +101,28 @@ def test_a_node_whose_polycom_is_killed_ends_the_others_and_is_named_in_the_reco
     assert (attempt["status"], attempt["cause"]) == (1, sentence)
     assert read(RUN).reason == sentence
     assert gone(*pids), "those of the lost node as well"
+
+
+@pytest.mark.full
+def test_a_node_with_other_code_is_named_before_anything_starts(
+    two_nodes: Callable[..., None], polycom: list[str], tmp_path: Path
+) -> None:
+    two_nodes(steps=1)
+    other = tmp_path / "other" / "polycom_ext"
+    shutil.copytree(PACKAGE, other, ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "reference.py").open("a") as file:
+        file.write("# a line more\n")
+    command = [*polycom, "node", str(RUN), "--rendezvous", f"127.0.0.1:{free_port()}", "--node-rank"]
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(other.parent), os.environ["PYTHONPATH"]])}
+    with subprocess.Popen([*command, "1"], env=path, stderr=subprocess.PIPE, text=True) as second:
+        first = subprocess.run([*command, "0"], capture_output=True, text=True, timeout=60, check=False)
+        said = second.communicate(timeout=60)[1]
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert f"small: node 1 ({platform.node()}) has polycom-ext " in first.stderr
+    assert f"small: node 1 ({platform.node()}) has polycom-ext " in said
+    [attempt] = json.loads((RUN / "versions.json").read_text())["attempts"]
+    assert attempt["refusal"].startswith("node 1 (")
+    assert not list(RUN.glob("pid-*"))
 
 
 @pytest.mark.full

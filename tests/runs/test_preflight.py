@@ -50,7 +50,7 @@ def node(*gpus: Gpu, problem: str = "", driver: str = "580.65", **facts: Any) ->
     return {**common, "gpus": {**about, "driver": driver}, **facts}
 
 
-def wrong(*nodes: dict[str, Any], processes: int = 1, **wishes: Any) -> list[str]:
+def wrong(*nodes: dict[str, Any], processes: int | None = 1, **wishes: Any) -> list[str]:
     present = {rank: (f"gpu-{rank:02}", facts) for rank, facts in enumerate(nodes)}
     return compare(present, processes, Wishes(**wishes))
 
@@ -104,6 +104,22 @@ def test_the_node_that_differs_or_is_not_well_is_named(facts: dict[str, Any], sa
 def test_a_gpu_that_is_not_well_or_not_idle_is_named(changes: dict[str, Any], said: str) -> None:
     [sentence] = wrong(node(A100), node(replace(A100, **changes)))
     assert sentence.startswith(f"node 1 (gpu-01) has a GPU 3 (A100) {said}")
+
+
+def test_gpus_that_the_run_does_not_use_may_be_in_use() -> None:
+    busy = replace(A100, index=4, used_mib=40000)
+    assert wrong(node(A100, busy), node(A100, busy)) == []
+    assert len(wrong(node(A100, busy), node(A100, busy), processes=2)) == 2
+    assert len(wrong(node(A100, busy), node(A100, busy), processes=None)) == 2, "no run, and all of them"
+
+
+@pytest.mark.parametrize(
+    ("named", "indices"),
+    [(None, [0, 1, 2]), ("", []), ("2,0", [2, 0]), ("GPU-b1", [1]), ("MIG-8f/1/0", [0, 1, 2])],
+)
+def test_a_node_has_the_gpus_that_are_visible(named: str | None, indices: list[int]) -> None:
+    gpus = [replace(A100, index=index, uuid=f"GPU-b{index}") for index in range(3)]
+    assert [gpu.index for gpu in preflight.visible_of(gpus, named)] == indices
 
 
 def test_a_node_with_fewer_gpus_than_processes_is_named_and_so_is_one_without() -> None:
