@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import plan, status
+from polycom_ext.runs import status
+from polycom_ext.runs.rundir import RunDirectory
 
 POLL_SECONDS = 0.5
 
@@ -44,10 +45,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _log(args: argparse.Namespace) -> Path:
-    run = plan.recorded(args.run)
-    if not 0 <= args.node < run.spec.nodes:
-        raise PolycomError(f"{run.name} has no node {args.node}: its nodes are 0 to {run.spec.nodes - 1}")
-    path = run.directory.job_log if args.job else run.directory.log_of(args.node)
+    directory = RunDirectory(args.run)
+    nodes = directory.read_spec().get("nodes", 1)
+    if not 0 <= args.node < nodes:
+        raise PolycomError(f"{args.run} has no node {args.node}: its nodes are 0 to {nodes - 1}")
+    path = directory.job_log if args.job else directory.log_of(args.node)
     if not path.is_file():
         raise PolycomError(f"{path} is not there: nothing was said yet, or no job system has the run")
     return path
