@@ -21,8 +21,9 @@ srun --nodes=@NODES@ --ntasks=@NODES@ --ntasks-per-node=1 --cpu-bind=none --mpi=
     bash @NODE_SCRIPT@
 status=$?
 
-# 0: done. 2: refused, as 126 and 127 are by a shell: for a person to mend. HUP, INT, TERM: a person has stopped it.
-case $status in 0 | 2 | 126 | 127 | 129 | 130 | 143) exit $status ;; esac
+# 0: done. 2: refused, for a person to mend, as what engines and shells could not start (125 to 127) is.
+# 129, 130, 143: a person has stopped it, by HUP, INT or TERM.
+case $status in 0 | 2 | 12[5-7] | 129 | 130 | 143) exit $status ;; esac
 # What is left has failed, was killed on one node, or was warned of its time limit (USR1): it can go on.
 restarts=${SLURM_RESTART_COUNT:-0}
 if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" != RUNNING ]; then

@@ -29,9 +29,13 @@ COMMANDS = {
 def files(toy_spec: Callable[..., str]) -> Callable[..., dict[str, str]]:
     """What is rendered for a site with these keys."""
 
-    def render(path: str = "outputs/small", **site: Any) -> dict[str, str]:
-        spec, two = Path(toy_spec()), ["nodes=2"]
-        return Slurm().files(plan.planned(spec, two, Path(path).absolute(), Path("outputs"), Site(**site)))
+    def render(
+        path: str = "outputs/small", stop_grace_seconds: int | None = None, **site: Any
+    ) -> dict[str, str]:
+        spec, keys = Path(toy_spec()), ["nodes=2"]
+        if stop_grace_seconds is not None:
+            keys.append(f"stop_grace_seconds={stop_grace_seconds}")
+        return Slurm().files(plan.planned(spec, keys, Path(path).absolute(), Path("outputs"), Site(**site)))
 
     return render
 
@@ -83,7 +87,7 @@ def test_what_a_restart_can_mend_is_queued_again_up_to_max_restarts(
     assert Path("scontrol").read_text() == "requeue 12001\n"
 
 
-@pytest.mark.parametrize("status", [0, 2, 126, 127, 129, 130, 143])
+@pytest.mark.parametrize("status", [0, 2, 125, 126, 127, 129, 130, 143])
 def test_what_is_done_refused_or_stopped_by_a_person_is_not(
     files: Callable[..., dict[str, str]], status: int
 ) -> None:
@@ -112,6 +116,14 @@ def test_a_step_has_one_task_a_node_and_all_cpus_of_it(files: Callable[..., dict
     assert run(files()["job.sh"]) == 0
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpu-bind=none"} <= set(step_options())
     assert step_options()[-2:] == ["bash", str(Path("outputs/small/node.sh").absolute())]
+
+
+def test_the_time_limit_is_announced_as_early_as_a_checkpoint_takes(
+    files: Callable[..., dict[str, str]],
+) -> None:
+    assert "\n#SBATCH --signal=USR1@600\n" in files()["job.sh"]
+    assert "\n#SBATCH --signal=USR1@45\n" in files(stop_grace_seconds=45)["job.sh"]
+    assert "\n#SBATCH --signal=TERM@5\n" in files(slurm={"signal": "TERM@5"})["job.sh"]
 
 
 def test_pyxis_gets_image_and_mounts_as_they_are(files: Callable[..., dict[str, str]]) -> None:

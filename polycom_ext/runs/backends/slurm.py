@@ -26,8 +26,8 @@ from polycom_ext.runs.plan import Run
 from polycom_ext.runs.rendering import BREAK
 from polycom_ext.runs.site import Container
 
-WARNING = "USR1@300"
-"""The signal that says that the time limit is near, and the seconds before it: enough for a checkpoint."""
+WARNING = "USR1"
+"""The signal that says that the time limit is near, the spec's `stop_grace_seconds` before it."""
 OF_THE_SPEC = {
     "nodes": "nodes",
     "ntasks": "processes_per_node",
@@ -112,7 +112,7 @@ def _options(run: Run) -> list[str]:
         "output": _without_patterns(run.directory.job_log),
         "open-mode": "append",
         "requeue": True,
-        "signal": WARNING,
+        "signal": f"{WARNING}@{run.spec.stop_grace_seconds}",
     }
     lines = []
     for name, value in {**ours, **run.site.slurm}.items():
