@@ -77,7 +77,7 @@ def toy(tmp_path: Path) -> Callable[..., list[str]]:
 
 def run(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{THIRD_PARTY}", **more}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
 
 
 def start(command: list[str], output: Path) -> subprocess.Popen[bytes]:
@@ -92,7 +92,7 @@ def start(command: list[str], output: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def wait_until(happened: Callable[[], object], what: str, seconds: float = 90) -> None:
+def wait_until(happened: Callable[[], object], what: str, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, what
@@ -131,15 +131,17 @@ def test_an_unplugged_host_is_named_and_the_run_goes_on_once_it_is_back(
         wait_until(lambda: steps(run_dir) >= 6, "no sixth step")
         hosts.plug(1, "down")
         unplugged = time.monotonic()
-        wait_until(lambda: "ended" in attempts(run_dir)[0], "the first attempt goes on", seconds=60)
+        wait_until(lambda: "ended" in attempts(run_dir)[0], "the first attempt goes on", seconds=120)
         took = time.monotonic() - unplugged
     finally:
         hosts.plug(1, "up")
-    assert submitter.wait(120) == 0, output.read_text()
+    assert submitter.wait(300) == 0, output.read_text()
     said = output.read_text()
     first, *others = attempts(run_dir)
     assert took < SILENCE + 10, took
-    assert f"node 1 ({hosts.names[1]}" in said or "node 1" in str(first.get("lost")), said
+    assert first["cause"].startswith("node 1 ("), first
+    assert f"is lost: nothing was heard from it for {SILENCE} s" in first["cause"]
+    assert first["cause"] in said
     assert len(others) >= 1
     assert others[-1]["from_step"] == 4
     assert metrics(run_dir) == metrics(plain)
