@@ -12,7 +12,7 @@ constraint=$(mktemp)
 trap 'rm -f "$constraint"' EXIT
 printf 'torch==%s\n' "$here" > "$constraint"
 PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }$constraint" \
-    python3 -m pip install --no-cache-dir --no-compile "$@"
+    python3 -m pip install --no-cache-dir "$@"
 
 now=$(torch)
 if [ "$now" != "$here" ]; then
