@@ -80,7 +80,7 @@ def test_an_engine_that_is_no_command_is_refused(planned: Callable[..., Run]) ->
 def test_a_secret_is_passed_by_its_name_alone(planned: Callable[..., Run], engine: str) -> None:
     run = planned(environment={"HF_TOKEN": SECRET, "NCCL_IB_HCA": "mlx5"})
     words = wrapped(run, engine)
-    assert {"HF_TOKEN", "POLYCOM_NODE_RANK", "POLYCOM_RENDEZVOUS"} == set(after("--env", words))
+    assert {"HF_TOKEN", "POLYCOM_NODE_RANK", "POLYCOM_RENDEZVOUS"} < set(after("--env", words))
     assert not any(SECRET in word for word in words)
 
 
