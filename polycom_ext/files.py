@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,18 @@ def write_text(path: Path, text: str, executable: bool = False) -> None:
     """Write a text in UTF-8, atomically; what no encoding can hold of a file's name goes out as its bytes."""
     with atomic(path, executable=executable) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def is_full(folder: Path) -> bool:
+    """Whether there is no room for a megabyte on the disk of a folder, or in its user's quota."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def sha256(path: Path, advance: Callable[[int], object] = lambda count: None) -> str:

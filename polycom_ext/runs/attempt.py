@@ -9,6 +9,7 @@ import time
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import launch, lobby, progress, record
+from polycom_ext.runs.entry import DISK_FULL
 from polycom_ext.runs.lobby import FAILED, REFUSED, Verdict
 from polycom_ext.runs.plan import Run
 
@@ -91,6 +92,22 @@ def explain_failure(run: Run, rank: int, outcome: launch.Outcome) -> None:
     path = run.directory.path
     if shutil.disk_usage(path).free < FULL_BYTES:
         print(f"{run.name}: the disk of {path} is full", file=sys.stderr)
+
+
+def why_refused(run: Run, outcome: launch.Outcome) -> str | None:
+    """One sentence for what a person must change first, which is noted; None if there is nothing."""
+    refusal = run.directory.read_refusal()
+    if refusal is not None or outcome.status != DISK_FULL:
+        return refusal
+    try:
+        step = run.latest_step()
+        goes_on = "starts anew" if step is None else f"goes on from the checkpoint of step {step}"
+    except PolycomError as error:
+        goes_on = f"says: {error}"
+    full = f"the disk of {run.directory.path} is full; make room there, and the same command {goes_on}"
+    with contextlib.suppress(OSError):
+        record.refuse(run.directory.path, full)
+    return full
 
 
 def show_end_of_log(run: Run, rank: int, outcome: launch.Outcome, what: str) -> None:

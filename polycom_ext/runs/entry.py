@@ -7,10 +7,12 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from polycom_ext import files
 from polycom_ext.runs import record
 
 RUN_DIR = "POLYCOM_RUN_DIR"
@@ -18,6 +20,8 @@ RUN_DIR = "POLYCOM_RUN_DIR"
 STOP = signal.SIGUSR1
 """By which a worker that handles it is asked to save a checkpoint and to end with status 0. SIGTERM comes
 from torchrun, too: to those whose neighbour has failed, and who have nobody to save with."""
+DISK_FULL = os.EX_IOERR
+"""Exit status of a worker that could not write what it had to: a disk with no room holds no word of it."""
 ERROR_MARK = "polycom: error: "
 """Begins the line that says on standard error why a run was refused."""
 
@@ -45,6 +49,28 @@ def note_what_argparse_refuses() -> None:
         tell(parser, message)
 
     argparse.ArgumentParser.error = error  # type: ignore[assignment,method-assign]
+
+
+@contextlib.contextmanager
+def watching_the_disk() -> Iterator[None]:
+    """End this worker with DISK_FULL where what is raised within comes of the run's disk being full.
+
+    Writers raise this and that for it, and a log on that disk takes none of it.
+    """
+    try:
+        yield
+    except Exception:
+        run_dir = os.environ.get(RUN_DIR)
+        if not run_dir or not any(map(files.is_full, _places(record.Record(Path(run_dir))))):
+            raise
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        os._exit(DISK_FULL)  # whatever else would be written at the end
+
+
+def _places(run: record.Record) -> list[Path]:
+    """Where a run writes: its checkpoints may lie elsewhere."""
+    return [place for place in (run.path, run.checkpoints) if place.is_dir()]
 
 
 def hear_stop() -> Callable[[], bool]:

@@ -55,9 +55,9 @@ class Outcome:
 class Ending:
     """What asks a trainer to end: the signals that reach this process, and the nodes beside it.
 
-    SIGTERM and SIGUSR1 are told to the trainer's workers, by entry.STOP, if they catch that: they save and end,
-    within `grace` seconds. Where none does, the process group of the launcher gets SIGTERM, as it gets SIGINT
-    and SIGHUP. A second signal to this process kills it.
+    SIGTERM and SIGUSR1 are told to the trainer's workers, by entry.STOP, if they catch that: they save and
+    end, within `grace` seconds. Where none does, the process group of the launcher gets SIGTERM, as it gets
+    SIGINT and SIGHUP. A second signal to this process kills it.
     """
 
     def __init__(self, grace: float = GRACE_SECONDS) -> None:
@@ -119,7 +119,7 @@ class Ending:
         return GRACE_SECONDS
 
     def _send(self, signum: int) -> None:
-        """At once, but for what `stop` tells: to look at all processes is nothing for a handler of signals."""
+        """At once, but for what `stop` tells: it looks at all processes, too much for a signal's handler."""
         if self._process is not None and signum not in SAVING:
             _signal_group(self._process, signum)
 

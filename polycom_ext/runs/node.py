@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import attempt, launch, lobby, plan, preflight, record
-from polycom_ext.runs.entry import RUN_DIR
+from polycom_ext.runs.entry import DISK_FULL, RUN_DIR
 from polycom_ext.runs.lobby import DONE, FAILED, REFUSED, SIGNALLED, Parted, Stopped, Verdict
 from polycom_ext.runs.lobby.guest import Guest
 from polycom_ext.runs.lobby.host import Host
@@ -127,7 +127,7 @@ class _Node:
 
     def end(self, outcome: launch.Outcome) -> lobby.End:
         """For the other nodes."""
-        refusal = None if outcome.status == 0 else self.run.directory.read_refusal()
+        refusal = None if outcome.status == 0 else attempt.why_refused(self.run, outcome)
         return lobby.End(outcome.status, outcome.interrupted, refusal)
 
     def prepare(self) -> None:
@@ -311,12 +311,12 @@ def _title(run: Run) -> str:
 def _judge(node: _Node, outcome: launch.Outcome, verdict: Verdict | None, complete: bool) -> Verdict:
     """How this node ends, explained; `verdict` is of all nodes, where one of them has ended it."""
     run = node.run
-    if outcome.interrupted is not None and not complete:
+    if outcome.interrupted is not None and not complete and outcome.status != DISK_FULL:
         return Verdict(_stopped(node, outcome.interrupted))
     if verdict is None:
         if outcome.status == 0:
             return Verdict(DONE)
-        refusal = run.directory.read_refusal()
+        refusal = attempt.why_refused(run, outcome)
         verdict = Verdict(FAILED if refusal is None else REFUSED, refusal or "", node.place.rank)
     if verdict.status == FAILED and verdict.rank == node.place.rank and outcome.status != 0:
         attempt.explain_failure(run, node.place.rank, outcome)

@@ -5,6 +5,7 @@ python -m polycom_ext.runs.torchrun OPTIONS-OF-torch.distributed.run
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -28,9 +29,10 @@ def main() -> None:
     try:
         torchrun()
     except ChildFailedError as error:
-        traceback.print_exc()
         _, first = error.get_first_failure()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a log on a full disk
+            traceback.print_exc()
+            sys.stderr.flush()
         _end_like(first.exitcode)
 
 

@@ -253,14 +253,16 @@ def small_disk() -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", path], check=True)
 
 
-def test_a_full_disk_is_the_trainers_failure_and_no_traceback_of_ours(
+def test_a_disk_that_fills_up_ends_a_run_with_one_sentence_and_its_checkpoint_stays(
     toy_spec: Callable[..., str], small_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = small_disk / "small"
-    assert main(["run", toy_spec(steps=2, fill=3), "--output", str(run_dir)]) == 1
+    assert main(["run", toy_spec(steps=1), "--output", str(run_dir)]) == 0
+    capfd.readouterr()
+    assert main(["run", toy_spec(steps=2, fill=3), "--output", str(run_dir)]) == 2
     error = capfd.readouterr().err
-    assert "the trainer failed with exit status 1" in error
-    assert f"the disk of {run_dir.absolute()} is full" in error
+    full = f"the disk of {run_dir.absolute()} is full; make room there, and the same command goes on from"
+    assert f"{full} the checkpoint of step 1\n" in error
     assert "polycom_ext" not in error
     assert main(["run", toy_spec(steps=2), "--output", str(run_dir)]) == 2
     assert "No space left on device; make room, then give the same command again" in capfd.readouterr().err

@@ -132,17 +132,18 @@ def main() -> None:
 
     _refuse_before_training()
     _keep_metrics()
-    pretrain(
-        gpt.build_datasets,
-        gpt.build_model,
-        ModelType.encoder_or_decoder,
-        gpt.forward_step,
-        extra_args_provider=_add_options,
-        get_embedding_ranks=gpt.embedding_ranks,
-    )
-    writer = global_vars.get_tensorboard_writer()
-    if writer is not None:
-        writer.flush()
+    with entry.watching_the_disk():
+        pretrain(
+            gpt.build_datasets,
+            gpt.build_model,
+            ModelType.encoder_or_decoder,
+            gpt.forward_step,
+            extra_args_provider=_add_options,
+            get_embedding_ranks=gpt.embedding_ranks,
+        )
+        writer = global_vars.get_tensorboard_writer()
+        if writer is not None:
+            writer.flush()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         failed = traceback.extract_tb(error.__traceback__)[-1].line
         return _refuse(f"OLMo cannot build this: {type(error).__name__}: {str(error) or failed}")
     try:
-        loop.train(trainer)
+        with entry.watching_the_disk():
+            loop.train(trainer)
     except (OLMoConfigurationError, PolycomError) as error:
         return _refuse(str(error))
     dist.destroy_process_group()
