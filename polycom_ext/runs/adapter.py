@@ -117,6 +117,9 @@ class Adapter(Protocol):
         Raises PolycomError where there are some and none is whole: what is damaged is not absent.
         """
 
+    def checkpoints(self, spec: Spec, run_dir: Path) -> list[tuple[int, Path]]:
+        """(step, folder) of all that are whole, up to `latest_step`'s: those that may be removed."""
+
     def prepare_resume(self, spec: Spec, run_dir: Path) -> list[str]:
         """Before a start: have the trainer go on from `latest_step`, and move aside what is damaged.
 

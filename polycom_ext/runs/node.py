@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import attempt, launch, lobby, plan, preflight, record
 from polycom_ext.runs.entry import DISK_FULL, RUN_DIR
+from polycom_ext.runs.keeping import Keeper
 from polycom_ext.runs.lobby import DONE, FAILED, REFUSED, SIGNALLED, Parted, Stopped, Verdict
 from polycom_ext.runs.lobby.guest import Guest
 from polycom_ext.runs.lobby.host import Host
@@ -202,13 +203,17 @@ def _lead(node: _Node, company: lobby.Alone | Host) -> Verdict:
     print(f"{run.name}: {how}; everything it says goes to {run.directory.log}", flush=True)
     follower = attempt.Follower(run)
 
+    keeper = Keeper(run)
+
     def tick() -> None:
         company.attend(ending)
         follower()
+        keeper()
 
     outcome = node.train(entry, tick)
     verdict = company.ended(node.end(outcome), ending)
     attempt.note_end(run, outcome, verdict)
+    keeper.finish()
     complete = run.is_complete()
     verdict = _judge(node, outcome, verdict, complete)
     if verdict.status != DONE:

@@ -14,7 +14,7 @@ from polycom_ext.runs import fields
 
 SHARED_KEYS = (
     *("name", "trainer", "upstream", "activation", "ffn_width", "nodes", "processes_per_node"),
-    *("stop_grace_seconds", "environment", "sources"),
+    *("stop_grace_seconds", "keep_checkpoints", "environment", "sources"),
 )
 """Top-level keys of every spec; the one more is the section of the trainer's options."""
 
@@ -40,6 +40,8 @@ class Spec:
     nodes: int = 1
     stop_grace_seconds: int = 600
     """How long it may take to save a checkpoint and to end, once it was told to stop."""
+    keep_checkpoints: int | None = None
+    """So many steps' whole checkpoints are kept, the newest; None for all."""
 
     @property
     def world_size(self) -> int:
@@ -78,6 +80,7 @@ class Spec:
             "nodes": self.nodes,
             "processes_per_node": self.processes_per_node,
             "stop_grace_seconds": self.stop_grace_seconds,
+            "keep_checkpoints": self.keep_checkpoints,
             "environment": self.environment,
             trainers.find(self.trainer).section: self.options,
             "sources": self.sources,
@@ -121,6 +124,9 @@ def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:
         nodes=fields.count(mapping, "nodes", origin, 1),
         processes_per_node=fields.count(mapping, "processes_per_node", origin, 1),
         stop_grace_seconds=fields.count(mapping, "stop_grace_seconds", origin, 600),
+        keep_checkpoints=fields.count(mapping, "keep_checkpoints", origin, 1)
+        if "keep_checkpoints" in mapping
+        else None,
         environment=fields.environment(mapping, origin),
         options=fields.section(mapping, adapter.section, origin),
         sources=mapping.get("sources"),

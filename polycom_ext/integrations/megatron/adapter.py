@@ -110,6 +110,9 @@ class MegatronAdapter:
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
         return saved.choice(spec, Record(run_dir).checkpoints).step
 
+    def checkpoints(self, spec: Spec, run_dir: Path) -> list[tuple[int, Path]]:
+        return saved.whole(spec, Record(run_dir).checkpoints)
+
     def prepare_resume(self, spec: Spec, run_dir: Path) -> list[str]:
         return saved.prepare(spec, Record(run_dir).checkpoints)
 

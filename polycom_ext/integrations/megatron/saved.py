@@ -42,6 +42,13 @@ def choice(spec: Spec, checkpoints: Path) -> Choice:
     raise PolycomError(f"no checkpoint is whole: {listed}; move {checkpoints} away to start anew")
 
 
+def whole(spec: Spec, checkpoints: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of each whole one, up to what the tracker names."""
+    named, _ = _tracked(checkpoints)
+    folders = [(step, path) for step, path in _folders(checkpoints) if step <= (named or 0)]
+    return [(step, path) for step, path in folders if _problem(spec, path) is None]
+
+
 def prepare(spec: Spec, checkpoints: Path) -> list[str]:
     """Have Megatron go on from what is chosen; a sentence for each thing that was in the way.
 

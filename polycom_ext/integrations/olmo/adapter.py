@@ -199,6 +199,9 @@ class OLMoAdapter:
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
         return saved.choice(Record(run_dir).checkpoints).step
 
+    def checkpoints(self, spec: Spec, run_dir: Path) -> list[tuple[int, Path]]:
+        return saved.whole(Record(run_dir).checkpoints)
+
     def prepare_resume(self, spec: Spec, run_dir: Path) -> list[str]:
         return saved.prepare(Record(run_dir).checkpoints)
 

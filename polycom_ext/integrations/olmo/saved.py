@@ -35,6 +35,11 @@ def choice(checkpoints: Path) -> Choice:
     return chosen
 
 
+def whole(checkpoints: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of each whole one."""
+    return [(step, path) for step, _, path in _folders(checkpoints) if _problem(path) is None]
+
+
 def prepare(checkpoints: Path) -> list[str]:
     """Move what is damaged aside, so that OLMo goes on from what is chosen; a sentence for each."""
     return [f"{damaged}; it is now {damaged.set_aside()}" for damaged in choice(checkpoints).damaged]

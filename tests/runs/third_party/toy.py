@@ -65,6 +65,9 @@ class ToyAdapter:
         path = run_dir / "checkpoints" / "step"
         return int(path.read_text()) if path.exists() else None
 
+    def checkpoints(self, spec: Spec, run_dir: Path) -> list[tuple[int, Path]]:
+        return []
+
     def prepare_resume(self, spec: Spec, run_dir: Path) -> list[str]:
         return []
 
