@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             status: int = module.main(args)
         except PolycomError as error:
-            print(f"polycom {args.verb}: {error}", file=sys.stderr)
+            print(f"polycom {args.verb}: {display.printable(str(error))}", file=sys.stderr)
             return 2
         except OSError as error:
-            print(f"polycom {args.verb}: {_sentence(error)}", file=sys.stderr)
+            print(f"polycom {args.verb}: {display.printable(_sentence(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"polycom {args.verb}: interrupted", file=sys.stderr)

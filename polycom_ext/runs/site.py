@@ -127,8 +127,11 @@ def _container(mapping: dict[str, Any], origin: str) -> Container:
         raise PolycomError(
             f"{where}: unknown engine {engine!r}{did_you_mean(engine, ENGINES)}; known: {', '.join(ENGINES)}"
         )
+    image = fields.text(about, "image", where, "the image's name in the engine's words")
+    if image.startswith("-"):
+        raise PolycomError(f"{where}: an engine would take the image {image!r} for an option")
     return Container(
-        fields.text(about, "image", where, "the image's name in the engine's words"),
+        image,
         engine,
         fields.texts(about, "mounts", where),
         fields.texts(about, "options", where),

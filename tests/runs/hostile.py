@@ -177,12 +177,8 @@ def strings() -> list[str]:
 
 
 SAMPLE = (
-    f"'; {CANARY}; '",
-    f'"$({CANARY})`{CANARY}`',
-    f"x\n{CANARY}\n#SBATCH --wrap={CANARY}",
-    "-oProxyCommand=touch canary",
-    "$(PET_NODE_RANK) ${HOME} @COMMAND@ $pod",
-    "y",
-    " 🙂\u2028é *",
+    f"""'; {CANARY}; "$({CANARY})`{CANARY}` > canary ${{HOME}} $(PET_NODE_RANK) @COMMAND@ %n 🙂 * #\\""",
+    f"x\n{CANARY}\n#SBATCH --wrap={CANARY}\nEOF\n",
+    f"-oProxyCommand={CANARY}",
 )
-"""One of each kind."""
+"""One that quotes must hold, one of several lines, one that looks like an option."""

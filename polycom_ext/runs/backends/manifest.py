@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import yaml
@@ -17,8 +18,9 @@ def render(names: Iterable[str], values: Mapping[str, Any]) -> str:
     return "---\n".join(dump(fill(template(name), values)) for name in names)
 
 
+@cache
 def template(name: str) -> Any:
-    """What stands in a template, read as YAML."""
+    """What stands in a template, read as YAML; not to be changed."""
     return document.load((shipped.folder("launch") / name).read_text(encoding="utf-8"))
 
 
