@@ -8,8 +8,8 @@ import pytest
 
 from polycom_ext.doctor.findings import Mark
 from polycom_ext.doctor.judgement import Wants
-from polycom_ext.doctor.machine import Clock, Folder, Machine, Operations, Package, Torch
-from polycom_ext.doctor.nvidia import Driver, Process
+from polycom_ext.machine.look import Clock, Folder, Machine, Operations, Package, Torch
+from polycom_ext.machine.nvidia import Driver, Process
 
 from .conftest import CHECKED, GPU, MACHINE, NO_GPU
 from .test_judgement import RUN, TE, of, with_, with_gpu, with_packages

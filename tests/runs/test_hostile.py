@@ -190,7 +190,7 @@ def allowed(attempt: Callable[[], plan.Run]) -> plan.Run | None:
 def with_all_that_is_allowed(place: Place, case: str, text: str) -> tuple[plan.Run, list[tuple[Any, ...]]]:
     """A run with the text in every field that takes it, and these fields; each other one refuses it."""
     spec, (site, in_site) = SPEC, CASES[case]
-    taken = []
+    taken: list[tuple[Any, ...]] = []
     plain, folder = place.new("plain"), place.new(text)
     base = planned(plain, spec, site)
     for path in IN_SPEC if case == "local" else ():

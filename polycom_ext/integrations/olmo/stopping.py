@@ -1,4 +1,4 @@
-"""OLMo's Trainer, cancelled by whoever tells this process to stop, as upstream cancels a run at its time limit."""
+"""OLMo's Trainer, cancelled by who tells this process to stop, as upstream does at its time limit."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def _main() -> None:
     if sources:
         standin.name_a_device()
     importlib.import_module("polycom_ext.integrations.megatron.gpt")
-    writers = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    writers: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     results_queue = writers.get_write_results_queue
     # Spawned, as upstream does it but for a persistent writer, it imports torch for each rank that saves.
     writers.get_write_results_queue = lambda mp_mode="fork": results_queue(mp_mode)

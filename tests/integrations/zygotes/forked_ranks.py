@@ -94,7 +94,7 @@ def _rank(request: dict[str, Any], rank: int, port: int, entry: Entry) -> None:
 
 
 def _says(request: dict[str, Any], key: str) -> bool:
-    text, log = request.get(key), Path(request["log"])
+    text, log = str(request.get(key) or ""), Path(request["log"])
     return bool(text) and log.exists() and text in log.read_text()
 
 
