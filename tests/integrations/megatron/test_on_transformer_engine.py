@@ -52,6 +52,35 @@ def test_dense_without_biases_and_recomputed(on_te: Trainer, start: Start, layer
     assert_same(on_te(*options, *layers, *more.split(), *MLP_ACT, processes=processes), straight)
 
 
+WIDE = """
+    --hidden-size 128 --ffn-hidden-size 256 --seq-length 64 --max-position-embeddings 64 --bf16
+    --global-batch-size 2 --polycom-activation polynorm
+""".split()
+"""Tensors that divide into blocks; of several micro-batches TE's layers keep the first one's FP8 weights."""
+TP2 = DENSE["TP2"][1].split()
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(on_te: Trainer) -> dict[int, float]:
+    """Losses by step."""
+    return on_te(*WIDE, *ON_TE).series("train/loss")
+
+
+@pytest.mark.parametrize("layout", [[], TP2], ids=["one process", "TP2"])
+@pytest.mark.parametrize("recipe", ["delayed", "blockwise", "mxfp8"])
+def test_in_fp8_the_op_fuser_is_the_layers(
+    on_te: Trainer, in_bfloat16: dict[int, float], recipe: str, layout: list[str]
+) -> None:
+    """And is FP8, which is near to bfloat16, not the same."""
+    options = [*WIDE, *layout, "--fp8-format", "e4m3", "--fp8-recipe", recipe]
+    processes = 2 if layout else 1
+    layers, fuser = (on_te(*options, *kind, processes=processes) for kind in (ON_TE, FUSER))
+    losses = layers.series("train/loss")
+    assert_same(fuser, layers)
+    assert losses != in_bfloat16
+    assert losses[1] == pytest.approx(in_bfloat16[1], rel=0.01)
+
+
 @pytest.fixture(scope="module")
 def experts(on_te: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Experts of TE's layers, one after the other, from a checkpoint of their own.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.integrations.transformer_engine.fp8 import plain
+
 Tensors = list[list[Tensor]]
 """Of a multi-tensor kernel: lists of equal length, as gradients, parameters, …"""
 
@@ -34,6 +36,7 @@ def generic_gemm(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None, None, None]:
     """D = op(B) op(A), matrices of rows: what cuBLAS, column by column, calls op(A) op(B)."""
+    A, B = plain(A), plain(B)
     a, b = A.reshape(-1, A.shape[-1]), B.reshape(-1, B.shape[-1])
     out = (b.T if transB else b) @ (a.T if transA else a)
     if not transB:
@@ -66,7 +69,7 @@ def te_general_grouped_gemm(
     """A product for each of the lists' places; in `single_output` the results lie one after the other."""
     assert D is not None
     outs = list(D[0].split(m_splits)) if single_output else D
-    for a, b, out, one in zip(A, B, outs, bias, strict=True):
+    for a, b, out, one in zip(map(plain, A), map(plain, B), outs, bias, strict=True):
         product = (b.T if transb else b) @ (a.T if transa else a)
         if one.numel():
             if grad:

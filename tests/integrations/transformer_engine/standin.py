@@ -24,6 +24,7 @@ from unittest import mock
 
 import torch
 
+from tests.integrations.transformer_engine import fp8
 from tests.integrations.transformer_engine.kernels import KERNELS
 
 COMPILED = "transformer_engine_torch"
@@ -144,7 +145,7 @@ def install(sources: Path) -> None:
     """Let `import transformer_engine` find the unpacked wheel in `sources`."""
     tex = PlaceholderModule(COMPILED)
     tex.__spec__ = importlib.machinery.ModuleSpec(COMPILED, None)
-    for one in (*TYPES, *KERNELS):  # present at import, for whoever imports all there is
+    for one in (*TYPES, *KERNELS, *fp8.KERNELS):  # present at import, for whoever imports all there is
         setattr(tex, one.__name__, one)
     sys.modules[COMPILED] = tex
     sys.meta_path.insert(0, Finder())
@@ -155,6 +156,8 @@ def install(sources: Path) -> None:
     package.__version__ = next(sources.glob("*.dist-info")).stem.partition("-")[2]  # type: ignore
     sys.modules["transformer_engine"] = package
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # TE's own: these libraries are not looked for later either
+    os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # and what it can do by torch itself it does
+    os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
     common: Any = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = lambda framework: None
 
@@ -176,6 +179,8 @@ def without_driver() -> None:
         "utils._empty_tensor": lambda: torch.empty(0),
         "cpp_extensions.gemm.get_cublas_workspace": lambda *_: torch.empty(1, 1, dtype=torch.uint8),
         "quantization.check_recipe_support": lambda recipe: None,
+        "quantization.check_fp8_block_scaling_support": lambda: (True, ""),
+        "quantization.check_mxfp8_support": lambda: (True, ""),
         "quantization.get_device_compute_capability": lambda: (9, 0),
         "attention.dot_product_attention.utils.get_cudnn_version": lambda: (9, 10, 0),
     }
