@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -41,9 +42,9 @@ SlurmdLogFile={folder}/slurmd-%n.log
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
-NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=2000
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=2000
-PartitionName=debug Nodes=node[0-1] Default=YES MaxTime=UNLIMITED State=UP
+NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=2000
+NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=2000
+PartitionName=debug Nodes=ALL Default=YES MaxTime=UNLIMITED State=UP
 """
 
 
@@ -59,10 +60,13 @@ def cluster(folder: Path) -> Iterator[Path]:
     """Start one in an empty folder; the configuration, for SLURM_CONF. Every daemon ends with it."""
     host = socket.gethostname().partition(".")[0]
     tracking = "cgroup" if os.access(FREEZER, os.W_OK) else "linuxproc"
-    text = CONFIGURATION.format(host=host, folder=folder, ports=_free_ports(3), tracking=tracking)
+    nodes = [f"p{os.getpid()}n{number}" for number in range(2)]  # a step's cgroup is called after its node
+    text = CONFIGURATION.format(
+        host=host, folder=folder, nodes=nodes, ports=_free_ports(3), tracking=tracking
+    )
     (folder / "slurm.conf").write_text(text)
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n")
-    for name in ("state", "munge", "spool-node0", "spool-node1"):
+    for name in ("state", "munge", *(f"spool-{node}" for node in nodes)):
         (folder / name).mkdir()
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(128))
@@ -75,7 +79,7 @@ def cluster(folder: Path) -> Iterator[Path]:
         started.append(_start(munged, folder))
         _wait_for((folder / "munge" / "socket").exists, "munged", folder)
         started.append(_start(["slurmctld", "-D", "-f", str(configuration)], folder))
-        for node in ("node0", "node1"):
+        for node in nodes:
             started.append(_start(["slurmd", "-D", "-f", str(configuration), "-N", node], folder))
         _wait_for(lambda: _idle(configuration) == 2, "two idle nodes", folder)
         yield configuration
@@ -87,6 +91,16 @@ def cluster(folder: Path) -> Iterator[Path]:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+        for node in nodes:
+            _remove_cgroups(FREEZER / f"slurm_{node}")
+
+
+def _remove_cgroups(path: Path) -> None:
+    """Slurm leaves them, empty."""
+    with contextlib.suppress(OSError):
+        for below in sorted(filter(Path.is_dir, path.rglob("*")), reverse=True):
+            below.rmdir()
+        path.rmdir()
 
 
 def _start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:

@@ -120,20 +120,24 @@ def attempts(record: Record) -> list[tuple[int | None, int | None]]:
     return [(attempt["from_step"], attempt.get("signal")) for attempt in record.attempts()]
 
 
+LENGTH = {"train_iters": 60, "save_interval": 20, "eval_interval": 30}
+"""Of a training that leaves a moment to come in between."""
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, float]]:
     """The losses of a tiny Megatron model, trained by two processes of this machine."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as monkeypatch:
         register(monkeypatch, folder)
-        spec = write_megatron(folder, "base-dense.yaml", "polynorm")
+        spec = write_megatron(folder, "base-dense.yaml", "polynorm", **LENGTH)
         assert main(["run", str(spec), "--set", "processes_per_node=2", "--output", str(folder / "run")]) == 0
     return metrics(folder / "run")
 
 
-def on_two_nodes(folder: Path) -> list[str]:
+def on_two_nodes(folder: Path, **options: int) -> list[str]:
     """The same model as a run on two nodes."""
-    spec = write_megatron(folder, "base-dense.yaml", "polynorm")
+    spec = write_megatron(folder, "base-dense.yaml", "polynorm", **{**LENGTH, **options})
     return [str(spec), "--nodes", "2", "--set", "environment.GLOO_SOCKET_IFNAME=lo"]
 
 
@@ -154,7 +158,7 @@ def test_two_nodes_train_to_the_losses_of_a_plain_run_and_do_not_start_again(
     )
 
     assert main(["run", *on_two_nodes(tmp_path), "--site", "site.yaml"]) == 0
-    assert "already complete at step 12, nothing to do" in capfd.readouterr().out
+    assert "already complete at step 60, nothing to do" in capfd.readouterr().out
     again = told("sbatch", "--parsable", str(record.path / "job.sh")).strip()
     assert ended(again, record) == "COMPLETED"
     assert attempts(record) == [(None, None)]
@@ -172,7 +176,23 @@ def test_a_run_whose_node_was_killed_is_queued_again_and_ends_with_the_same_loss
         os.kill(pid, signal.SIGKILL)
     assert ended(job, record) == "COMPLETED", said_by(record)
     assert about(job)["Restarts"] == "1"
-    assert [step is not None and step >= 4 for step, _ in attempts(record)] == [False, True]
+    assert [step is not None and step >= 20 for step, _ in attempts(record)] == [False, True]
+    assert metrics(record.path) == reference
+
+
+def test_a_warned_run_saves_a_checkpoint_is_queued_again_and_ends_with_the_same_losses(
+    reference: dict[int, dict[str, float]], tmp_path: Path
+) -> None:
+    write_site()
+    job, record = submit(*on_two_nodes(tmp_path, save_interval=1000))
+    wait_until(record.metrics.exists, "step")
+    told("scancel", "--signal=USR1", job)  # as Slurm itself does before the time limit
+    assert ended(job, record) == "COMPLETED", said_by(record)
+    assert about(job)["Restarts"] == "1"
+    (_, first), (step, second) = attempts(record)
+    assert (first, second) == (signal.SIGUSR1, None)
+    assert step is not None
+    assert 0 < step < LENGTH["train_iters"]
     assert metrics(record.path) == reference
 
 
