@@ -168,3 +168,14 @@ def test_what_slurm_could_not_be_told_is_refused_in_a_sentence(
     with pytest.raises(PolycomError) as caught:
         files(path, **site)
     assert sentence in str(caught.value)
+
+
+def test_a_container_is_asked_for_its_files_where_it_runs(toy_spec: Callable[..., str]) -> None:
+    spec = Path(toy_spec(needs="/data/of/the/image", steps=1))
+    bare, inside = (
+        plan.planned(spec, [], None, Path("outputs"), Site(container=image))
+        for image in (None, Container("image", "docker"))
+    )
+    plan.check_inputs(inside)
+    with pytest.raises(PolycomError, match="/data/of/the/image not found"):
+        plan.check_inputs(bare)
