@@ -24,7 +24,7 @@ from polycom_ext.runs import site as sites
 from polycom_ext.runs.submit import submit
 
 from .conftest import THIRD_PARTY
-from .hostile import SAMPLE, strings
+from .hostile import SAMPLE
 from .kubelet import expanded
 from .test_kubernetes import pods
 
@@ -131,8 +131,7 @@ class Place:
         return found
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Where no command but the shells' own can be reached."""
     commands, calls = tmp_path / "commands", tmp_path / "calls"
     commands.mkdir()
@@ -149,6 +148,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(sys, "executable", str(commands / "python3"))
     monkeypatch.setattr(metadata, "entry_points", cache(metadata.entry_points))  # asked a thousand times
     return Place(tmp_path / "runs", calls)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return stand_in(tmp_path, monkeypatch)
 
 
 def put(mapping: dict[str, Any], path: tuple[Any, ...], text: str) -> dict[str, Any]:
@@ -286,14 +290,3 @@ def test_a_refusal_is_one_line_whatever_it_names(
     assert main(["run", str(spec), "--site", str(at)]) == 2
     [line] = capfd.readouterr().err.splitlines()
     assert r"slurm.a\ntouch canary\x1b[2J is no long option" in line
-
-
-@pytest.mark.cluster
-@pytest.mark.parametrize("case", CASES)
-def test_each_of_two_hundred_such_strings_is_a_string(
-    place: Place, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each is rendered in each way, and each of the ways starts a third of them."""
-    assert len(strings()) >= 200
-    for number, text in enumerate(strings(), start=list(CASES).index(case)):
-        check(place, case, text, monkeypatch, starts=number % 3 == 0)

@@ -77,13 +77,14 @@ def test_a_train_job_restarts_all_pods_but_not_after_a_refusal(
 def test_a_pytorch_job_is_a_master_and_workers_whose_nodes_restart_themselves(
     manifest: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    [job] = manifest(kind="PyTorchJob")
+    [job] = manifest("--set", "stop_grace_seconds=45", kind="PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert {name: (one["replicas"], one["restartPolicy"]) for name, one in replicas.items()} == {
         "Master": (1, "Never"),
         "Worker": (1, "Never"),
     }
     for pod in pods([job]):
+        assert pod["terminationGracePeriodSeconds"] == 75
         script = str(RUN.absolute() / "job.sh")
         assert pod["containers"][0]["command"] == ["bash", script, "$(RANK)", "$(MASTER_ADDR):$(MASTER_PORT)"]
     [alone] = manifest("--nodes", "1", kind="PyTorchJob")

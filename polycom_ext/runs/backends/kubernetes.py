@@ -24,6 +24,8 @@ from polycom_ext.runs.plan import Run
 MANIFEST = "job.yaml"
 COMMAND = ["polycom", "node"]
 GPU = "nvidia.com/gpu"
+MARGIN_SECONDS = 30
+"""What a node has to end in, beyond the time that its trainer has to save."""
 NAME_LENGTH = 26
 """Of a run's name in the job's, which Kubernetes lengthens to at most 63 for its pods."""
 
@@ -121,6 +123,7 @@ def _pod_of_a_node(run: Run, cluster: Cluster) -> dict[str, Any]:
     pod = manifest.fill(
         manifest.template("kubernetes/pod.yaml"),
         {
+            "grace": run.spec.stop_grace_seconds + MARGIN_SECONDS,
             "user": cluster.user,
             "group": cluster.group,
             "container": KINDS[cluster.kind].container,

@@ -1,0 +1,23 @@
+"""More than 200 hostile strings through every backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ..runs.hostile import strings
+from ..runs.test_hostile import CASES, check, stand_in
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_string_is_refused_or_arrives_in_each_way_to_start_a_run(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of these ways renders all of them, and starts a sixth."""
+    place = stand_in(tmp_path, monkeypatch)
+    assert len(strings()) >= 200
+    for number, text in enumerate(strings(), start=list(CASES).index(case)):
+        check(place, case, text, monkeypatch, starts=number % 6 == 0)
