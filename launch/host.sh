@@ -5,10 +5,12 @@ export POLYCOM_NODE_RANK="$1" POLYCOM_RENDEZVOUS="$2"
 echo $$ >@DIRECTORY@/"node-$1.pid" # for those who want it to end
 
 trap '' HUP PIPE # whoever has started it may end
-stopped=
-end() { # its node, told so by this signal
-    stopped=1
-    kill -s "$1" "$node"
+node=''
+stopped=''
+told=''
+end() { # its node, by this signal
+    stopped=$1
+    [ -z "$node" ] || { told=1; kill -s "$1" "$node"; }
 }
 trap 'end TERM' INT TERM
 trap 'end USR1' USR1
@@ -17,6 +19,7 @@ restarts=0
 while :; do
     bash @NODE_SCRIPT@ &
     node=$!
+    [ -z "$stopped" ] || [ -n "$told" ] || end "$stopped" # it came before there was a node
     # A signal ends `wait`, not the node.
     while wait "$node"; kill -0 "$node" 2>/dev/null; do :; done
     wait "$node"
@@ -24,6 +27,7 @@ while :; do
     # 1: failed, here or on another node. 137: killed, as for want of memory. All else is for a person to mend.
     # 125 to 127: nothing has run, in the words of container engines and shells; that is a refusal.
     case $status in 1 | 137) ;; 125 | 126 | 127) exit 2 ;; *) exit $status ;; esac
+    node=
     [ -z "$stopped" ] || exit $status
     if [ "$restarts" -ge @MAX_RESTARTS@ ]; then
         echo "exit status $status after $restarts restarts, as many as max_restarts allows" >&2

@@ -169,6 +169,26 @@ def test_nodes_go_on_without_who_started_them_and_stop_ends_them(
     assert run([*POLYCOM, "stop", str(run_dir)]).stdout.count("does not run") == 2
 
 
+def test_stop_tells_those_that_it_reaches_and_names_the_other(
+    hosts: Hosts, site: Callable[..., list[str]], toy: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    options = ["-o", "ConnectTimeout=2", *hosts.options]
+    submitter = start([*toy(steps=2000, seconds=0.05), *site(ssh_options=options)], tmp_path / "output")
+    stop = [*POLYCOM, "stop", str(tmp_path / "run")]
+    wait_until(lambda: steps(tmp_path / "run") > 1, "it does not begin")
+    hosts.plug(1, "down")
+    try:
+        stopped = run(stop)
+    finally:
+        hosts.plug(1, "up")
+    assert stopped.returncode == 2
+    assert f"node 0 ({hosts.names[0]}) is told to end" in stopped.stdout
+    assert f"host {hosts.names[1]} cannot be reached by ssh" in stopped.stderr
+    assert run(stop).returncode == 0
+    submitter.wait(120)
+    wait_until(lambda: not (hosts.pids(0) or hosts.pids(1)), "something is left", seconds=30)
+
+
 def test_a_signal_to_who_started_them_ends_the_nodes(
     hosts: Hosts, site: Callable[..., list[str]], toy: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -56,12 +56,18 @@ class Ssh:
         job = run.directory.read_job()
         if job is None:
             raise PolycomError(f"{run.name} was handed over to no hosts: nothing to stop")
+        unheard = []
         for rank, name in enumerate(job["hosts"]):
             host = Host(name, run.site.ssh_options)
-            told = host.ask(self.tell(run, job["job"], rank, "TERM"))
-            print(
-                f"{run.name}: node {rank} ({host}) {'is told to end' if told else 'does not run'}", flush=True
-            )
+            try:
+                told = host.ask(self.tell(run, job["job"], rank, "TERM"))
+            except PolycomError as error:
+                unheard.append(f"{error} (node {rank})")
+                continue
+            how = "is told to end" if told else "does not run"
+            print(f"{run.name}: node {rank} ({host}) {how}", flush=True)
+        if unheard:
+            raise PolycomError(f"{run.name}: {'; '.join(unheard)}; the others are told: give it again later")
 
     def hosts(self, run: Run) -> list[Host]:
         """Where each node runs. Raises PolycomError where the site has too few."""
