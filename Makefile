@@ -114,7 +114,7 @@ $(TE_VENV)/.ready:
 
 test-te: $(OPERATIONS) $(TE_VENV)/.ready
 	PYTHONPATH=$(CURDIR) $(TE_VENV)/bin/python -m pytest -p no:cacheprovider \
-		tests/integrations/transformer_engine/claims.py tests/integrations/transformer_engine/compiled.py
+		$(patsubst %,tests/integrations/transformer_engine/%.py,claims claims_layers compiled)
 
 # CPU operations for every instruction set, CUDA operations for sm_80, sm_90, sm_100 and PTX; needs nvcc, takes minutes.
 wheel: $(READY)

@@ -1,7 +1,7 @@
 """Transformer Engine's FP8 kernels by torch: of delayed scaling, of blocks of 128 and of MXFP8.
 
-As in kernels.py; what they read and write are TE's own tensors, found by their class's name, as TE is imported
-by whoever calls this.
+As in kernels.py; what they read and write are TE's own tensors, told by their class's name, as whoever calls
+this imports TE.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 
 
 def split_quantize(
-    tensor: Tensor, split_sections: list[int], quantizer_list: list[Any], disable_bulk_allocation: bool = False
+    tensor: Tensor,
+    split_sections: list[int],
+    quantizer_list: list[Any],
+    disable_bulk_allocation: bool = False,
 ) -> list[Any]:
     parts = tensor.split(split_sections)
     return [quantizer(part) for part, quantizer in zip(parts, quantizer_list, strict=True)]

@@ -158,6 +158,7 @@ def install(sources: Path) -> None:
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # TE's own: these libraries are not looked for later either
     os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # and what it can do by torch itself it does
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     common: Any = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = lambda framework: None
 
@@ -171,17 +172,21 @@ def without_driver() -> None:
     compiled = importlib.import_module(COMPILED)
     REAL.update({one.__name__: getattr(compiled, one.__name__) for one in KERNELS})
     theirs = [module for name, module in sys.modules.items() if name.startswith("transformer_engine")]
+    everywhere: dict[str, Any] = {one.__name__: one for one in KERNELS}
+    everywhere |= {
+        "_empty_tensor": lambda: torch.empty(0),
+        "get_device_compute_capability": lambda: (9, 0),
+        "is_non_tn_fp8_gemm_supported": lambda: False,
+    }
     for module in theirs:  # some import the function, not the module
-        for one in KERNELS:
-            if one.__name__ in vars(module) or module.__name__ == COMPILED:
-                setattr(module, one.__name__, one)
+        for name, function in everywhere.items():
+            if name in vars(module) or (module.__name__ == COMPILED and name in REAL):
+                setattr(module, name, function)
     replaced: dict[str, Any] = {
-        "utils._empty_tensor": lambda: torch.empty(0),
         "cpp_extensions.gemm.get_cublas_workspace": lambda *_: torch.empty(1, 1, dtype=torch.uint8),
         "quantization.check_recipe_support": lambda recipe: None,
         "quantization.check_fp8_block_scaling_support": lambda: (True, ""),
         "quantization.check_mxfp8_support": lambda: (True, ""),
-        "quantization.get_device_compute_capability": lambda: (9, 0),
         "attention.dot_product_attention.utils.get_cudnn_version": lambda: (9, 10, 0),
     }
     for path, function in replaced.items():

@@ -54,6 +54,7 @@ def test_claims_hold(sources: Path) -> None:
         "no:cacheprovider",
         "--tb=short",
         str(HERE / "claims.py"),
+        str(HERE / "claims_layers.py"),
     ]
     environment = os.environ | {"POLYCOM_TE_SOURCES": str(sources)}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
