@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from polycom_ext.cli import main
 from polycom_ext.doctor import run
 from polycom_ext.doctor.findings import Mark
 from polycom_ext.machine import look as machine
-from polycom_ext.machine.look import Machine
+from polycom_ext.machine.look import Machine, Package
 from polycom_ext.runs import plan
-from polycom_ext.runs.adapter import Upstream
+from polycom_ext.runs.adapter import Needs, Upstream
 from polycom_ext.runs.plan import Run
 from polycom_ext.runs.site import Site
 from polycom_ext.upstream import fetch, trees
@@ -70,6 +71,7 @@ def test_a_run_that_can_start_here_for_a_program(
     assert {"python", "torch", "clock", "devices", "packages", "spec", "inputs"} <= set(found)
     assert found["numpy"]["text"] == numpy.__version__
     assert found["devices"]["mark"] == "ok"
+    assert "upstream megatron" in found
     assert set(found["devices"]) == {"subject", "mark", "text", "way_out", "stops"}
     assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
 
@@ -139,6 +141,60 @@ def test_the_exit_status_says_whether_a_run_can_start(
     assert capsys.readouterr().out.splitlines()[-1] == verdict
 
 
+def test_what_is_looked_at_is_of_the_run(
+    small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its directory, its modules, those of a GPU only where there is one, and its nodes."""
+    asked: list[tuple[Any, ...]] = []
+    clock = replace(MACHINE.clock, synchronised=False)
+    packages = (*MACHINE.packages, Package("one", "/1", "1", imported=True), Package("two"))
+
+    def look(base: Machine) -> Callable[..., Machine]:
+        return lambda *of: asked.append(of) or replace(base, clock=clock, packages=packages)  # type: ignore[func-returns-value]
+
+    needs = Needs(modules={"one": "a run"}, on_gpu={"two": "its GPU"})
+    monkeypatch.setattr(import_module("toy").ToyAdapter, "needs", lambda self, spec: needs)
+    monkeypatch.setattr(import_module("toy").ToyAdapter, "upstreams", {})
+    spec = write_spec("a-run", 1, {"steps": 1})
+    command = ["doctor", "--config", spec, "--set", "nodes=2", "--output", "elsewhere"]
+    monkeypatch.setattr(machine, "look", look(MACHINE))
+    assert main(command) == 2
+    told = capsys.readouterr().out
+    assert "two                     not installed; its GPU" in told
+    assert "and nothing keeps it synchronised" in told
+    assert told.splitlines()[-1] == "a-run cannot start here, because of: two"
+    monkeypatch.setattr(machine, "look", look(NO_GPU))
+    assert main(command) == 0
+    [*_, (folder, modules)] = asked
+    assert folder.resolve() == Path("elsewhere").resolve()
+    assert modules == ["one", "two"]
+
+
+def test_without_a_run_the_package_is_asked_about(
+    small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(machine, "look", lambda runs: asked.append(runs) or MACHINE)  # type: ignore[func-returns-value]
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "polycom-ext works here"
+    assert any("upstream small" in line for line in lines)
+    assert asked == [Path("outputs")]
+
+
+def test_a_run_that_cannot_start_here_for_a_program(
+    small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "look", lambda *_: MACHINE)
+    spec = write_spec("a-run", 1, {"steps": 1})
+    assert main(["doctor", "--json", "--config", spec, "--set", "activation=polynom"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert (told["ready"], told["subject"]) == (False, spec)
+    assert told["machine"]["nvcc"] == {"path": "/usr/local/cuda/bin/nvcc", "release": "13.0", "problem": ""}
+    [stops] = [one for one in told["findings"] if one["stops"]]
+    assert (stops["subject"], stops["mark"]) == ("spec", "wrong")
+
+
 def test_what_is_of_a_run_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
     for option in (["--set", "nodes=2"], ["--output", "x"]):
         assert main(["doctor", *option]) == 2
@@ -183,6 +239,7 @@ def test_the_state_of_an_upstream_and_which_runs_it_stops(
         monkeypatch.setattr(adapter, "needs_patches", lambda self, spec, needs=needs_patches: needs)
         [found] = run.upstreams(None if needs_patches is None else planned())
         assert found.text.startswith(f"1.0: {state}")
+        assert (", 2 patches" in found.text) == (found.mark is OK and state == "applied")
         assert (found.mark, found.stops) == wanted
         verb = {OK: "", WRONG: "polycom upstream status small"}
         assert found.way_out == verb.get(found.mark, "polycom upstream apply small")
@@ -214,6 +271,7 @@ REQUIRES = ("numpy", "PyYAML>=5", "tomli; python_version < '3.0'", "nothing-like
         (("absent-one; extra == 'toy'",), "absent-one is not installed"),
         (("PyYAML>=99; extra == 'toy'",), " is not >=99"),
         (("PyYAML>=99; extra == 'other'",), None),
+        (("early>=0.9; python_version < '2'",), None),
     ],
 )
 def test_the_packages_of_the_trainers_extra_and_their_versions(

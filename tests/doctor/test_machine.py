@@ -8,14 +8,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import polycom_ext
 from polycom_ext import reference
 from polycom_ext.machine import look as machine
 from polycom_ext.machine import probe
 from polycom_ext.machine.look import Package
+from polycom_ext.ops.polynomial import library
 
 Installed = Callable[..., Path]
 CRASH = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
@@ -31,6 +34,8 @@ def test_an_activation_that_differs_from_its_definition_is_told(monkeypatch: pyt
     assert checked["swish"].startswith("y is off by ")
     assert checked["prelu"].startswith("the gradient of slope is off by ")
     assert checked["xielu"] == "plain"
+    monkeypatch.setattr(reference, "swish", lambda x, beta: beta * x * torch.nan)
+    assert probe._checked(torch.device("cpu"))["swish"] == "y is off by nan"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +52,70 @@ def test_a_torch_that_cannot_be_imported_is_told(installed: Installed, init: str
     told, _ = machine._torch()
     assert told.version is None
     assert told.problem.startswith(says)
+
+
+TORCH_OF_CUDA = """
+from types import SimpleNamespace as Some
+
+def init():
+    {init}
+
+__version__ = "9.9"
+version = Some(cuda="13.0")
+distributed = Some(is_available=lambda: True, is_nccl_available=lambda: {nccl})
+properties = Some(name="H100", major=9, minor=0, uuid="1-2", total_memory=7)
+cuda = Some(
+    init=init,
+    nccl=Some(version=lambda: (2, 28, 3)),
+    device_count=lambda: 1,
+    get_device_properties=lambda index: properties,
+)
+"""
+"""As far as doctor asks it; the package's operations find nothing of a torch in it."""
+
+
+def test_the_gpus_of_a_torch_and_what_breaks_after_it(installed: Installed) -> None:
+    installed({"torch/__init__.py": TORCH_OF_CUDA.format(init="pass", nccl=True)})
+    told, operations = machine._torch()
+    assert (told.version, told.cuda, told.nccl, told.problem) == ("9.9", "13.0", "2.28.3", "")
+    assert told.devices == (machine.Device("H100", "9.0", "GPU-1-2", 7),)
+    assert operations.problem.startswith("ImportError: cannot import name")
+
+
+def test_a_torch_whose_gpus_cannot_be_used(installed: Installed) -> None:
+    init = "raise RuntimeError('The driver is too old\\nand more')"
+    installed({"torch/__init__.py": TORCH_OF_CUDA.format(init=init, nccl=False)})
+    told, _ = machine._torch()
+    assert (told.nccl, told.cuda_problem, told.devices) == (None, "The driver is too old", ())
+
+
+def test_operations_are_checked_on_each_gpu_that_they_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "devices", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(library, "problem", "so and so")
+    monkeypatch.setattr(library, "gpu_problem", ["", "no code"].__getitem__)
+    monkeypatch.setattr(library, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(library, "cuda_architectures", lambda: ["sm_90"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(probe, "_checked", lambda device: {"on": str(device)})
+    told: dict[str, Any] = {}
+    probe._torch(told.update)
+    assert told["gpu_problems"] == ["", "no code"]
+    assert told["checked"] == {"cpu": {"on": "cpu"}, "cuda:0": {"on": "cuda:0"}}
+    assert (told["fused_on"], told["fused_problem"]) == (["cpu", "cuda"], "so and so")
+    assert (told["instruction_set"], told["architectures"]) == ("avx2", ["sm_90"])
+
+
+def test_what_is_asked_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is imported in processes of their own finds nothing."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(probe, "ask", lambda what: ({}, f"no {what}"))
+    found = machine.look(tmp_path / "runs", ["mine", "apex"])
+    assert found.visible_devices == "3"
+    assert [one.module for one in found.packages] == [*machine.PACKAGES, "mine"]
+    assert (found.folders[0].purpose, found.folders[0].path) == ("runs", str(tmp_path / "runs"))
+    assert (found.executable, found.package) == (sys.executable, polycom_ext.__version__)
+    assert found.package_path == str(Path(polycom_ext.__file__).parent)
+    assert found.torch.problem == "no torch"
 
 
 def test_a_package_that_is_not_there(installed: Installed) -> None:
@@ -79,6 +148,17 @@ def test_an_import_that_hangs_is_given_up(installed: Installed, monkeypatch: pyt
     assert machine.package("flash_attn").problem == "its import has not ended in 0.5 s"
 
 
+def test_a_package_that_ends_the_process_without_a_word(installed: Installed) -> None:
+    installed({**TORCH, "flash_attn/__init__.py": "import os; os._exit(3)"})
+    assert machine.package("flash_attn").problem == "its import ends with status 3"
+
+
+def test_a_module_that_is_one_file_and_needs_torch_to_be_there(installed: Installed) -> None:
+    folder = installed({**TORCH, "grouped_gemm.py": "import sys; assert 'torch' in sys.modules"})
+    found = machine.package("grouped_gemm")
+    assert found == Package("grouped_gemm", str(folder / "grouped_gemm.py"), imported=True)
+
+
 PYPI_APEX = {
     "apex/__init__.py": "from pyramid.interfaces import ISessionFactory\n",
     "apex/lib/flash.py": "",
@@ -91,6 +171,11 @@ def test_apex_of_pypi_is_told_apart_from_nvidias(installed: Installed) -> None:
     installed(PYPI_APEX, "apex", "0.9.10.dev0", SUMMARY)
     found = machine.package("apex")
     assert (found.foreign, found.imported, found.problem) == (SUMMARY, False, "")
+
+
+def test_an_apex_that_says_nothing_of_itself(installed: Installed) -> None:
+    installed({"apex/__init__.py": ""})
+    assert machine.package("apex").foreign == "it has no multi_tensor_apply"
 
 
 def test_apex_of_nvidia(installed: Installed) -> None:
@@ -125,7 +210,9 @@ def test_nvcc_is_compared_with_torchs_cuda(tmp_path: Path, monkeypatch: pytest.M
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert machine._nvcc(machine.Torch("2.14", "12.6")) == machine.Compiler(str(nvcc), "12.4")
-    assert "of CUDA 12.4 but torch of CUDA 13.0" in machine._nvcc(machine.Torch("2.14", "13.0")).problem
+    other = machine._nvcc(machine.Torch("2.14", "13.0"))
+    assert (other.path, other.release) == (str(nvcc), "12.4")
+    assert "of CUDA 12.4 but torch of CUDA 13.0" in other.problem
     nvcc.write_text("#!/bin/sh\nexit 1\n")
     assert machine._nvcc(machine.Torch("2.14", "13.0")).problem.startswith("nvcc failed")
 
@@ -139,7 +226,7 @@ def test_a_folder_that_is_not_made_yet_is_judged_by_the_one_above(tmp_path: Path
     found = machine.folder("runs", tmp_path / "outputs" / "small")
     assert found.writable
     assert 0 < found.free < 1 << 60
-    (tmp_path / "file").touch()
+    (tmp_path / "file").touch(mode=0o755)
     assert not machine.folder("runs", tmp_path / "file" / "small").writable
     assert not machine.folder("runs", Path("/proc/outputs")).writable or os.access("/proc", os.W_OK)
 
@@ -190,6 +277,7 @@ def test_the_clock_is_set_beside_the_files_of_the_package(tmp_path: Path) -> Non
     (tmp_path / "new.py").touch()
     os.utime(tmp_path / "old.py", (1e9, 1e9))
     os.utime(tmp_path / "new.py", (9e9, 9e9))
+    assert machine.clock(tmp_path / "nothing").newest_file == 0
     found = machine.clock(tmp_path)
     assert found.newest_file == 9e9
     assert abs(found.now - time.time()) < 60
