@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,17 @@ class Kernel:
         return 2 * threads * (self.vectors | 1) * 16 if self.staged else 0
 
     @property
+    def bytes_moved(self) -> int:
+        """Of an element, what cannot be avoided; scales of FP8 are few beside it."""
+        element = 4 if self.storage == "FloatStorage" else 2
+        if self.recipe:
+            return element + 1
+        return element * (3 if self.direction == "backward" else 2)
+
+    @property
     def usual(self) -> bool:
-        """Whether its slots are counted: PolyNorm, no bias before, the row in registers, y as it is."""
-        return not self.recipe and not self.rectified and not self.biased and self.vectors > 0
+        """Whether its slots are counted: PolyNorm, no bias before, the row in registers."""
+        return not self.rectified and not self.biased and self.vectors > 0
 
 
 @dataclass(frozen=True)
@@ -188,17 +197,21 @@ def row_loop_slots(sass: str) -> dict[Kernel, Slots]:
             if jump := re.match(r"(?:@!?U?P\d )?BRA `\((\.L_x_\d+)\)", instruction):
                 jumps.append((count, jump[1]))
         begin, end = min((labels[to], at) for at, to in jumps if labels[to] < at)
-        skipped = [
-            labels[to] - at for at, to in jumps if begin < at < labels[to] < end and labels[to] - at > 20
-        ]
-        vector = round(sum(skipped) / kernel.vectors)
+        skips = sorted(
+            (at, labels[to]) for at, to in jumps if begin < at < labels[to] < end and labels[to] - at > 20
+        )
+        skipped, reached = 0, begin  # a skip may lie within another one
+        for at, to in skips:
+            skipped += max(0, to - max(at, reached))
+            reached = max(reached, to)
+        vector = round(skipped / kernel.vectors)
         slots[kernel] = Slots(end - begin - vector * kernel.vectors, vector)
     return slots
 
 
 def count_slots(kernels: Iterable[Kernel], architecture: str) -> dict[Kernel, Slots]:
     """Compile the usual call of those kernels that it is counted for, and count."""
-    usual = [kernel for kernel in kernels if kernel.usual]
+    usual = [kernel for kernel in kernels if kernel.usual and kernel.exists_for(architecture)]
     with tempfile.TemporaryDirectory() as scratch:
         cubin = str(Path(scratch) / "usual.cubin")
         _compile(usual, architecture, cubin, "-DPOLYCOM_UNUSUAL(condition)=false")
@@ -390,14 +403,12 @@ The share is of the copy rate, of the bytes that cannot be avoided: {bytes}.
 
 def share_of_copy(card: Card, row: Row, shape: Shape, width: int) -> float:
     """By the model that ASSUMPTIONS describes."""
-    element = 4 if row.kernel.storage == "FloatStorage" else 2
-    moved = width * element * (3 if row.kernel.direction == "backward" else 2)
-    memory = moved / (card.copy / card.processors / card.clock)
+    memory = width * row.kernel.bytes_moved / (card.copy / card.processors / card.clock)
     warps = shape.threads_per_row // 32
     issued, usable = row.slots(width, shape.threads_per_row), 4 * 0.85
     alone = min(usable, 0.6 * warps)  # slots a cycle that one group can take
     wait = card.latency + (250 if warps == 1 else 400) + issued / alone - issued / usable
-    wait += 300 if row.kernel.direction == "forward" else 0
+    wait += 0 if row.kernel.direction == "backward" else 300
     blocks = resident_blocks(row.architecture, shape.threads, row.registers, row.shared + shape.shared)
     groups = blocks * (shape.threads // shape.threads_per_row) * (2 if row.kernel.staged else 1)
     queues, throughput = [0.0, 0.0], 0.0
@@ -478,32 +489,23 @@ COLUMNS = "direction,type,width,card,row held in,registers,blocks,slots,bytes,sh
 def predictions(rows: list[Row], choices: Choices, storages: Iterable[str]) -> Iterator[tuple[object, ...]]:
     """(direction, type, width, card, instance, registers, blocks, slots, bytes, share) of order 3."""
     known = {(row.architecture, row.kernel): row for row in rows}
-    for direction in ("forward", "backward"):
-        for storage in storages:
-            for width in WIDTHS:
-                shape = choices.shapes[direction, width, storage]
-                kernel = Kernel(direction, storage, 3, False, False, *shape.hold)
-                for name, card in CARDS.items():
-                    if (row := known.get((card.architecture, kernel))) is None:
-                        continue
-                    shared = row.shared + shape.shared
-                    blocks = resident_blocks(row.architecture, shape.threads, row.registers, shared)
-                    slots = row.slots(width, shape.threads_per_row) * 32 / width
-                    moved = (4 if storage == "FloatStorage" else 2) * (3 if direction == "backward" else 2)
-                    share = share_of_copy(card, row, shape, width)
-                    held = f"{kernel.vectors} vectors, {shape.threads_per_row} of {shape.threads} threads"
-                    yield (
-                        direction,
-                        STORAGES[storage],
-                        width,
-                        name,
-                        held,
-                        row.registers,
-                        blocks,
-                        slots,
-                        moved,
-                        share,
-                    )
+    kinds = [(direction, storage) for direction in ("forward", "backward") for storage in storages]
+    kinds += [(f"quantized_{recipe}", "BFloat16Storage") for recipe in RECIPES]
+    for (direction, storage), width in product(kinds, WIDTHS):
+        # what is quantized is held as forward's rows are
+        shape = choices.shapes["backward" if direction == "backward" else "forward", width, storage]
+        kernel = Kernel(direction, storage, 3, False, False, *shape.hold)
+        for name, card in CARDS.items():
+            if (row := known.get((card.architecture, kernel))) is None:
+                continue
+            blocks = resident_blocks(
+                row.architecture, shape.threads, row.registers, row.shared + shape.shared
+            )
+            slots = row.slots(width, shape.threads_per_row) * 32 / width
+            held = f"{kernel.vectors} vectors, {shape.threads_per_row} of {shape.threads} threads"
+            share = share_of_copy(card, row, shape, width)
+            cells = (direction, STORAGES[storage], width, name, held, row.registers, blocks)
+            yield (*cells, slots, kernel.bytes_moved, share)
 
 
 def write_markdown(path: Path, rows: list[Row], choices: Choices) -> None:
@@ -513,7 +515,7 @@ def write_markdown(path: Path, rows: list[Row], choices: Choices) -> None:
         f"| {card.copy / 1e12:.2f} TB/s | {card.latency:.0f} cycles |"
         for name, card in CARDS.items()
     )
-    moved = "forward x and y; backward x, the gradient of y and that of x"
+    moved = "forward x and y (quantized: a byte); backward x, the gradient of y and that of x"
     lines = [
         "# The CUDA kernels as compiled, and what a model expects of them",
         "",
