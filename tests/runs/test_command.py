@@ -67,9 +67,9 @@ def test_a_file_of_the_adapters_own_is_shown_by_a_dry_run_and_written_before_a_s
 ) -> None:
     spec = toy_spec(steps=1, note="first\n\nlast\n")
     assert main(["run", spec, "--dry-run"]) == 0
-    script, _, shown = capfd.readouterr().out.partition("\n# ")
+    script, _, shown = capfd.readouterr().out.partition(f"\n# {RUN.absolute()}")
     assert not RUN.exists()
-    assert shown == f"{RUN.absolute()}/toy.txt:\n#   first\n#\n#   last\n"
+    assert shown == "/toy.txt:\n#   first\n#\n#   last\n"
     assert main(["run", spec]) == 0
     assert (RUN / "toy.txt").read_text() == "first\n\nlast\n"
     assert (RUN / "command.sh").read_text() == script
