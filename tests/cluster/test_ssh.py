@@ -251,15 +251,15 @@ def test_a_secret_reaches_the_trainer_by_no_file_and_no_command_line(
             "cannot be reached by ssh: root@",
         ),
         (
-            lambda hosts: {
-                "ssh_options": [
-                    word.replace("=yes", "=yes").replace("known_hosts", "none") for word in hosts.options
-                ]
-            },
+            lambda hosts: {"ssh_options": [word.replace("known_hosts", "none") for word in hosts.options]},
             "Host key verification failed",
         ),
+        (
+            lambda hosts: {"setup": ["export PYTHONHOME=/nowhere"]},
+            "has no polycom_ext, after the site's `setup`",
+        ),
     ],
-    ids=["too few", "no such host", "refused key", "unknown host key"],
+    ids=["too few", "no such host", "refused key", "unknown host key", "no polycom"],
 )
 def test_a_host_that_cannot_be_had_is_named_and_nothing_starts(
     hosts: Hosts,
