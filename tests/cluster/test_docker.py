@@ -227,7 +227,7 @@ def write_site(folder: Path, **container: Any) -> str:
 
 def run(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*POLYCOM, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+        [*POLYCOM, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -243,7 +243,7 @@ def test_two_containers_as_two_nodes_train_to_the_losses_of_a_plain_run(image: s
     assert two.returncode == 0, two.stdout + two.stderr
     assert containers() == []
     assert len(metrics(tmp_path / "plain")) == 4
-    assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "plain"), rel=1e-6)
+    assert metrics(tmp_path / "two") == metrics(tmp_path / "plain")
     [attempt] = json.loads((tmp_path / "two" / "versions.json").read_text())["attempts"]
     assert attempt["complete"]
     assert (tmp_path / "two" / "log.txt").stat().st_uid == os.getuid()
