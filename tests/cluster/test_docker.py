@@ -39,6 +39,7 @@ PASSWORD = "pa55word-of-an-index"
 ALPHA = r"""
 FROM polycom:cpu
 USER root
+WORKDIR /
 # As NVIDIA's containers have it: an alpha build of torch among the system's packages, and a list of versions.
 RUN mv /opt/polycom/lib/python3*/site-packages /opt/torch \
     && rm -r /opt/polycom /home/polycom /opt/torch/polycom_ext* \
