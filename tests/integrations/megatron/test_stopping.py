@@ -17,11 +17,10 @@ BESIDE = "--async-save --async-strategy mcore --use-persistent-ckpt-worker".spli
 @pytest.mark.parametrize(
     ("processes", "layout", "saving"),
     [
-        (1, [], []),
         (*EP2, []),
         (2, ["--use-distributed-optimizer"], BESIDE),
     ],
-    ids=["dense", "MoE, EP2", "DP2, written beside training"],
+    ids=["MoE, EP2", "DP2, written beside training"],
 )
 def test_a_stop_of_one_rank_has_all_save_and_resume_as_if_nothing_had_been(
     train: Trainer, tmp_path: Path, processes: int, layout: list[str], saving: list[str]

@@ -14,6 +14,8 @@ from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.olmo.adapter import OLMoAdapter
 from polycom_ext.runs.spec import Spec
 
+from .conftest import Trainer
+
 Damage = Callable[[Path], Any]
 SPEC = Spec("run", "olmo", "polynorm", None, 2, {}, {"max_duration": 8})
 STATE = {"global_step": 2, "world_size": 2, "checkpoints": [Path("step2")]}
@@ -134,3 +136,24 @@ def test_where_all_are_damaged_none_is_written_over(saved: Callable[[str], Path]
         config.unlink()
     with pytest.raises(PolycomError, match=r"no checkpoint is whole: \S*step6\S* lacks .* move \S* away"):
         OLMoAdapter().latest_step(SPEC, checkpoints.parent)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("settings", "newest", "file"),
+    [
+        ({"save_interval": 3}, "step6", "rank1.pt"),
+        ({"save_interval": 3, "sharded_checkpointer": "olmo_core"}, "step6", "optim/rank_1.safetensors"),
+    ],
+    ids=["torch_legacy", "olmo_core"],
+)
+def test_a_trainer_whose_newest_is_damaged_trains_on_from_the_one_before(
+    train: Trainer, settings: dict[str, Any], newest: str, file: str
+) -> None:
+    run = train(processes=2, **settings)
+    assert OLMoAdapter().latest_step(SPEC, run.folder) == 6, "what OLMo writes is whole"
+    cut(file)(run.folder / "checkpoints" / newest)
+    again = train(processes=2, folder=run.folder, **settings)
+    assert "checkpoints/step3" in again.log.partition("Loading ")[2].splitlines()[0]
+    assert again.series("train/loss") == run.series("train/loss")
+    assert OLMoAdapter().latest_step(SPEC, run.folder) == 6, "and so it is when it was written again"

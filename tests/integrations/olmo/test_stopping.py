@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from polycom_ext.integrations.olmo.adapter import OLMoAdapter
+from polycom_ext.runs.spec import Spec
+
 from .conftest import Trainer
 from .test_training import DDP2, FSDP2, POLYNORM, UNSHARDED
 
@@ -46,3 +49,17 @@ def test_a_stop_of_one_rank_has_all_save_and_resume_as_if_nothing_had_been(
 @pytest.mark.full
 def test_so_it_is_on_the_branch(train_branch: Trainer) -> None:
     assert_stops_and_resumes(train_branch, FSDP2 | RARELY | {"moe": True})
+
+
+@pytest.mark.full
+def test_what_upstreams_time_limit_leaves_is_whole_not_complete_and_gone_on_from(train: Trainer) -> None:
+    """OLMo saves at the limit, and trains a few steps more."""
+    settings = LONG | FSDP2 | RARELY
+    limit = {"time_limit": 0.01, "canceled_check_interval": 1, "extra_steps_after_cancel": 2}
+    ended = train(**settings, **limit)
+    spec = Spec("tiny", "olmo", "polynorm", None, 2, {}, {"max_duration": 12})
+    assert (OLMoAdapter().latest_step(spec, ended.folder), max(ended.metrics)) == (1, 3)
+    assert not OLMoAdapter().is_complete(spec, ended.folder)
+    resumed = train(**settings, folder=ended.folder)
+    assert OLMoAdapter().is_complete(spec, ended.folder)
+    assert resumed.series("train/loss") == train(**settings).series("train/loss")
