@@ -55,13 +55,14 @@ def note_what_argparse_refuses() -> None:
 def watching_the_disk() -> Iterator[None]:
     """End this worker with DISK_FULL where what is raised within comes of the run's disk being full.
 
-    Writers raise this and that for it, and a log on that disk takes none of it.
+    Writers raise this and that for it, torch's what is no Exception, and a log on that disk takes none of it.
     """
     try:
         yield
-    except Exception:
+    except BaseException as error:
         run_dir = os.environ.get(RUN_DIR)
-        if not run_dir or not any(map(files.is_full, _places(record.Record(Path(run_dir))))):
+        ends_well = isinstance(error, SystemExit) and not error.code
+        if ends_well or not run_dir or not any(map(files.is_full, _places(record.Record(Path(run_dir))))):
             raise
         with contextlib.suppress(OSError):
             traceback.print_exc()

@@ -40,7 +40,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
 
 def when(shows: Callable[[], bool], action: Callable[[], None]) -> threading.Thread:
     def act() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not shows():
             assert time.monotonic() < deadline
             time.sleep(0.02)
