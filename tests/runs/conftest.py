@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def finished_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         register(monkeypatch, folder)
         assert main(["run", write_spec("small", 1, {"steps": 2})]) == 0
     return folder / "outputs" / "small"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount: list[str | Path] = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", path]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def register(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

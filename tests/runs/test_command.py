@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -239,18 +239,6 @@ def test_a_complete_run_whose_coefficients_cannot_be_read_says_so_and_is_complet
     )
     assert main(["run", spec]) == 0
     assert "already complete" in capfd.readouterr().out
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Path]:
-    """A file system of two megabytes."""
-    path = Path("disk")
-    path.mkdir()
-    mount: list[str | Path] = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", path]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield path
-    subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def test_a_disk_that_fills_up_ends_a_run_with_one_sentence_and_its_checkpoint_stays(

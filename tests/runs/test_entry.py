@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +45,22 @@ def test_a_worker_of_no_run_only_says_it(
     entry.refuse("it cannot be right")
     assert capfd.readouterr().err == "polycom: error: it cannot be right\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "BaseException", "SystemExit(1)"])
+def test_whatever_is_raised_on_a_full_disk_ends_a_worker_as_a_full_disk_does(
+    small_disk: Path, error: str
+) -> None:
+    """torch's CheckpointException is no Exception."""
+    code = f"from polycom_ext.runs import entry\nwith entry.watching_the_disk(): raise {error}"
+    others = small_disk / "others"
+    for full in (True, False):
+        if full:
+            with pytest.raises(OSError, match="No space left"):
+                others.write_bytes(bytes(3 << 20))
+        else:
+            others.unlink()
+        worker = [sys.executable, "-c", code]
+        environment = {**os.environ, entry.RUN_DIR: str(small_disk)}
+        status = subprocess.run(worker, env=environment, capture_output=True, check=False).returncode
+        assert (status == entry.DISK_FULL) is full
