@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,3 +125,16 @@ def test_files_are_replaced_and_locked_in_one_place() -> None:
     marks = ("os.replace", "fsync", "flock(", "NamedTemporaryFile")
     found = {name(path) for path in MODULES if any(mark in path.read_text() for mark in marks)}
     assert found == {"files"}
+
+
+def test_what_make_starts_keeps_the_bytecode_that_it_compiles() -> None:
+    """Without it each start compiles torch and an upstream anew, which takes longer than the imports."""
+    told = subprocess.run(
+        ["make", "--silent", "--eval", "said: ; @echo [$$PYTHONDONTWRITEBYTECODE]", "said"],
+        cwd=PACKAGE.parent,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout == "[]\n"
