@@ -12,7 +12,7 @@ import torch
 
 from polycom_ext.ops.polynomial import fused, quantized
 from polycom_ext.ops.polynomial.quantized import Recipe, Target
-from tests.integrations.transformer_engine import standin
+from tests.integrations.transformer_engine import fp8, standin
 
 torch.manual_seed(0)
 te: Any = importlib.import_module("transformer_engine.pytorch")
@@ -44,11 +44,12 @@ def positional(signature: str) -> list[str]:
     return re.findall(r"(?:^|, )(\w+): ", inner)
 
 
-@pytest.mark.parametrize("function", standin.KERNELS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("function", [*standin.KERNELS, *fp8.KERNELS], ids=lambda one: one.__name__)
 def test_the_stand_ins_functions_take_what_the_real_ones_take(function: Any) -> None:
-    real = positional(standin.REAL[function.__name__].__doc__.splitlines()[0])
+    kernel = standin.REAL.get(function.__name__) or getattr(tex, function.__name__)
+    real = positional(kernel.__doc__.splitlines()[0])
     ours = inspect.signature(function).parameters.values()
-    named = [one.name for one in ours if one.kind is one.POSITIONAL_OR_KEYWORD]
+    named = [one.name for one in ours if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     assert len(named) == len(real) or any(one.kind is one.VAR_POSITIONAL for one in ours)
     if not real[0].startswith("arg"):  # pybind11's name for one that has none
         assert named == real[: len(named)]
