@@ -55,7 +55,7 @@ def test_so_it_is_on_the_branch(train_branch: Trainer) -> None:
 def test_what_upstreams_time_limit_leaves_is_whole_not_complete_and_gone_on_from(train: Trainer) -> None:
     """OLMo saves at the limit, and trains a few steps more."""
     settings = LONG | FSDP2 | RARELY
-    limit = {"time_limit": 0.01, "canceled_check_interval": 1, "extra_steps_after_cancel": 2}
+    limit: dict[str, Any] = {"time_limit": 0.01, "canceled_check_interval": 1, "extra_steps_after_cancel": 2}
     ended = train(**settings, **limit)
     spec = Spec("tiny", "olmo", "polynorm", None, 2, {}, {"max_duration": 12})
     assert (OLMoAdapter().latest_step(spec, ended.folder), max(ended.metrics)) == (1, 3)
