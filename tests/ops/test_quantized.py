@@ -156,6 +156,23 @@ def test_the_scale_of_a_block_of_every_size(
         _check_operation(recipe, options, inputs)
 
 
+@pytest.mark.parametrize("by", ["kernel", pytest.param("operation", marks=needs_fused)])
+def test_of_delayed_scaling_one_row_has_its_scale_and_a_larger_amax_is_kept(
+    request: pytest.FixtureRequest, by: str
+) -> None:
+    inputs = Inputs(torch.randn(1, 64).bfloat16(), torch.tensor([0.3, -0.4, 0.5]), torch.tensor([0.1]))
+    target, expected = (
+        _target(Recipe.TENSOR, 1, 64, {})._replace(scale=torch.tensor([37.3]), amax=torch.tensor([1e9]))
+        for _ in range(2)
+    )
+    if by == "kernel":
+        request.getfixturevalue("emulator").quantized(inputs, target)
+    else:
+        forward(inputs, target)
+    quantize(dispatch.polynomial(inputs), expected)
+    _equal(target, expected)
+
+
 @pytest.mark.parametrize("recipe", list(Recipe))
 @pytest.mark.parametrize("given", ["float32", "order 2", "a bias before"])
 def test_what_no_kernel_serves_is_quantised_after(recipe: Recipe, given: str) -> None:
