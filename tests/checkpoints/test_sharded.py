@@ -23,6 +23,7 @@ mesh = init_device_mesh("cpu", (2,))
 stack = torch.arange(3 * 5 * 4, dtype=torch.bfloat16).reshape(3, 5, 4)
 state = {"stack": distribute_tensor(stack, mesh, [Shard(1)]), "scale": torch.tensor(2.5)}
 dcp.save(state, checkpoint_id=folder)
+dist.destroy_process_group()
 """
 
 

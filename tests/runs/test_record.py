@@ -20,7 +20,7 @@ from polycom_ext.runs.record import Record
 def test_no_other_file_of_the_package_names_a_file_or_a_metric_of_a_run() -> None:
     files = [path.name for path in vars(Record(Path())).values()]
     metrics = [value for value in vars(record).values() if str(value).startswith("train/")]
-    assert len(files) == 9
+    assert len(files) == 13
     assert len(metrics) == 7
     named = re.compile("[\"'](" + "|".join(map(re.escape, [*filter(None, files), *metrics])) + ")[\"']")
     package = Path(polycom_ext.__file__).parent

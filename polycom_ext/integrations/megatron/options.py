@@ -116,7 +116,7 @@ def _options(table: str) -> dict[str, Option]:
 def _ask(tree: Path) -> str:
     paths = [str(tree), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", __name__],
+        [sys.executable, "-B", "-W", "ignore", "-m", __name__],  # nothing is left in the tree
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
