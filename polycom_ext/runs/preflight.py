@@ -61,7 +61,7 @@ def look(run: Run | None, wishes: Wishes, folder: Path = Path()) -> dict[str, An
     if run is None:
         return facts
     if wishes.wants("spec"):
-        facts["spec"] = {"run.yaml": _digest(run.directory.spec.read_bytes())}
+        facts["spec"] = {run.directory.spec.name: _digest(run.directory.spec.read_bytes())}
     try:
         check(run)
         if wishes.wants("trees"):

@@ -18,6 +18,7 @@ from polycom_ext.checkpoints.model import Concatenated, GroupedQKV, Model, Row
 from polycom_ext.checkpoints.sharded import METADATA, Folder
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.megatron.checkpoint import trained_function
+from polycom_ext.runs.record import Record
 
 QKV = GroupedQKV()
 ATTENTION = (
@@ -101,7 +102,7 @@ class Checkpoints:
     """Reads them."""
 
     def find(self, path: Path) -> Path | None:
-        for folder in (path, path / "checkpoints"):
+        for folder in (path, Record(path).checkpoints):
             latest = folder / _LATEST
             if latest.is_file() and latest.read_text().strip().isdigit():
                 folder = folder / f"iter_{int(latest.read_text()):07d}"
