@@ -93,7 +93,8 @@ docs: $(READY)
 	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going docs build/docs
 
 # Transformer Engine as it is compiled, in an environment of its own of 6.6 GB: torch's CUDA build, and TE's 33 C++
-# files, which take two cores about 10 minutes. Needs the CUDA toolkit's headers and no GPU.
+# files, which take two cores some 10 minutes. Needs the CUDA toolkit's headers and no GPU. TE would add our commit to
+# its version, and then refuse to be imported.
 TE_VENV := .venv-te
 TE_PIP := $(TE_VENV)/bin/python -m pip --disable-pip-version-check
 TE := 2.20.2
@@ -108,7 +109,7 @@ $(TE_VENV)/.ready:
 	tar -xf $(TE_VENV)/sources/*.tar.gz -C $(TE_VENV)/sources --strip-components 1
 	cd $(TE_VENV)/sources && CPATH="$$(ls -d $(CURDIR)/$(TE_VENV)/lib/python3.*/site-packages/nvidia/*/include \
 		$(CURDIR)/$(TE_VENV)/lib/python3.*/site-packages/include $${CUDA_HOME:-/usr/local/cuda}/include | paste -sd :)" \
-		NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_FRAMEWORK=pytorch MAX_JOBS=2 \
+		NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_FRAMEWORK=pytorch NVTE_NO_LOCAL_VERSION=1 MAX_JOBS=2 \
 		$(CURDIR)/$(TE_PIP) install --no-build-isolation --no-deps .
 	touch $@
 
