@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 # Containers' images like to say that no bytecode is kept; each of some hundred processes would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-olmo operations test test-cluster test-full test-te lint docs wheel image clean
+.PHONY: demo demo-olmo operations test test-cluster test-full test-long test-te lint docs wheel image clean
 
 $(DEMO_READY): requirements.txt pyproject.toml setup.py
 	@echo "== set-up: a virtual environment in $(VENV), torch and what the demo needs (some minutes, once)"
@@ -68,14 +68,18 @@ lint: $(READY)
 
 # Two processes; the tests of a file stay together, as they share what is slow to make.
 test: lint
-	$(BIN)/pytest -m "not full and not cluster" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not full and not cluster and not long" -n 2 --dist loadfile
 
 # Files of one long test come first: begun last, one process would wait for the other's.
 LONG := tests/ops/test_compiled_kernels.py tests/test_wheel.py
 
 test-full: $(READY)
 	$(BIN)/pytest $(LONG) $(filter-out $(LONG),$(sort $(shell find tests -name 'test_*.py'))) \
-		-m "full and not cluster" -n 2 --dist loadfile --no-loadscope-reorder
+		-m "full and not cluster and not long" -n 2 --dist loadfile --no-loadscope-reorder
+
+# What CI has no time for; by hand before a release.
+test-long: $(CLUSTER_READY)
+	$(BIN)/pytest -m long -n 2 --dist loadfile
 
 # Several nodes for real, made of this machine: root's to do. What is missing is installed, on Debian.
 CLUSTER := slurm-wlm munge docker.io debootstrap openssh-server iproute2 iptables
@@ -86,7 +90,7 @@ $(CLUSTER_READY): requirements-cluster.txt $(READY)
 
 test-cluster: $(CLUSTER_READY)
 	bash tests/cluster/install.sh $(CLUSTER)
-	$(BIN)/pytest -m cluster -rs -n 2 --dist loadfile tests/cluster
+	$(BIN)/pytest -m "cluster and not long" -rs -n 2 --dist loadfile tests/cluster
 
 # The pages and the API, into build/docs; a warning is an error.
 docs: $(READY)

@@ -36,7 +36,9 @@ def on_te(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
     trainer.close()
 
 
-@pytest.mark.parametrize("layout", ["one process", "TP2", "TP2+SP"])
+@pytest.mark.parametrize(
+    "layout", ["one process", *(pytest.param(one, marks=pytest.mark.long) for one in ("TP2", "TP2+SP"))]
+)
 @pytest.mark.parametrize("layers", [ON_TE, FUSER], ids=["layers", "op fuser"])
 def test_dense(on_te: Trainer, start: Start, layers: list[str], layout: str) -> None:
     """From a checkpoint of the local layers; row sums are exact over the group, biases sharded."""
@@ -45,6 +47,7 @@ def test_dense(on_te: Trainer, start: Start, layers: list[str], layout: str) -> 
     assert_same(on_te(*options, *layers, *more.split(), processes=processes), straight)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layers", [ON_TE, FUSER], ids=["layers", "op fuser"])
 def test_dense_without_biases_and_recomputed(on_te: Trainer, start: Start, layers: list[str]) -> None:
     options, straight = start("polyrelu", [])
@@ -66,7 +69,9 @@ def in_bfloat16(on_te: Trainer) -> dict[int, float]:
     return on_te(*WIDE, *ON_TE).series("train/loss")
 
 
-@pytest.mark.parametrize("layout", [[], TP2], ids=["one process", "TP2"])
+@pytest.mark.parametrize(
+    "layout", [[], pytest.param(TP2, marks=pytest.mark.long)], ids=["one process", "TP2"]
+)
 @pytest.mark.parametrize("recipe", ["delayed", "blockwise", "mxfp8"])
 def test_in_fp8_the_op_fuser_is_the_layers(
     on_te: Trainer, in_bfloat16: dict[int, float], recipe: str, layout: list[str]
@@ -90,12 +95,15 @@ def experts(on_te: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Start:
     return Start(on_te, tmp_path_factory.mktemp("experts"))
 
 
+@pytest.mark.long
 def test_experts_one_after_the_other_are_the_local_ones(on_te: Trainer, train: Trainer) -> None:
     options = [*SHARED_EXPERT_AND_MTP, "--polycom-activation", "polynorm"]
     assert_same(on_te(*options, *ON_TE), train(*options))
 
 
-@pytest.mark.parametrize("layout", ["one process", *MOE])
+@pytest.mark.parametrize(
+    "layout", ["one process", *(pytest.param(one, marks=pytest.mark.long) for one in MOE)]
+)
 def test_grouped_experts(on_te: Trainer, experts: Start, layout: str) -> None:
     """With a shared one beside them, and MTP."""
     options, straight = experts("polynorm", [*SHARED_EXPERT_AND_MTP, *ON_TE])
@@ -104,6 +112,7 @@ def test_grouped_experts(on_te: Trainer, experts: Start, layout: str) -> None:
     assert_same(on_te(*options, *GROUPED, *more.split(), *recomputed, processes=processes), straight)
 
 
+@pytest.mark.long
 def test_grouped_experts_with_biases(on_te: Trainer, experts: Start) -> None:
     options, straight = experts("polynorm", [*BIASED, *MOE_MODEL, *GROUPED], MOE["EP2"][1], 2)
     processes, more = MOE["TP2, ETP1, EP2"]

@@ -35,8 +35,10 @@ def assert_stops_and_resumes(train: Trainer, settings: dict[str, Any]) -> None:
     "settings",
     [
         FSDP2 | RARELY | {"moe": True},
-        DDP2 | RARELY | {"save_interval": None, "save_interval_unsharded": 1000},
-        FSDP2 | UNSHARDED | {"save_interval_unsharded": 1000},
+        pytest.param(
+            DDP2 | RARELY | {"save_interval": None, "save_interval_unsharded": 1000}, marks=pytest.mark.long
+        ),
+        pytest.param(FSDP2 | UNSHARDED | {"save_interval_unsharded": 1000}, marks=pytest.mark.long),
     ],
     ids=["MoE, FSDP", "dense, DDP", "dense, FSDP, unsharded"],
 )
@@ -52,6 +54,7 @@ def test_so_it_is_on_the_branch(train_branch: Trainer) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.long
 def test_what_upstreams_time_limit_leaves_is_whole_not_complete_and_gone_on_from(train: Trainer) -> None:
     """OLMo saves at the limit, and trains a few steps more."""
     settings = LONG | FSDP2 | RARELY
