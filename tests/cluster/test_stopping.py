@@ -119,14 +119,17 @@ def test_a_disk_that_is_full_while_it_saves_leaves_the_checkpoint_before(
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         (disk / "others").write_bytes(bytes(free - (300 << 10)))
 
-    when((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").exists, fill)
+    saved = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    when(saved.exists, fill)
     assert main(["run", str(spec), "--output", str(run_dir)]) == 2
+    before = int(saved.read_text())
+    assert before in (4, 8)  # as soon as the disk was full, on a busy machine
     error = capfd.readouterr().err
     assert f"the disk of {run_dir} is full; make room there, and the same command goes on from" in error
-    assert "the checkpoint of step 4" in error
+    assert f"the checkpoint of step {before}" in error
     (disk / "others").unlink()
     assert main(["run", str(spec), "--output", str(run_dir)]) == 0
-    assert last_attempt(run_dir)["from_step"] == 4
+    assert last_attempt(run_dir)["from_step"] == before
     assert losses(run_dir) == straight
 
 
