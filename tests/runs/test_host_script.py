@@ -60,7 +60,7 @@ def test_a_node_runs_again_after_a_failure_and_after_nothing_else(
 def test_a_node_that_was_told_to_end_does_not_run_again(
     job: Callable[[str], subprocess.Popen[str]], tmp_path: Path, given: str, heard: int
 ) -> None:
-    started = job("trap 'exit 143' TERM; trap 'exit 138' USR1; sleep 30 & wait")
+    started = job("trap 'exit 143' TERM; trap 'exit 138' USR1; sleep 30 > /dev/null 2>&1 & wait")
     while not runs(tmp_path):
         time.sleep(0.01)
     time.sleep(0.2)  # for its traps
