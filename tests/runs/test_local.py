@@ -73,15 +73,21 @@ def test_a_signal_stops_every_worker_and_the_run_can_go_on(
     toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str], signum: signal.Signals
 ) -> None:
     spec = toy_spec(processes=2, steps=500, seconds=0.05)
-    pids = in_the_background(lambda _: os.kill(os.getpid(), signum), workers=2)
+
+    def signal_after_a_save(pids: list[int]) -> None:
+        deadline = time.monotonic() + 30
+        while not (RUN / "checkpoints" / "step").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(os.getpid(), signum)
+
+    pids = in_the_background(signal_after_a_save, workers=2)
     handler = signal.getsignal(signum)
     assert main(["run", spec]) == 128 + signum
     assert len(pids) == 2
     assert not any(map(alive, pids))
     assert signal.getsignal(signum) is handler
-    assert (
-        "; the same command " in capfd.readouterr().err
-    )  # goes on, or starts anew where no step was saved yet
+    assert "the same command goes on from the last checkpoint" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("interruptible")
