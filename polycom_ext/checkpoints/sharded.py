@@ -82,16 +82,6 @@ class Folder:
             needed[place.relative_path] = max(needed.get(place.relative_path, 0), end)
         return needed
 
-    def problem(self) -> str:
-        """What is missing of the files, as a clause; nothing if all are there in full length."""
-        for name, needed in self.file_sizes().items():
-            path = self.path / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size < needed:
-                return f"{name} is cut short: it has {path.stat().st_size} of {needed} bytes"
-        return ""
-
     def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
         """A tensor, or the part of it that an index of its first dimensions takes, on the CPU.
 

@@ -7,13 +7,15 @@ What else may have become of the bytes within is not looked for: that would be t
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from polycom_ext.checkpoints.sharded import METADATA, Folder
+from polycom_ext.errors import PolycomError
 
 ASIDE = "damaged"
 """The folder beside the checkpoints where damaged ones are moved, so that a trainer that reaches their step
@@ -90,13 +92,13 @@ def problem_of_file(folder: Path, name: str) -> str | None:
 
 def problem_of_distributed(folder: Path) -> str | None:
     """What is wrong with a folder of torch.distributed.checkpoint; .metadata says what each file holds."""
-    metadata = folder / ".metadata"
+    metadata = folder / METADATA
     try:
         about = metadata.stat()
         ends = _ends(metadata, about.st_mtime_ns, about.st_size)
     except FileNotFoundError:
         return "lacks .metadata, which is written last"
-    except Exception:  # whatever a pickle raises that is cut off or was written over
+    except (PolycomError, AttributeError, TypeError):  # cut off or written over
         return "holds .metadata, which cannot be read"
     for name, end in sorted(ends.items()):
         problem = _problem_of_part(folder / name, end)
@@ -105,28 +107,10 @@ def problem_of_distributed(folder: Path) -> str | None:
     return None
 
 
-def read_pickle(path: Path) -> Any:
-    """What torch has pickled into a file, or into one of torch.save, without any class: no code is run.
-
-    Containers and scalars are as they were, everything else is an object whose `state` holds its attributes.
-    """
-    if path.suffix != ".pt":
-        with path.open("rb") as file:
-            return _Unpickler(file).load()
-    with zipfile.ZipFile(path) as archive:
-        [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        with archive.open(name) as file:
-            return _Unpickler(file).load()
-
-
 @lru_cache(maxsize=64)
 def _ends(metadata: Path, mtime_ns: int, size: int) -> dict[str, int]:
     """File -> how far it reaches at least; `status --watch` would ask every few seconds."""
-    ends: dict[str, int] = {}
-    for part in read_pickle(metadata).state["storage_data"].values():
-        name = str(part.state["relative_path"])
-        ends[name] = max(ends.get(name, 0), int(part.state["offset"]) + int(part.state["length"]))
-    return ends
+    return Folder(metadata.parent).file_sizes()
 
 
 def _problem_of_part(path: Path, end: int) -> str | None:
@@ -156,33 +140,3 @@ def _problem_of_safetensors(path: Path, name: str, size: int) -> str | None:
     ends = [about["data_offsets"][1] for key, about in header.items() if key != "__metadata__"]
     needed = 8 + length + max(ends, default=0)
     return f"holds {name} of {size} bytes, not {needed}" if size < needed else None
-
-
-class _Anything:
-    """Stands for any class or function that a pickle names, and for what comes of calling it."""
-
-    state: Any = None
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Anything:
-        return object.__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def append(self, item: Any) -> None: ...
-
-    def extend(self, items: Any) -> None: ...
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("builtins", "getattr"), ("__builtin__", "getattr")):  # a class in a class
-            return lambda *_: _Anything
-        return _Anything
-
-    def persistent_load(self, pid: Any) -> None:
-        return None

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from polycom_ext.checkpoints.sharded import Folder
 from polycom_ext.errors import PolycomError
+from polycom_ext.runs.checkpoints import problem_of_distributed
 
 SHARDS = """
 import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
@@ -53,10 +54,11 @@ def test_tensors_are_those_that_torch_reads(folder: Path) -> None:
 def test_the_files_are_known_without_torch(folder: Path) -> None:
     script = (
         f"import sys; sys.modules['torch'] = None\nfrom pathlib import Path\n"
-        f"from polycom_ext.checkpoints.sharded import Folder\nprint(Folder(Path({str(folder)!r})).problem())"
+        f"from polycom_ext.runs.checkpoints import problem_of_distributed as problem\n"
+        f"print(problem(Path({str(folder)!r})))"
     )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == ""
+    assert said.strip() == "None"
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "empty"])
@@ -65,12 +67,12 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: str, tmp_path:
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     whole = (tmp_path / name).read_bytes()
-    assert Folder(tmp_path).problem() == ""
+    assert problem_of_distributed(tmp_path) is None
     if damage == "missing":
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_bytes(whole[: {"short": -1, "empty": 0}[damage]])
-    assert name in Folder(tmp_path).problem()
+    assert name in str(problem_of_distributed(tmp_path))
 
 
 def test_bytes_that_were_written_over_are_named(folder: Path, tmp_path: Path) -> None:

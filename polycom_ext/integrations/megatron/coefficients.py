@@ -25,12 +25,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError
+from polycom_ext.integrations.megatron.saved import TRACKER
 from polycom_ext.runs import record
 
 _KEY = re.compile(r"(?P<module>.+)\.activation_func\.(?P<parameter>.+)")
 _OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
 """Moments and master copies repeat the parameters' names behind this prefix."""
-_LATEST = "latest_checkpointed_iteration.txt"
 
 
 def from_megatron(checkpoint_dir: str | Path, activation: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _lengths(activation: str) -> dict[str, int]:
 
 
 def _iteration_directory(directory: Path) -> Path:
-    latest = directory / _LATEST
+    latest = directory / TRACKER
     if latest.is_file():
         iteration = latest.read_text().strip()
         if not iteration.isdigit():

@@ -18,6 +18,8 @@ from polycom_ext.checkpoints.model import Concatenated, GroupedQKV, Model, Row
 from polycom_ext.checkpoints.sharded import METADATA, Folder
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.megatron.checkpoint import trained_function
+from polycom_ext.integrations.megatron.saved import TRACKER
+from polycom_ext.runs.checkpoints import Damaged, problem_of_distributed
 from polycom_ext.runs.record import Record
 
 QKV = GroupedQKV()
@@ -103,7 +105,7 @@ class Checkpoints:
 
     def find(self, path: Path) -> Path | None:
         for folder in (path, Record(path).checkpoints):
-            latest = folder / _LATEST
+            latest = folder / TRACKER
             if latest.is_file() and latest.read_text().strip().isdigit():
                 folder = folder / f"iter_{int(latest.read_text()):07d}"
             if (folder / "common.pt").is_file() and (folder / METADATA).is_file():
@@ -111,10 +113,10 @@ class Checkpoints:
         return None
 
     def read(self, path: Path) -> Model:
+        problem = problem_of_distributed(path)
+        if problem is not None:
+            raise PolycomError(f"{Damaged(path, problem)}: name another checkpoint")
         folder = Folder(path)
-        problem = folder.problem()
-        if problem:
-            raise PolycomError(f"{path} is damaged: {problem}")
         args = inert.load(path / "common.pt").get("args")
         if args is None:
             raise PolycomError(f"{path / 'common.pt'} holds no arguments, so nothing says what the model is")
@@ -128,7 +130,6 @@ class Checkpoints:
 
 
 CHECKPOINTS = Checkpoints()
-_LATEST = "latest_checkpointed_iteration.txt"
 
 
 def _rows(folder: Folder, config: dict[str, Any]) -> Iterator[tuple[Row, Callable[[], Any]]]:

@@ -14,13 +14,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from polycom_ext.checkpoints import inert
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs.checkpoints import (
-    Choice,
-    choose,
-    problem_of_file,
-    read_pickle,
-)
+from polycom_ext.runs.checkpoints import Choice, choose, problem_of_file
 
 
 def choice(checkpoints: Path) -> Choice:
@@ -93,8 +89,8 @@ def _problem_of_ranks(folder: Path, prefix: str) -> str | None:
     if problem is not None:
         return problem
     try:
-        count = int(read_pickle(folder / first)["world_size"])
-    except Exception:  # whatever a pickle raises that was written over
+        count = int(inert.load(folder / first)["world_size"])
+    except (PolycomError, KeyError, TypeError, ValueError):  # written over
         return f"holds {first}, which cannot be read"
     return _first(
         lambda name: problem_of_file(folder, name), *(f"{prefix}rank{rank}.pt" for rank in range(1, count))

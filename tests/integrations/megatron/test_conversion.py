@@ -144,16 +144,16 @@ def test_a_damaged_checkpoint_is_refused(
     shard = copy / "__0_0.distcp"
     if damage == "a shard cut short":
         shard.write_bytes(shard.read_bytes()[:-1])
-        refused(tmp_path, capsys, "__0_0.distcp is cut short")
+        refused(tmp_path, capsys, "holds __0_0.distcp of")
     elif damage == "a shard missing":
         shard.unlink()
-        refused(tmp_path, capsys, "__0_0.distcp is missing")
+        refused(tmp_path, capsys, "lacks __0_0.distcp")
     elif damage == "no arguments":
         torch.save({}, copy / "common.pt")
         refused(tmp_path, capsys, "holds no arguments")
     else:
         (copy / ".metadata").write_bytes(b"")
-        refused(tmp_path, capsys, ".metadata cannot be read")
+        refused(tmp_path, capsys, "holds .metadata, which cannot be read")
 
 
 @pytest.mark.parametrize(
