@@ -97,7 +97,7 @@ docs: $(READY)
 	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going docs build/docs
 
 # Transformer Engine as it is compiled, in an environment of its own of 6.6 GB: torch's CUDA build, and TE's 33 C++
-# files, which take two cores some 10 minutes. Needs the CUDA toolkit's headers and no GPU. TE would add our commit to
+# files. Needs the CUDA toolkit's headers and no GPU. TE would add our commit to
 # its version, and then refuse to be imported.
 TE_VENV := .venv-te
 TE_PIP := $(TE_VENV)/bin/python -m pip --disable-pip-version-check
