@@ -16,6 +16,7 @@ from polycom_ext.machine.look import Machine
 from polycom_ext.runs import plan
 from polycom_ext.runs.plan import Run
 from polycom_ext.runs.site import Site
+from polycom_ext.runs.spec import load
 
 FOLDER = Path("outputs")
 """Where run directories are, unless told otherwise."""
@@ -69,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
 def _planned(args: argparse.Namespace) -> Run | None:
     if args.config is None:
         return None
-    return plan.planned(shipped.find(args.config), args.set, args.output, FOLDER, Site())
+    return plan.planned(load(shipped.find(args.config), args.set), args.output, FOLDER, Site())
 
 
 def _examined(planned: Run | None) -> tuple[Machine, list[Finding]]:

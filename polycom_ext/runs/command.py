@@ -10,6 +10,7 @@ from polycom_ext import arguments, shipped
 from polycom_ext.runs import backends, plan
 from polycom_ext.runs import site as sites
 from polycom_ext.runs.site import Site
+from polycom_ext.runs.spec import load_each
 from polycom_ext.runs.submit import submit
 
 
@@ -23,10 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change a key of every spec, as in megatron.train-iters=20; null deletes it",
     )
     parser.add_argument(
+        "--each",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,C",
+        help="a run for each value, named NAME-VALUE, as in activation=gelu,polynorm (default: the spec's)",
+    )
+    parser.add_argument(
         "--output",
         type=arguments.output,
         metavar="DIR",
-        help="run directory (default: outputs/NAME); with several CONFIGs the folder of their directories",
+        help="run directory (default: outputs/NAME); of several runs the folder of their directories",
     )
     parser.add_argument(
         "--jobs",
@@ -60,12 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Check every run, then have them executed; 0, or the highest status of those that are not complete."""
-    alone, folder = len(args.configs) == 1, args.output or Path("outputs")
-    own = args.output if alone else None
+    changes = [*args.set, *_counts(args)]
+    chosen = [spec for c in args.configs for spec in load_each(shipped.find(c), changes, args.each)]
+    own, folder = args.output if len(chosen) == 1 else None, args.output or Path("outputs")
     site = _site(args)
     backend = backends.find(site.backend)
-    changes = [*args.set, *_counts(args)]
-    runs = [plan.planned(shipped.find(config), changes, own, folder, site) for config in args.configs]
+    runs = [plan.planned(spec, own, folder, site) for spec in chosen]
     plan.refuse_shared_directories(runs)
     if not args.dry_run:
         plan.prepare_trees(runs)

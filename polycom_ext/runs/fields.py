@@ -81,13 +81,38 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise PolycomError(f"--set {override!r} must have the form key=value or key.sub=value")
     if parts[0] == "extends":
         raise PolycomError("--set cannot change `extends`; give the other file as CONFIG")
+    return nested(key, _value("--set", override, text))
+
+
+def _value(flag: str, given: str, text: str) -> Any:
     try:
-        value: Any = document.load(text)
+        return document.load(text)
     except yaml.YAMLError as error:
-        raise PolycomError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}") from None
-    for part in reversed(parts):
+        raise PolycomError(f"{flag} {given!r}: the value is not valid YAML: {_one_line(error)}") from None
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """`a.b` and a value -> the mapping of mappings in which it stands there."""
+    for part in reversed(key.split(".")):
         value = {part: value}
     return dict(value)
+
+
+def parse_each(text: str) -> tuple[str, list[Any]]:
+    """`key=a,b,c` -> the key and its values, each read as YAML."""
+    key, equals, values = text.partition("=")
+    if not equals or not all(key.split(".")) or not all(values.split(",")):
+        raise PolycomError(f"--each {text!r} must have the form key=a,b,c")
+    return key, [_value("--each", text, value) for value in values.split(",")]
+
+
+def comparison(mapping: dict[str, Any], origin: str) -> dict[str, list[Any]]:
+    """The section `each`: keys, as --set has them, and the values that they take in turn."""
+    compared = section(mapping, "each", origin)
+    for key, values in compared.items():
+        if not isinstance(values, list) or not values or not all(_is_text(value) for value in values):
+            raise PolycomError(f"{origin}: each.{key} must be a list of texts or numbers, not {values!r}")
+    return dict(compared)
 
 
 def _one_line(error: yaml.YAMLError) -> str:

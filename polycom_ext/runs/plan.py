@@ -54,9 +54,8 @@ class Run:
         return True
 
 
-def planned(config: Path, overrides: list[str], path: Path | None, folder: Path, site: Site) -> Run:
+def planned(spec: Spec, path: Path | None, folder: Path, site: Site) -> Run:
     """The run of a spec in the directory `path`, or in that of its name in `folder`."""
-    spec = specs.load(config, overrides)
     return Run(spec, find(spec.trainer), RunDirectory((path or folder / spec.name).absolute()), site)
 
 

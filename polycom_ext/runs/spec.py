@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -91,11 +92,40 @@ class Spec:
 def load(path: Path, overrides: Iterable[str] = ()) -> Spec:
     """Read a spec with everything it extends, apply `key.sub=value` overrides, check keys and types.
 
-    Raises PolycomError for a missing or malformed file, a cycle, an unknown key or a value of the wrong type.
+    Raises PolycomError for a missing or malformed file, a cycle, an unknown key or a value of the wrong type,
+    and for a comparison, which is several runs.
     """
+    specs = load_each(path, overrides)
+    if len(specs) > 1:
+        names = ", ".join(spec.name for spec in specs)
+        raise PolycomError(f"{path} is a comparison of {names}: choose one by --set, as in activation=NAME")
+    return specs[0]
+
+
+def load_each(path: Path, overrides: Iterable[str] = (), each: Iterable[str] = ()) -> list[Spec]:
+    """The runs of a comparison: a spec for each value of the keys under `each:`, NAME-VALUE.
+
+    Args:
+        overrides: as `load` has them; of a key that is compared the one value to take.
+        each: `key=a,b,c`, in place of what the file compares.
+    """
+    overrides, each = list(overrides), [fields.parse_each(text) for text in each]
     mapping = fields.read(path, "run spec", overrides)
-    mapping.setdefault("name", path.stem)
-    return from_mapping(mapping, str(path))
+    name = mapping.setdefault("name", path.stem)
+    compared = dict(each) or fields.comparison(mapping, str(path))
+    mapping.pop("each", None)
+    for text in overrides:  # as its name says, whether it is one of several or alone
+        key, value = text.partition("=")[::2]
+        if key in compared:
+            compared[key] = fields.parse_each(f"{key}={value}")[1]
+    specs = []
+    for values in itertools.product(*compared.values()):
+        chosen = mapping
+        for key, value in zip(compared, values, strict=True):
+            chosen = fields.merge(chosen, fields.nested(key, value))
+        chosen = {**chosen, "name": "-".join([str(name), *map(str, values)])}
+        specs.append(from_mapping(chosen, str(path)))
+    return specs
 
 
 def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:

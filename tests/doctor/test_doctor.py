@@ -25,6 +25,7 @@ from polycom_ext.runs import plan
 from polycom_ext.runs.adapter import Needs, Upstream
 from polycom_ext.runs.plan import Run
 from polycom_ext.runs.site import Site
+from polycom_ext.runs.spec import load
 from polycom_ext.upstream import fetch, trees
 
 from ..runs.conftest import register, write_spec
@@ -45,9 +46,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
 
 
 def planned(**options: Any) -> Run:
-    return plan.planned(
-        Path(write_spec("a-run", 1, {"steps": 1, **options})), [], None, Path("outputs"), Site()
-    )
+    spec = load(Path(write_spec("a-run", 1, {"steps": 1, **options})))
+    return plan.planned(spec, None, Path("outputs"), Site())
 
 
 def test_a_run_that_can_start_here_for_a_program(

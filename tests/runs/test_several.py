@@ -108,3 +108,9 @@ def test_a_number_of_runs_below_one_is_refused(
         main(["run", toy_spec(steps=1), f"--jobs={jobs}"])
     assert exit_.value.code == 2
     assert f"argument --jobs: {jobs!r} is no whole number from 1 up" in capfd.readouterr().err
+
+
+def test_each_value_of_a_comparison_runs_in_a_directory_of_its_name(toy_spec: Callable[..., str]) -> None:
+    spec = toy_spec("a", steps=1)
+    assert main(["run", spec, "--each", "activation=gelu,relu"]) == 0
+    assert {path.name for path in OUTPUTS.iterdir()} == {"a-gelu", "a-relu"}

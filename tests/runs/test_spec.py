@@ -195,3 +195,46 @@ def test_a_missing_file_is_named_with_who_asks_for_it(tmp_path: Path) -> None:
     path = write(tmp_path, "run.yaml", "extends: gone.yaml\n")
     with pytest.raises(PolycomError, match=r"gone\.yaml, which .*run\.yaml extends, does not exist"):
         specs.load(path)
+
+
+COMPARISON = "trainer: megatron\nname: base\neach: {activation: [gelu, polynorm-2]}\n"
+
+
+def test_a_comparison_is_a_run_for_each_value_named_after_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "comparison.yaml", COMPARISON)
+    of_file = [(spec.name, spec.activation) for spec in specs.load_each(path)]
+    assert of_file == [("base-gelu", "gelu"), ("base-polynorm-2", "polynorm-2")]
+    given = specs.load_each(path, ["activation=relu"], ["megatron.seed=1,2", "nodes=1,2"])
+    assert [(spec.name, spec.options["seed"], spec.nodes) for spec in given] == [
+        ("base-1-1", 1, 1),
+        ("base-1-2", 1, 2),
+        ("base-2-1", 2, 1),
+        ("base-2-2", 2, 2),
+    ]
+
+
+def test_one_run_of_a_comparison_has_the_name_that_it_has_among_all(tmp_path: Path) -> None:
+    path = write(tmp_path, "comparison.yaml", COMPARISON)
+    assert specs.load(path, ["activation=polynorm-2"]) == specs.load_each(path)[1]
+    with pytest.raises(PolycomError, match=r"is a comparison of base-gelu, base-polynorm-2: choose one"):
+        specs.load(path)
+
+
+def test_a_plain_spec_is_one_run(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.yaml", MINIMAL)
+    assert specs.load_each(path) == [specs.load(path)]
+    [named] = specs.load_each(path, each=["activation=relu"])
+    assert named.name == "run-relu"
+
+
+@pytest.mark.parametrize("each", ["activation", "activation=", "activation=a,,b", "=a", "a..b=1"])
+def test_each_that_has_no_values_is_refused(tmp_path: Path, each: str) -> None:
+    with pytest.raises(PolycomError, match=r"--each .* must have the form key=a,b,c"):
+        specs.load_each(write(tmp_path, "run.yaml", MINIMAL), each=[each])
+
+
+@pytest.mark.parametrize("values", ["[]", "gelu", "[{a: 1}]", "[true]"])
+def test_a_comparison_of_nothing_is_refused(tmp_path: Path, values: str) -> None:
+    path = write(tmp_path, "run.yaml", MINIMAL + f"each: {{activation: {values}}}\n")
+    with pytest.raises(PolycomError, match=r"each\.activation must be a list of texts or numbers"):
+        specs.load_each(path)

@@ -510,6 +510,6 @@ def test_a_tree_that_several_runs_share_is_brought_to_its_state_once(
     """Of activations that need its patches; to compare a tree with its series takes hundreds of processes."""
     brought: list[str] = []
     monkeypatch.setattr(upstream, "ensure_applied", brought.append)
-    configs = [TINY / f"{name}.yaml" for name in ("dense-polynorm", "dense-polyrelu", "moe-polynorm")]
-    plan.prepare_trees([plan.planned(config, [], None, tmp_path, Site()) for config in configs])
+    specs = [load(TINY / f"{name}.yaml") for name in ("dense-polynorm", "dense-polyrelu", "moe-polynorm")]
+    plan.prepare_trees([plan.planned(spec, None, tmp_path, Site()) for spec in specs])
     assert brought == ["megatron"]
