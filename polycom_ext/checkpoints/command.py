@@ -40,21 +40,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Convert; the target appears whole or not at all."""
-    writer = _writer(args.to)
-    if args.target.exists():
-        raise PolycomError(f"{args.target} exists, and nothing is written over: name another folder")
-    if args.tokenizer is not None and not args.tokenizer.is_file():
-        raise PolycomError(f"--tokenizer {args.tokenizer} does not exist")
-    model = _opened(args.source)
+    """Convert, and say what of what."""
     options = Options(args.dtype, args.shard_bytes, args.tokenizer)
-    partial = args.target.with_name(f".{args.target.name}.partial")
-    with exclusive(partial):
-        _write(writer, checked(model), partial / "made", options)
-        (partial / "made").rename(args.target)
-    shutil.rmtree(partial)
+    model = convert(args.source, args.target, args.to, options)
     print(f"{args.target}: {model.config['activation']['name']} of {model.source}")
     return 0
+
+
+def convert(source: Path, target: Path, to: str, options: Options) -> Model:
+    """Write a checkpoint, or a run's newest, in the form `to`; the target appears whole or not at all.
+
+    Returns the model, of which `source` says which checkpoint it was. Raises PolycomError for a target that
+    exists, and as what reads and writes.
+    """
+    writer = _writer(to)
+    if target.exists():
+        raise PolycomError(f"{target} exists, and nothing is written over: name another folder")
+    if options.tokenizer is not None and not options.tokenizer.is_file():
+        raise PolycomError(f"--tokenizer {options.tokenizer} does not exist")
+    model = checked(opened(source))
+    partial = target.with_name(f".{target.name}.partial")
+    with exclusive(partial):
+        try:
+            _write(writer, model, partial / "made", options)
+            (partial / "made").rename(target)
+        finally:
+            shutil.rmtree(partial)
+    return model
 
 
 def _writer(name: str) -> Writes:
@@ -64,7 +76,8 @@ def _writer(name: str) -> Writes:
     return forms[name]
 
 
-def _opened(source: Path) -> Model:
+def opened(source: Path) -> Model:
+    """The model of a checkpoint, or of the newest of a run. Raises PolycomError where there is none."""
     if not source.is_dir():
         raise PolycomError(f"{source} is no folder, so no checkpoint")
     readers = [form for form in trainers.checkpoint_forms().values() if isinstance(form, Reads)]

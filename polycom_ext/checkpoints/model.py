@@ -8,9 +8,11 @@ the layout of several of ours in one of theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from polycom_ext.checkpoints.constants import complete
 from polycom_ext.errors import PolycomError
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ class Model:
     """Our name -> how to read it; in the order in which they are written."""
     source: str
     """Where it comes from, for the record of a conversion."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Name -> what goes with the model as it is: its tokenizer, how it generates."""
 
 
 class Layout(Protocol):
@@ -173,9 +177,10 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def checked(model: Model) -> Model:
     """The model, its tensors in the order of its blocks, each compared with its shape when it is read.
 
-    Raises PolycomError, at once or from what reads a tensor, where one is missing, left over or of another
-    shape.
+    Raises PolycomError, at once or from what reads a tensor, where a constant is missing, and where a tensor
+    is missing, left over or of another shape.
     """
+    complete(model.config, model.source)
     expected = shapes(model.config)
     missing, left = expected.keys() - model.tensors.keys(), model.tensors.keys() - expected.keys()
     if missing:
@@ -195,4 +200,4 @@ def checked(model: Model) -> Model:
 
         return read
 
-    return Model(model.config, {name: reader(name) for name in expected}, model.source)
+    return Model(model.config, {name: reader(name) for name in expected}, model.source, model.files)

@@ -36,25 +36,9 @@ class Encoder:
     """
 
     def __init__(self, path: Path, eos: str | None = None) -> None:
-        if path.is_dir():
-            raise PolycomError(
-                f"{path} is a directory; name the tokenizer file, for example {path}/tokenizer.json"
-            )
-        if not path.is_file():
-            raise PolycomError(
-                f"no tokenizer file {path}; give a tokenizer.json, or train one: --train-tokenizer SIZE"
-            )
-        content = path.read_bytes()
-        try:
-            self._tokenizer = Tokenizer.from_buffer(content)
-        except BaseException as error:
-            if not _is_the_librarys(error):
-                raise
-            raise PolycomError(
-                f"{path} is not a tokenizer.json of Hugging Face tokenizers ({error})"
-            ) from None
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        if not vocabulary:
+        content, self._tokenizer = _opened(path)
+        words = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not words:
             raise PolycomError(
                 f"{path} has an empty vocabulary; give a trained one, or train one: --train-tokenizer SIZE"
             )
@@ -66,8 +50,8 @@ class Encoder:
         self._definition = content
         self._other_pieces: Tokenizer | None = None
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.vocab_size: int = max(vocabulary.values()) + 1
-        self.eos, self.eos_id = _choose_eos(vocabulary, path, eos)
+        self.vocab_size: int = max(words.values()) + 1
+        self.eos, self.eos_id = _choose_eos(words, path, eos)
 
     def __call__(self, text: str) -> list[int]:
         """The ids of `text` and then `eos_id`; of a text without a token, nothing.
@@ -118,6 +102,32 @@ class Encoder:
         for start, end in written.offsets:
             missing[start:end] = bytes(end - start)
         return any(missing)
+
+
+def vocabulary(path: Path) -> dict[str, int]:
+    """Token -> id of a `tokenizer.json`, those added to it included. Raises PolycomError as `Encoder`."""
+    _, tokenizer = _opened(path)
+    words: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return words
+
+
+def _opened(path: Path) -> tuple[bytes, Tokenizer]:
+    """What is in the file, and the tokenizer that it defines."""
+    if path.is_dir():
+        raise PolycomError(
+            f"{path} is a directory; name the tokenizer file, for example {path}/tokenizer.json"
+        )
+    if not path.is_file():
+        raise PolycomError(
+            f"no tokenizer file {path}; give a tokenizer.json, or train one: --train-tokenizer SIZE"
+        )
+    content = path.read_bytes()
+    try:
+        return content, Tokenizer.from_buffer(content)
+    except BaseException as error:
+        if not _is_the_librarys(error):
+            raise
+        raise PolycomError(f"{path} is not a tokenizer.json of Hugging Face tokenizers ({error})") from None
 
 
 def train(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -6,103 +6,24 @@ A model that one of transformers' own classes computes is written for that class
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polycom_ext.checkpoints.forms import Options
 from polycom_ext.checkpoints.model import Model
+from polycom_ext.integrations.huggingface import reading
+from polycom_ext.integrations.huggingface.stock import SHARED, stock, theirs
+from polycom_ext.integrations.huggingface.tokenizer import FILE, SETTINGS, Tokenizer
+from polycom_ext.integrations.huggingface.weights import INDEX
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 HERE = Path(__file__).parent
+GENERATION = "generation_config.json"
 CODE = ("activation_polycom.py", "configuration_polycom.py", "modeling_polycom.py")
-INDEX = "model.safetensors.index.json"
-SILU_GATED = {"name": "swiglu", "gated": True}
-RMS = {"kind": "rms", "affine": True, "bias": False}
-BARE = {"kind": "layer", "affine": False, "bias": False}
-"""The norm of OLMo's dense models, whose eps is not to be chosen."""
-SHARED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *(
-        "num_key_value_heads",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-        "attention_bias",
-        "rope_theta",
-    ),
-    *("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
-)
-"""Keys that mean the same in each of transformers' classes."""
-
-
-@dataclass(frozen=True)
-class Stock:
-    """A class of transformers that computes some of our models."""
-
-    model_type: str
-    architecture: str
-    needs: Mapping[str, Any]
-    """What our configuration must say."""
-    keeps: tuple[str, ...]
-    """Keys besides SHARED that it takes as they are."""
-    renames: tuple[tuple[str, str], ...] = ()
-    """Pattern of our name -> its name; a stack of experts is taken apart at `{expert}`."""
-
-
-_EXPERTS = r"mlp\.experts\.(gate|up|down)_proj$"
-STOCK = (
-    Stock(
-        *("llama", "LlamaForCausalLM"),
-        needs={"norm": RMS, "qk_norm": None, "clip_qkv": None, "num_experts": 0},
-        keeps=("head_dim", "mlp_bias", "rms_norm_eps"),
-    ),
-    Stock(
-        *("olmo", "OlmoForCausalLM"),
-        needs={"norm": BARE, "rms_norm_eps": 1e-5, "qk_norm": None, "num_experts": 0, "mlp_bias": False},
-        keeps=("clip_qkv",),
-    ),
-    Stock(
-        *("olmoe", "OlmoeForCausalLM"),
-        needs={"norm": RMS, "qk_norm": "row", "mlp_bias": False},
-        keeps=("rms_norm_eps", "clip_qkv", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
-        renames=(
-            (r"self_attn\.([qk])_proj\.norm\.", r"self_attn.\1_norm."),
-            (_EXPERTS, r"mlp.experts.{expert}.\1_proj.weight"),
-        ),
-    ),
-    Stock(
-        *("mixtral", "MixtralForCausalLM"),
-        needs={
-            "norm": RMS,
-            "qk_norm": None,
-            "clip_qkv": None,
-            "norm_topk_prob": True,
-            "attention_bias": False,
-        },
-        keeps=("head_dim", "rms_norm_eps", "num_experts_per_tok"),
-        renames=(
-            (r"mlp\.gate\.weight$", "block_sparse_moe.gate.weight"),
-            (r"mlp\.experts\.gate_proj$", "block_sparse_moe.experts.{expert}.w1.weight"),
-            (r"mlp\.experts\.up_proj$", "block_sparse_moe.experts.{expert}.w3.weight"),
-            (r"mlp\.experts\.down_proj$", "block_sparse_moe.experts.{expert}.w2.weight"),
-        ),
-    ),
-)
-
-
-def stock(config: Mapping[str, Any]) -> Stock | None:
-    """The class of transformers that computes this model, if there is one."""
-    if dict(config["activation"]) != SILU_GATED:
-        return None
-    for one in STOCK:
-        if all(config[key] == value for key, value in one.needs.items()):
-            return one
-    return None
 
 
 def configuration(model: Model, dtype: str) -> dict[str, Any]:
@@ -138,9 +59,7 @@ def tensors(model: Model) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """The names in the folder and how to read each; a stack of experts to be taken apart is read once."""
     own = stock(model.config)
     for name, read in model.tensors.items():
-        new = name
-        for pattern, by in own.renames if own else ():
-            new = re.sub(pattern, by, new)
+        new = theirs(own, name)
         if "{expert}" not in new:
             yield new, read
             continue
@@ -150,7 +69,13 @@ def tensors(model: Model) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 
 class Folders:
-    """Writes them."""
+    """Reads and writes them."""
+
+    def find(self, path: Path) -> Path | None:
+        return path if (path / "config.json").is_file() else None
+
+    def read(self, path: Path) -> Model:
+        return reading.read(path)
 
     def write(self, model: Model, folder: Path, options: Options, advance: Callable[[int], object]) -> None:
         _write(model, folder, options, advance)
@@ -184,7 +109,8 @@ def _write(model: Model, folder: Path, options: Options, advance: Callable[[int]
         kind = kind or tensor.dtype
         if shard and size + tensor.nbytes > options.shard_bytes:
             end_shard()
-        shard[name] = tensor.contiguous().clone() if tensor._base is not None else tensor.contiguous()
+        shared = tensor.untyped_storage().nbytes() > tensor.nbytes  # with others, or with a file
+        shard[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
         size, total = size + tensor.nbytes, total + tensor.nbytes
         advance(tensor.nbytes)
     end_shard()
@@ -198,34 +124,28 @@ def _write(model: Model, folder: Path, options: Options, advance: Callable[[int]
     if len(files) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     config = configuration(model, str(kind).removeprefix("torch."))
+    _write_beside(folder, model, options, config)
     _write_json(folder / "config.json", config)
-    generation = {
-        key: config[key]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if config[key] is not None
-    }
-    _write_json(folder / "generation_config.json", generation)
-    if options.tokenizer is not None:
-        _write_tokenizer(folder, options.tokenizer, config)
     if config["model_type"] == "polycom":
         for name in CODE:
             shutil.copyfile(HERE / name, folder / name)
 
 
-def _write_tokenizer(folder: Path, tokenizer: Path, config: Mapping[str, Any]) -> None:
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    words = {
-        word: int(number) for word, number in json.loads(tokenizer.read_text())["model"]["vocab"].items()
-    }
-    named = {number: word for word, number in words.items()}
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config["max_position_embeddings"],
-    }
-    for token in ("bos", "eos", "pad"):
-        if config.get(f"{token}_token_id") in named:
-            settings[f"{token}_token"] = named[config[f"{token}_token_id"]]
-    _write_json(folder / "tokenizer_config.json", settings)
+def _write_beside(folder: Path, model: Model, options: Options, config: dict[str, Any]) -> None:
+    """The tokenizer and how the model generates: the model's own, unless a tokenizer was named."""
+    carried = dict(model.files)
+    given = options.tokenizer or (None if SETTINGS in carried else carried.get(FILE))
+    if given is not None:
+        tokenizer = Tokenizer(given, config["vocab_size"])
+        if config["eos_token_id"] is None:
+            config["eos_token_id"] = tokenizer.eos_id
+        tokenizer.write(folder, config)
+        carried = {name: path for name, path in carried.items() if name == GENERATION}
+    for name, path in carried.items():
+        shutil.copyfile(path, folder / name)
+    if GENERATION not in carried:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        _write_json(folder / GENERATION, {key: config[key] for key in ids if config[key] is not None})
 
 
 def _write_json(path: Path, value: Any) -> None:
