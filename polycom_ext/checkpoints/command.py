@@ -11,6 +11,7 @@ from polycom_ext import arguments, trainers
 from polycom_ext._version import __version__
 from polycom_ext.checkpoints.forms import Options, Reads, Writes
 from polycom_ext.checkpoints.model import Model, checked
+from polycom_ext.checkpoints.upgrade import upgraded
 from polycom_ext.data.progress import progress
 from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.files import exclusive, sha256
@@ -29,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights (default: as they are); coefficients stay float32"
     )
+    parser.add_argument(
+        "--activation",
+        metavar="NAME",
+        help="a larger family of the model's activation, for the same function to go on from: "
+        "polyrelu for ReLU and ReLU², a higher order for a polynomial",
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json to go with it")
     parser.add_argument(
         "--shard-bytes",
@@ -42,13 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Convert, and say what of what."""
     options = Options(args.dtype, args.shard_bytes, args.tokenizer)
-    model = convert(args.source, args.target, args.to, options)
+    model = convert(args.source, args.target, args.to, options, args.activation)
     print(f"{args.target}: {model.config['activation']['name']} of {model.source}")
     return 0
 
 
-def convert(source: Path, target: Path, to: str, options: Options) -> Model:
+def convert(source: Path, target: Path, to: str, options: Options, activation: str | None = None) -> Model:
     """Write a checkpoint, or a run's newest, in the form `to`; the target appears whole or not at all.
+
+    With an `activation`, of which the model's is a member, it is written as one of it (`upgrade.py`).
 
     Returns the model, of which `source` says which checkpoint it was. Raises PolycomError for a target that
     exists, and as what reads and writes.
@@ -58,7 +67,8 @@ def convert(source: Path, target: Path, to: str, options: Options) -> Model:
         raise PolycomError(f"{target} exists, and nothing is written over: name another folder")
     if options.tokenizer is not None and not options.tokenizer.is_file():
         raise PolycomError(f"--tokenizer {options.tokenizer} does not exist")
-    model = checked(opened(source))
+    model = opened(source)
+    model = checked(model if activation is None else upgraded(model, activation))
     partial = target.with_name(f".{target.name}.partial")
     with exclusive(partial):
         try:

@@ -78,19 +78,43 @@ def problem(files: Sequence[TokenFile], model: Model) -> str:
     return _tokenizer_problem({file: found for file, found in manifests.items() if found is not None}, model)
 
 
+def tokenizer(data: str) -> tuple[Path | None, int] | None:
+    """The tokenizer.json that made a data set, and the id that ends documents.
+
+    No path where there is no such file any more; None where `polycom data prepare` did not make it.
+
+    Args:
+        data: its prefix, or one of its files.
+    """
+    prefix, suffix = Path(data), Path(data).suffix
+    for beside, of in ((Path(f"{prefix}.json"), None), (prefix.with_suffix(".json"), suffix)):
+        manifest = _read(beside)
+        if manifest is not None and (of is None or of in manifest["files"]):
+            named = Path(str(manifest["tokenizer"]))
+            for path in (named, beside.with_name(named.name)):
+                if path.is_file() and sha256(path) == manifest["tokenizer_sha256"]:
+                    return path, manifest["eos_id"]
+            return None, manifest["eos_id"]
+    return None
+
+
 def _manifest(file: TokenFile) -> dict[str, Any] | None:
     """What `polycom data prepare` wrote beside the tokens, None for those that it did not make."""
-    path = file.beside(".json")
+    manifest = _read(file.beside(".json"))
+    return manifest if manifest is not None and file.suffix in manifest["files"] else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
         if path.stat().st_size > MANIFEST_BYTES:  # it may as well be the text of the corpus
             return None
         manifest = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    names = ("files", "dtype", "vocab_size", "eos_id", "tokenizer_sha256")
+    names = ("files", "dtype", "vocab_size", "eos_id", "tokenizer", "tokenizer_sha256")
     if not isinstance(manifest, dict) or any(name not in manifest for name in names):
         return None
-    return manifest if file.suffix in manifest["files"] else None
+    return manifest
 
 
 def _manifest_problem(file: TokenFile, manifest: dict[str, Any], model: Model) -> str:

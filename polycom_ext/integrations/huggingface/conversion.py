@@ -141,11 +141,14 @@ def _write_beside(folder: Path, model: Model, options: Options, config: dict[str
             config["eos_token_id"] = tokenizer.eos_id
         tokenizer.write(folder, config)
         carried = {name: path for name, path in carried.items() if name == GENERATION}
+    if given is not None or GENERATION not in carried:
+        generation = reading.told(carried.pop(GENERATION)) if GENERATION in carried else {}
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if config[key] is not None:
+                generation.setdefault(key, config[key])
+        _write_json(folder / GENERATION, generation)
     for name, path in carried.items():
         shutil.copyfile(path, folder / name)
-    if GENERATION not in carried:
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        _write_json(folder / GENERATION, {key: config[key] for key in ids if config[key] is not None})
 
 
 def _write_json(path: Path, value: Any) -> None:

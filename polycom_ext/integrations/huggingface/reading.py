@@ -44,10 +44,12 @@ BUFFERS = "rotary_emb.inv_freq"
 
 def read(folder: Path) -> Model:
     """Open a folder. Raises PolycomError where it is damaged, or its model cannot be expressed."""
-    told = _told(folder / "config.json")
-    weights = Weights(folder)
     source = str(folder / "config.json")
-    config, own = _configuration(told, weights, source)
+    said = told(folder / "config.json")
+    if "model_type" not in said:
+        raise PolycomError(f"{source} does not say model_type, so not what the model is")
+    weights = Weights(folder)
+    config, own = _configuration(said, weights, source)
     complete(config, source)
     readers, taken = dict[str, Callable[[], Any]](), set[str]()
     for name in shapes(config):
@@ -73,31 +75,32 @@ def read(folder: Path) -> Model:
     return Model(config, readers, str(folder), files)
 
 
-def _told(path: Path) -> dict[str, Any]:
+def told(path: Path) -> dict[str, Any]:
+    """What a file of settings says. Raises PolycomError where it is none."""
     try:
-        told = json.loads(path.read_bytes())
+        said = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise PolycomError(f"{path} cannot be read: {error}") from None
-    if not isinstance(told, dict) or "model_type" not in told:
-        raise PolycomError(f"{path} does not say model_type, so not what the model is")
-    return told
+    if not isinstance(said, dict):
+        raise PolycomError(f"{path} cannot be read: it holds no settings by name")
+    return said
 
 
 def _configuration(
-    told: Mapping[str, Any], weights: Weights, source: str
+    said: Mapping[str, Any], weights: Weights, source: str
 ) -> tuple[dict[str, Any], Stock | None]:
     """What config.json says, and whose names the tensors have; no stock class where they have ours."""
     for key, allowed in PLAIN.items():
-        if told.get(key) not in allowed:
-            raise PolycomError(f"{source} says {key} {told[key]!r}, which the exchange format lacks")
-    config = {key: told[key] for key in (*KINDS, *OPTIONAL) if key in told}
-    config |= _rope(told, source)
-    if told["model_type"] == "polycom":
+        if said.get(key) not in allowed:
+            raise PolycomError(f"{source} says {key} {said[key]!r}, which the exchange format lacks")
+    config = {key: said[key] for key in (*KINDS, *OPTIONAL) if key in said}
+    config |= _rope(said, source)
+    if said["model_type"] == "polycom":
         return config, None
-    own = next((one for one in STOCK if one.model_type == told["model_type"]), None)
+    own = next((one for one in STOCK if one.model_type == said["model_type"]), None)
     if own is None:
         known = ", ".join(["polycom", *(one.model_type for one in STOCK)])
-        raise PolycomError(f"{source}: an architecture {told['model_type']!r} cannot be read; {known} can")
+        raise PolycomError(f"{source}: an architecture {said['model_type']!r} cannot be read; {known} can")
     config = {key: config[key] for key in (*SHARED, *own.keeps) if key in config}
     config = {**ALONE, **DENSE, **config, **own.needs}
     hidden, heads = (config.get(key) for key in ("hidden_size", "num_attention_heads"))
@@ -106,20 +109,20 @@ def _configuration(
     if config.get("num_key_value_heads") is None and heads is not None:
         config["num_key_value_heads"] = heads
     if own.model_type == "mixtral":
-        config["num_experts"] = told.get("num_local_experts")
-    act = told.get("hidden_act")
+        config["num_experts"] = said.get("num_local_experts")
+    act = said.get("hidden_act")
     if act == "silu":
         return {**config, "activation": SILU_GATED}, own
     return {**config, "activation": _of_the_authors(act, weights, source)}, None
 
 
-def _rope(told: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _rope(said: Mapping[str, Any], source: str) -> dict[str, Any]:
     """rope_theta, from where transformers 4 or 5 has it."""
-    rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
+    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise PolycomError(f"{source} says rope_type {kind!r}, which the exchange format lacks")
-    theta = rope.get("rope_theta", told.get("rope_theta"))
+    theta = rope.get("rope_theta", said.get("rope_theta"))
     return {} if theta is None else {"rope_theta": theta}
 
 

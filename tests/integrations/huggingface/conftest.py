@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from polycom_ext import activations
+from polycom_ext.checkpoints.constants import described
 from polycom_ext.integrations import huggingface
 
 pytest.importorskip("transformers")
@@ -35,30 +36,23 @@ KINDS: dict[str, dict[str, Any]] = {
 """What differs from PLAIN."""
 
 
-def described(name: str) -> dict[str, Any]:
-    """An activation of the registry as a configuration describes it."""
-    entry, order = activations.parse(name)
-    constants = {key: getattr(entry.load(), key) for key in getattr(entry.load(), "constants", ())}
-    return {
-        "name": entry.name,
-        "gated": entry.gated,
-        **({"order": order} if entry.ordered else {}),
-        **constants,
-    }
-
-
 for _name in activations.REGISTRY:
     KINDS[_name] = {"activation": described(_name)}
 
 
-def made(kind: str) -> Any:
-    """A model with random weights, and coefficients that are not those of the start."""
+def made(kind: str, **more: Any) -> Any:
+    """A model with random weights, and coefficients that are not those of the start.
+
+    Args:
+        kind: of KINDS.
+        more: what differs from that.
+    """
     from transformers import AutoModelForCausalLM
 
     from polycom_ext.integrations.huggingface.configuration_polycom import PolyComConfig
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(PolyComConfig(**{**PLAIN, **KINDS[kind]})).eval()
+    model = AutoModelForCausalLM.from_config(PolyComConfig(**{**PLAIN, **KINDS[kind], **more})).eval()
     for name, parameter in model.named_parameters():
         if "act_fn" in name:
             torch.nn.init.uniform_(parameter, 0.1, 0.6)

@@ -14,8 +14,10 @@ import torch
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     MixtralConfig,
     OlmoConfig,
@@ -116,6 +118,47 @@ def test_what_goes_with_a_model_goes_along(tmp_path: Path) -> None:
     assert not (tmp_path / "b" / "anything.py").exists()
 
 
+def words(path: Path, count: int) -> Path:
+    """A tokenizer of so many words, of which the sixth ends a document."""
+    vocabulary = {f"w{number}": number for number in range(count)}
+    vocabulary["<|endoftext|>"] = vocabulary.pop("w5")
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "gated-experts"])
+def test_a_tokenizer_that_is_named_goes_along_with_its_end_token(kind: str, tmp_path: Path) -> None:
+    made(kind).save_pretrained(tmp_path / "a")
+    path = words(tmp_path / "words.json", SIZES["vocab_size"])
+    assert convert(tmp_path / "a", tmp_path / "b", "--tokenizer", str(path)) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert tokenizer("w7 w95").input_ids == [7, 95]
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 5)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").generation_config.eos_token_id == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "does not exist"),
+        ("{}", "words.json is not a tokenizer.json"),
+        ("of another model", "gives the token 96, and the vocabulary of the model is 96"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    content: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made("llama").save_pretrained(tmp_path / "copy")
+    path = tmp_path / "words.json"
+    if content == "of another model":
+        words(path, SIZES["vocab_size"] + 1)
+    elif content is not None:
+        path.write_text(content)
+    refused(tmp_path, capsys, said, "--tokenizer", str(path))
+
+
 def test_every_constant_of_the_configuration_is_asked_for() -> None:
     assert set(CONSTANTS) == {*REQUIRED, "rope_theta"}
 
@@ -204,7 +247,10 @@ def says(**changes: Any) -> Callable[[Path], None]:
 
 
 def file(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda copy: (copy / name).write_bytes(change((copy / name).read_bytes())) and None
+    def spoil(copy: Path) -> None:
+        (copy / name).write_bytes(change((copy / name).read_bytes()))
+
+    return spoil
 
 
 FIRST, INDEX = "model-00001-of-*.safetensors", "model.safetensors.index.json"

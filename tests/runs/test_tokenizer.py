@@ -1,0 +1,63 @@
+"""The tokenizer of a run is found by its checkpoints, through the token files on which it trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from polycom_ext import cli
+from polycom_ext.runs import document, spec, tokenizer
+from polycom_ext.runs.record import Record
+
+CONFIGS = Path(spec.__file__).parents[2] / "configs" / "tiny"
+DATA = {"megatron": "megatron.train-data-path=[{}]", "olmo": "olmo.data.paths=[{}.npy]"}
+SPECS = {"megatron": "dense-polynorm.yaml", "olmo": "olmo-dense-polynorm.yaml"}
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    """A tokenizer of three words and the end of a document, which is the second."""
+    vocabulary = {"to": 0, "<|endoftext|>": 1, "be": 2, "or": 3}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="or"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "words.json"))
+    return tmp_path / "words.json"
+
+
+def checkpoint(folder: Path, trainer: str, words: Path) -> Path:
+    """What lies in a run that trained on a text prepared with these words."""
+    (folder / "text.txt").write_text("to be or be\n")
+    prepared = ["data", "prepare", str(folder / "text.txt"), "--output", str(folder / "data.v1")]
+    assert cli.main([*prepared, "--tokenizer", str(words), "--format", trainer]) == 0
+    record = Record(folder / "run")
+    record.checkpoints.mkdir(parents=True)
+    resolved = spec.load(CONFIGS / SPECS[trainer], [DATA[trainer].format(folder / "data.v1")])
+    record.spec.write_text(document.dump(resolved.as_mapping()))
+    return record.checkpoints / "step5"
+
+
+@pytest.mark.parametrize("trainer", SPECS)
+def test_a_checkpoint_leads_to_the_tokenizer_of_its_run(trainer: str, words: Path, tmp_path: Path) -> None:
+    found = tokenizer.of_checkpoint(checkpoint(tmp_path, trainer, words))
+    assert found == tokenizer.Tokenizer(words, 1)
+
+
+@pytest.mark.parametrize("change", ["gone", "another"])
+def test_a_tokenizer_that_is_not_the_one_is_not_taken(change: str, words: Path, tmp_path: Path) -> None:
+    saved = checkpoint(tmp_path, "megatron", words)
+    words.unlink()
+    if change == "another":
+        words.write_text("{}")
+    assert tokenizer.of_checkpoint(saved) == tokenizer.Tokenizer(None, 1)
+
+
+def test_a_checkpoint_without_a_run_has_none(tmp_path: Path) -> None:
+    assert tokenizer.of_checkpoint(tmp_path / "checkpoints" / "step5") is None
+
+
+def test_a_record_that_cannot_be_read_is_no_obstacle(words: Path, tmp_path: Path) -> None:
+    saved = checkpoint(tmp_path, "megatron", words)
+    Record(tmp_path / "run").spec.write_text("trainer: [")
+    assert tokenizer.of_checkpoint(saved) is None
