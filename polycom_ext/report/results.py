@@ -121,7 +121,25 @@ class Result:
     @property
     def step_seconds(self) -> float | None:
         """Median time of a step."""
-        values = self.run.metrics.get(STEP_SECONDS, {}).values()
+        return self._median(STEP_SECONDS)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median."""
+        return self._median(record.TOKENS_PER_SECOND)
+
+    @property
+    def mfu(self) -> float | None:
+        """Median, 0 to 1; None where no peak of the devices is known."""
+        return self._median(record.MFU)
+
+    @property
+    def peak_memory_bytes(self) -> float | None:
+        """Of the device that has held the most."""
+        return max(self.run.metrics.get(record.PEAK_MEMORY, {}).values(), default=None)
+
+    def _median(self, name: str) -> float | None:
+        values = self.run.metrics.get(name, {}).values()
         return median(values) if values else None
 
     @property

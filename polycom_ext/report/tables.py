@@ -127,6 +127,9 @@ def _row(family: Family, result: Result) -> dict[str, Any]:
         "validation_perplexity": result.perplexity,
         "validation_loss_minus_baseline": difference(result, family.baseline, common[-1]) if common else None,
         "step_seconds": result.step_seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "mfu": result.mfu,
+        "peak_memory_bytes": result.peak_memory_bytes,
     }
     row |= {f"valid/{label}/loss": last(series) for label, series in result.losses.items()}
     row |= {f"eval/{task}/accuracy_percent": last(series) for task, series in result.accuracies.items()}

@@ -50,6 +50,8 @@ def format_line(step: int, metrics: dict[str, float], total_steps: int | None) -
     seconds = metrics.get(record.STEP_SECONDS)
     if seconds is not None:
         fields.append(f"{seconds:.2f} s/step")
+    if record.MFU in metrics:
+        fields.append(f"MFU {metrics[record.MFU]:.1%}")
     for name, value in metrics.items():
         text = record.label_of(name, record.VALID, record.LOSS)
         if text is not None:

@@ -29,6 +29,12 @@ GRAD_NORM = "train/grad_norm"
 LEARNING_RATE = "train/learning_rate"
 STEP_SECONDS = "train/step_seconds"
 """Of one step; the mean where a line stands for several."""
+TOKENS_PER_SECOND = "train/tokens_per_second"
+"""Of all devices together."""
+MFU = "train/mfu"
+"""Model FLOP/s as a share of the devices' peak, 0 to 1; see `runs.efficiency`."""
+PEAK_MEMORY = "train/peak_memory_bytes"
+"""Of the device that has held the most so far."""
 LOAD_BALANCING_LOSS = "train/load_balancing_loss"
 Z_LOSS = "train/z_loss"
 ROUTER_Z_LOSS = "train/router_z_loss"
@@ -68,6 +74,8 @@ class Record:
         """What `coefficients` makes, of the last step."""
         self.bandwidth = path / "bandwidth.json"
         """What `runs.bandwidth` measured between the nodes, where a site asks for it."""
+        self.efficiency = path / "efficiency.json"
+        """What `runs.efficiency` reckons MFU from."""
         self.checkpoints = path / "checkpoints"
         self.refusal = path / "refusal.txt"
         """Why a trainer refused to run: one sentence."""
@@ -99,6 +107,10 @@ class Record:
     def write_coefficients(self, learned: Mapping[str, Any]) -> None:
         """Write what `coefficients` has made."""
         write_text(self.coefficients, json.dumps(learned, indent=2) + "\n")
+
+    def read_efficiency(self) -> dict[str, Any] | None:
+        """What MFU is reckoned from, None if it is not there. Raises PolycomError if it cannot be read."""
+        return _parse(self.efficiency) if self.efficiency.is_file() else None
 
     def read_job(self) -> dict[str, Any] | None:
         """Who has the run: the `backend`, and what that one noted; None where it was never handed over.

@@ -21,7 +21,7 @@ from typing import Any
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import writers
-from polycom_ext.runs import launch, progress
+from polycom_ext.runs import efficiency, launch, progress
 from polycom_ext.runs import record as names
 from polycom_ext.runs.record import Metrics, Record, Series, read_metrics
 
@@ -37,7 +37,7 @@ GOING_ON = (PLANNED, RUNNING, SILENT)
 FRESH_SECONDS = 600.0
 """A run on another machine is at work if it has written something since; longer where its steps are."""
 RECENT = 20
-"""So many logged times of steps say how fast it is."""
+"""So many logged steps say how fast it is."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ class Status:
     tokens: int | None = None
     step_seconds: float | None = None
     tokens_per_second: float | None = None
+    mfu: float | None = None
+    """0 to 1"""
+    mfu_of: str | None = None
+    """What that is a share of, or why there is none."""
+    peak_memory_bytes: float | None = None
+    """Of the device that has held the most; of a process where there is no GPU."""
     loss: float | None = None
     validation_loss: float | None = None
     seconds_left: float | None = None
@@ -77,7 +83,8 @@ def read(path: Path) -> Status:
     try:
         spec, attempts = record.read_spec(), record.attempts()
         logged = read_metrics(record.metrics)
-        seconds = _step_seconds(logged)
+        seconds = _recent(logged, names.STEP_SECONDS)
+        reckoned = efficiency.read(record)
         state, reason, since = _state(record, attempts, seconds)
         if state == DIED and record.attempts() != attempts:  # it has just noted its end, and gone
             state, reason, since = _state(record, record.attempts(), seconds)
@@ -100,7 +107,11 @@ def read(path: Path) -> Status:
         total_steps=total,
         tokens=None if step is None or each is None else step * each,
         step_seconds=seconds,
-        tokens_per_second=each / seconds if each and seconds else None,
+        tokens_per_second=_recent(logged, names.TOKENS_PER_SECOND)
+        or (each / seconds if each and seconds else None),
+        mfu=_recent(logged, names.MFU) if reckoned and reckoned.peak_flops else None,
+        mfu_of=None if reckoned is None else reckoned.explained(),
+        peak_memory_bytes=_last(logged, names.PEAK_MEMORY),
         loss=_at(logged.series.get(names.TRAIN_LOSS, {}), step),
         validation_loss=_at(names.validation(logged.series), step),
         seconds_left=_left(step, total, seconds) if state == RUNNING else None,
@@ -197,10 +208,14 @@ def _step(record: Record, attempts: list[dict[str, Any]], logged: Metrics) -> in
     return logged.step
 
 
-def _step_seconds(logged: Metrics) -> float | None:
-    recent = list(logged.series.get(names.STEP_SECONDS, {}).values())[-RECENT:]
-    seconds = median(recent) if recent else math.nan
-    return seconds if 0 < seconds < math.inf else None
+def _recent(logged: Metrics, name: str) -> float | None:
+    values = list(logged.series.get(name, {}).values())[-RECENT:]
+    middle = median(values) if values else math.nan
+    return middle if 0 < middle < math.inf else None
+
+
+def _last(logged: Metrics, name: str) -> float | None:
+    return next(reversed(logged.series.get(name, {}).values()), None)
 
 
 def _left(step: int | None, total: int | None, step_seconds: float | None) -> float | None:

@@ -90,6 +90,11 @@ def _block(status: Status) -> str:
         None if status.tokens_per_second is None else f"{_count(status.tokens_per_second)} tokens/s",
         None if status.seconds_left is None else f"{progress.duration(status.seconds_left)} left",
     ]
+    mfu = status.mfu_of
+    if status.mfu is not None:
+        mfu = f"MFU {status.mfu:.1%} {mfu}"
+    peak = status.peak_memory_bytes
+    memory = None if peak is None else f"{peak / 1024**3:.3g} GiB of memory at most"
     age = status.checkpoint_age_seconds
     checkpoint = None if status.checkpoint_step is None else f"step {status.checkpoint_step}"
     losses = [
@@ -101,6 +106,7 @@ def _block(status: Status) -> str:
         "since": status.since and _local(status.since),
         "step": ", ".join(filter(None, (_step(status), tokens))),
         "speed": ", ".join(filter(None, speed)),
+        "use": ", ".join(filter(None, (mfu, memory))),
         "loss": ", ".join(filter(None, losses)),
         "checkpoint": ", ".join(filter(None, (checkpoint, None if age is None else f"{_span(age)} old"))),
         "attempts": str(status.attempts),

@@ -17,6 +17,9 @@ import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from polycom_ext.cli import main
+from polycom_ext.runs import record
+from polycom_ext.runs.efficiency import CPU, model_flops, read
+from polycom_ext.runs.record import Record
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 SMALL = {
@@ -51,10 +54,11 @@ def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
     """step -> metrics, without timings; a later line wins."""
     merged: dict[int, dict[str, float]] = {}
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        merged.setdefault(record["step"], {}).update(record["metrics"])
+        logged = json.loads(line)
+        merged.setdefault(logged["step"], {}).update(logged["metrics"])
     for values in merged.values():
-        values.pop("train/step_seconds", None)
+        for name in (record.STEP_SECONDS, record.TOKENS_PER_SECOND, record.PEAK_MEMORY):
+            values.pop(name, None)
     return merged
 
 
@@ -99,6 +103,25 @@ def test_a_killed_trainer_is_resumed_from_its_checkpoint_and_finishes(resumed: P
     logged = metrics(resumed)
     assert sorted(logged) == list(range(1, 13))
     assert {step for step in logged if "valid/loss" in logged[step]} == {6, 12}
+
+
+def test_a_run_records_how_fast_it_is_and_what_memory_it_takes(
+    resumed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    series = record.read_metrics(resumed / "metrics.jsonl").series
+    seconds = series[record.STEP_SECONDS]
+    assert len(seconds) >= 10  # Megatron times no first step
+    assert series[record.TOKENS_PER_SECOND] == pytest.approx(
+        {step: 4 * 32 / seconds[step] for step in seconds}
+    )
+    assert 2**26 < min(series[record.PEAK_MEMORY].values()) < 2**34
+    reckoned = read(Record(resumed))
+    assert reckoned is not None
+    assert (reckoned.device, reckoned.devices, reckoned.peak_flops) == (CPU, 1, None)
+    weights = 2 * (4 * 64 * 64 + 2 * 64 * 96) + 64 * 2048
+    assert reckoned.flops_per_token == model_flops(weights, layers=2, attention_width=64, sequence=32)
+    assert main(["status", str(resumed)]) == 0
+    assert "no MFU: no peak is known of CPU" in capsys.readouterr().out
 
 
 @pytest.mark.full

@@ -56,6 +56,7 @@ class MegatronAdapter:
     def arguments(self, spec: Spec, run_dir: Path) -> list[str]:
         record = Record(run_dir)
         given = {
+            "log-timers-to-tensorboard": True,  # of steps; a spec may say false
             **blends.arguments(_resolved(spec), run_dir),
             "save": str(record.checkpoints),
             "load": str(record.checkpoints),

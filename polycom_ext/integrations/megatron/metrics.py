@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polycom_ext.runs import record
+from polycom_ext.runs.efficiency import Efficiency
 
 NAMES = {
     "lm loss": record.TRAIN_LOSS,
@@ -16,6 +17,8 @@ NAMES = {
     "z_loss": record.Z_LOSS,
 }
 """Megatron's tag -> the record's name."""
+BATCH = "batch-size"
+"""Megatron's tag of the sequences in this step's batch, which may grow in training."""
 EVALUATED = "lm loss validation"
 """Megatron's tag of the loss on either split, which it does not tell."""
 
@@ -42,13 +45,25 @@ class MetricsWriter:
         self._tensorboard = tensorboard
         self._step = -1
         self._metrics: dict[str, float] = {}
+        self._efficiency: Efficiency | None = None
+        self._sequence = self._batch = 0
+
+    def measure(self, efficiency: Efficiency, sequence: int) -> None:
+        """Reckon tokens a second, of sequences of so many, from upstream's times of steps from now on."""
+        self._efficiency, self._sequence = efficiency, sequence
 
     def begin_after(self, step: int) -> None:
         """Take evaluations of later steps anew: training goes on from this one's checkpoint, or from 0."""
         self._evaluated = {(at, name) for at, name in self._evaluated if at <= step}
 
+    def add_memory(self, peak: float) -> None:
+        """Add to the present step what the device has held at most."""
+        self._metrics[record.PEAK_MEMORY] = peak
+
     def add_scalar(self, tag: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
         """Collect one value; a new step writes the line of the one before."""
+        if tag == BATCH:
+            self._batch = int(value)
         name = record.evaluated(self.split, "", record.LOSS) if tag == EVALUATED else NAMES.get(tag)
         if name is not None:
             if step != self._step:
@@ -62,6 +77,9 @@ class MetricsWriter:
             self._tensorboard.add_scalar(tag, value, step, *args, **kwargs)
 
     def _write(self) -> None:
+        seconds = self._metrics.get(record.STEP_SECONDS)
+        if self._efficiency is not None and self._batch and seconds:
+            self._metrics |= self._efficiency.metrics(self._batch * self._sequence / seconds)
         if self._metrics:
             record.append(self._path, self._step, self._metrics)
             self._metrics = {}

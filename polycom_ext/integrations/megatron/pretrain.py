@@ -13,6 +13,8 @@ import this module without needing any of it.
 from __future__ import annotations
 
 import argparse
+import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,7 +25,8 @@ import torch
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.megatron import rehearsal
-from polycom_ext.runs import entry
+from polycom_ext.runs import efficiency, entry
+from polycom_ext.runs.record import Record
 
 
 def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -104,14 +107,21 @@ def _keep_metrics() -> None:
         writer = global_vars.get_tensorboard_writer()
         if isinstance(writer, MetricsWriter):
             writer.begin_after(global_vars.get_args().iteration)
+            writer.measure(_efficiency(global_vars.get_args()), global_vars.get_args().seq_length)
         return train(*args, **kwargs)
 
     log = training.training_log
+    signature = inspect.signature(log)
 
     def log_and_flush(*args: Any, **kwargs: Any) -> Any:
         result = log(*args, **kwargs)
+        options, step = global_vars.get_args(), signature.bind(*args, **kwargs).arguments["iteration"]
+        measured = options.polycom_metrics and step % options.log_interval == 0
+        peak = efficiency.peak_memory() if measured else None  # all ranks take part
         writer = global_vars.get_tensorboard_writer()
         if isinstance(writer, MetricsWriter):
+            if peak is not None:
+                writer.add_memory(peak)
             writer.flush()
         return result
 
@@ -119,6 +129,18 @@ def _keep_metrics() -> None:
     training.training_log = log_and_flush
     training.evaluate_and_print_results = evaluate_split
     training.train = train_and_note_where
+
+
+def _efficiency(args: argparse.Namespace) -> efficiency.Efficiency:
+    """By upstream's own count of what a sequence takes, which is that of `efficiency.model_flops`."""
+    from megatron.training import training
+
+    of_a_sequence = training.num_floating_point_operations(args, 1)
+    measured = efficiency.Efficiency.here(of_a_sequence / args.seq_length)
+    run_dir = os.environ.get(entry.RUN_DIR)
+    if run_dir:
+        measured.write(Record(Path(run_dir)))
+    return measured
 
 
 def main() -> None:

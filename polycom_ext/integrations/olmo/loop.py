@@ -26,6 +26,8 @@ from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.olmo import checkpoint, inputs, saved
 from polycom_ext.integrations.olmo.initialisation import reset_parameters
 from polycom_ext.integrations.olmo.recording import RecordingTrainer
+from polycom_ext.runs.efficiency import Efficiency, model_flops
+from polycom_ext.runs.record import Record
 
 log = logging.getLogger("polycom.olmo")
 
@@ -53,6 +55,7 @@ def build(cfg: Any, device: torch.device, output: Path | None) -> RecordingTrain
     model = OLMo(cfg.model, init_params=False)
     model.set_activation_checkpointing(cfg.activation_checkpointing)
     log.info("%s parameters", f"{model.num_params():,}")
+    measured = Efficiency.here(flops_per_token(model))
     if cfg.compile is not None:
         for block in model.transformer.blocks:
             block.compile(**cfg.compile.asdict())
@@ -70,7 +73,9 @@ def build(cfg: Any, device: torch.device, output: Path | None) -> RecordingTrain
         evaluators=evaluators,
         indices_file=_open_indices_file(cfg, resumes),
     )
-    trainer.output = output
+    trainer.output, trainer.efficiency = output, measured
+    if output is not None and get_global_rank() == 0:
+        measured.write(Record(output))
     return trainer
 
 
@@ -91,6 +96,18 @@ def train(trainer: RecordingTrainer) -> None:
         if not cfg.dry_run and trainer.global_step < cfg.stop_at:
             trainer.fit()
         trainer.write_coefficients()
+
+
+def flops_per_token(model: OLMo) -> float:
+    """`efficiency.model_flops` of a model that is not sharded yet; OLMo itself counts experts at rest."""
+    cfg = model.config
+    weights = 0.0
+    for name, parameter in model.named_parameters():
+        is_table = ".wpe." in name or (".wte." in name and not cfg.weight_tying)
+        if parameter.ndim > 1 and not is_table and ".router." not in name:
+            is_chosen = ".experts." in name
+            weights += parameter.numel() * (cfg.moe_top_k / cfg.moe_num_experts if is_chosen else 1)
+    return model_flops(weights, cfg.n_layers, cfg.d_model, cfg.max_sequence_length)
 
 
 def wrap(cfg: Any, model: OLMo, device: torch.device) -> nn.Module:

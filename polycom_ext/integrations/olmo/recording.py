@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from polycom_ext.integrations.olmo.activation import coefficient_modules
 from polycom_ext.integrations.olmo.stopping import StoppingTrainer
 from polycom_ext.runs import record
+from polycom_ext.runs.efficiency import Efficiency, peak_memory
 
 TRAIN_NAMES = {
     "train/CrossEntropyLoss": record.TRAIN_LOSS,
@@ -24,6 +25,8 @@ TRAIN_NAMES = {
     "train/MoEZLoss": record.ROUTER_Z_LOSS,
 }
 """OLMo's names -> the record's."""
+DEVICE_SPEED = "throughput/device/tokens_per_second"
+"""OLMo's, of its last steps with what lies between them; of the first one it has none."""
 ACCURACIES = ("acc", "len_norm", "pmi_dc")
 """OLMo scores a downstream task in one way; these are accuracies, by likelihoods compared in some way."""
 
@@ -35,8 +38,11 @@ class RecordingTrainer(StoppingTrainer):
     """OLMo's Trainer; where `output` is set, rank 0 appends the metrics of logged steps to a file there."""
 
     output: Path | None = None
+    efficiency: Efficiency | None = None
     _seconds = 0.0
     _steps = 0
+    _logged: dict[str, float] | None = None
+    """The metrics of the step that is being logged, as upstream has them."""
 
     def train_step(self, batch: dict[str, Any], reduce_global_loss: bool = True) -> dict[str, float]:
         start = time.perf_counter()
@@ -44,12 +50,23 @@ class RecordingTrainer(StoppingTrainer):
         self._seconds += time.perf_counter() - start
         self._steps += 1
         if reduce_global_loss:
-            values = {TRAIN_NAMES[name]: value for name, value in metrics.items() if name in TRAIN_NAMES}
+            self._logged = metrics
+        return metrics
+
+    def system_metrics(self) -> dict[str, float]:
+        """Upstream asks for these once a logged step, on all ranks, right after it has told its speed."""
+        found: dict[str, float] = super().system_metrics()
+        if self._logged is not None:
+            logged, self._logged = self._logged, None
+            values = {TRAIN_NAMES[name]: value for name, value in logged.items() if name in TRAIN_NAMES}
             values[record.LEARNING_RATE] = self.optim.param_groups[0]["lr"]
             values[record.STEP_SECONDS] = self._seconds / self._steps
+            values[record.PEAK_MEMORY] = peak_memory()
+            if self.efficiency is not None and DEVICE_SPEED in logged:  # not of the first step
+                values |= self.efficiency.metrics(logged[DEVICE_SPEED] * self.efficiency.devices)
             self._seconds, self._steps = 0.0, 0
             self._record(values)
-        return metrics
+        return found
 
     def eval(self) -> dict[str, Any]:
         metrics: dict[str, Any] = super().eval()

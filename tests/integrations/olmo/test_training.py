@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from polycom_ext.activations import build
+from polycom_ext.runs import record
+from polycom_ext.runs.efficiency import CPU, model_flops, read
+from polycom_ext.runs.record import Record
 
 from .conftest import Trainer
 
@@ -64,6 +67,22 @@ def test_kill_and_resume_is_the_straight_run(train: Trainer, settings: dict[str,
     assert resumed.series("train/loss") == losses
     assert resumed.series("train/grad_norm") == straight.series("train/grad_norm")
     assert resumed.coefficients == straight.coefficients
+
+
+def test_a_run_records_its_speed_its_memory_and_the_work_of_a_token(train: Trainer) -> None:
+    """Of its four experts a token has two, so half of their weights, and no router, count."""
+    run = train(moe=True, processes=2, model=POLYNORM)
+    speeds, memory = run.series(record.TOKENS_PER_SECOND), run.series(record.PEAK_MEMORY)
+    assert list(speeds) == [2, 3, 4, 5, 6]  # OLMo times no first step
+    for step, seconds in list(run.series(record.STEP_SECONDS).items())[1:]:
+        assert 0 < speeds[step] < 2.1 * 4 * 32 / seconds
+    assert list(memory) == [1, 2, 3, 4, 5, 6]
+    assert 2**26 < memory[6] < 2**34
+    reckoned = read(Record(run.folder))
+    assert reckoned is not None
+    assert (reckoned.device, reckoned.devices, reckoned.peak_flops) == (CPU, 2, None)
+    weights = 2 * (4 * 32 * 32 + 2 * 2 * 32 * 64) + 32 * 257
+    assert reckoned.flops_per_token == model_flops(weights, layers=2, attention_width=32, sequence=32)
 
 
 @pytest.mark.parametrize("wrapping", ["by_block", None])
