@@ -36,6 +36,13 @@ def _main() -> None:
     if sources:
         standin.name_a_device()
     importlib.import_module("polycom_ext.integrations.megatron.gpt")
+    # What a rank would import as it starts: tokenizers, and with them transformers, take most of its time.
+    for name in (
+        "megatron.core.tokenizers.text.models",
+        "megatron.training.config",
+        "polycom_ext.functional",
+    ):
+        importlib.import_module(name)
     writers: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     results_queue = writers.get_write_results_queue
     # Spawned, as upstream does it but for a persistent writer, it imports torch for each rank that saves.
