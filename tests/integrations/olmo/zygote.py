@@ -33,6 +33,12 @@ if __name__ == "__main__":
     rehearsal.enable()
     rehearsal.enable = lambda: None  # done, for every rank that is forked from here
     recording = importlib.import_module("polycom_ext.integrations.olmo.recording")
-    importlib.import_module("polycom_ext.integrations.olmo.loop")
-    importlib.import_module("torch._dynamo")  # an optimizer would, in every rank
+    # The last ones an optimizer, a model and a data loader would import, in every rank.
+    for name in (
+        "polycom_ext.integrations.olmo.loop",
+        "torch._dynamo",
+        "polycom_ext.functional",
+        "s3transfer.manager",
+    ):
+        importlib.import_module(name)
     serve(_entry)
