@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from polycom_ext import arguments, trainers
@@ -26,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", metavar="TARGET", type=arguments.output, help="a folder that does not exist"
     )
-    parser.add_argument("--to", required=True, metavar="FORM", help="the form to write: hf")
+    parser.add_argument(
+        "--to", required=True, metavar="FORM", help=f"the form to write: {', '.join(_writers())}"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights (default: as they are); coefficients stay float32"
     )
@@ -80,10 +83,14 @@ def convert(source: Path, target: Path, to: str, options: Options, activation: s
 
 
 def _writer(name: str) -> Writes:
-    forms = {form: one for form, one in trainers.checkpoint_forms().items() if isinstance(one, Writes)}
+    forms = _writers()
     if name not in forms:
         raise PolycomError(f"--to {name}{did_you_mean(name, forms)}: the forms are {', '.join(forms)}")
     return forms[name]
+
+
+def _writers() -> dict[str, Writes]:
+    return {name: form for name, form in trainers.checkpoint_forms().items() if isinstance(form, Writes)}
 
 
 def opened(source: Path) -> Model:
@@ -94,7 +101,9 @@ def opened(source: Path) -> Model:
     for form in readers:
         found = form.find(source)
         if found is not None:
-            return form.read(found)
+            for damaged in found.passed_over:
+                print(f"polycom convert: passed over: {damaged}", file=sys.stderr)
+            return form.read(found.path)
     raise PolycomError(f"{source} holds no checkpoint that can be read here")
 
 
@@ -103,6 +112,8 @@ def _write(writer: Writes, model: Model, folder: Path, options: Options) -> None
     folder.mkdir()
     with progress(len(model.tensors), "converting") as bar:
         writer.write(model, folder, options, lambda size: bar.update(1))
-    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    files = {
+        str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
     told = {"source": model.source, "polycom-ext": __version__, "sha256": files}
     (folder / MANIFEST).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

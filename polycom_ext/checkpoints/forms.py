@@ -22,12 +22,24 @@ class Options:
     """A tokenizer.json to go with it."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to read."""
+
+    path: Path
+    passed_over: tuple[str, ...] = ()
+    """Newer ones that are not whole, each with what is wrong with it."""
+
+
 @runtime_checkable
 class Reads(Protocol):
     """A form that can be read."""
 
-    def find(self, path: Path) -> Path | None:
-        """The newest checkpoint of this form in a folder, that of a run or itself; None if there is none."""
+    def find(self, path: Path) -> Found | None:
+        """The newest whole one of this form in a folder, that of a run or itself; None if there is none.
+
+        Raises PolycomError where there are such, and none is whole.
+        """
 
     def read(self, path: Path) -> Model:
         """Open it. Raises PolycomError where it is damaged, or its model is not one that can be expressed."""

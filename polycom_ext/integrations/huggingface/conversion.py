@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polycom_ext.checkpoints.forms import Options
+from polycom_ext.checkpoints.forms import Found, Options
 from polycom_ext.checkpoints.model import Model
 from polycom_ext.integrations.huggingface import reading
 from polycom_ext.integrations.huggingface.stock import SHARED, stock, theirs
@@ -71,8 +71,8 @@ def tensors(model: Model) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 class Folders:
     """Reads and writes them."""
 
-    def find(self, path: Path) -> Path | None:
-        return path if (path / "config.json").is_file() else None
+    def find(self, path: Path) -> Found | None:
+        return Found(path) if (path / "config.json").is_file() else None
 
     def read(self, path: Path) -> Model:
         return reading.read(path)

@@ -14,6 +14,7 @@ from typing import Any
 
 from polycom_ext.activations import parse
 from polycom_ext.checkpoints import inert
+from polycom_ext.checkpoints.forms import Found
 from polycom_ext.checkpoints.model import Concatenated, GroupedQKV, Model, Row
 from polycom_ext.checkpoints.sharded import METADATA, Folder
 from polycom_ext.errors import PolycomError
@@ -104,13 +105,13 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 class Checkpoints:
     """Reads them."""
 
-    def find(self, path: Path) -> Path | None:
+    def find(self, path: Path) -> Found | None:
         for folder in (path, Record(path).checkpoints):
             latest = folder / TRACKER
             if latest.is_file() and latest.read_text().strip().isdigit():
                 folder = folder / f"iter_{int(latest.read_text()):07d}"
             if (folder / "common.pt").is_file() and (folder / METADATA).is_file():
-                return folder
+                return Found(folder)
         return None
 
     def read(self, path: Path) -> Model:
