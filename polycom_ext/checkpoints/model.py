@@ -119,6 +119,10 @@ class Row:
 
         return {name: reader(name) for name in self.ours}
 
+    def write(self, tensors: Mapping[str, Callable[[], Tensor]], config: Mapping[str, Any]) -> Tensor:
+        """Theirs, from ours."""
+        return self.layout.join(tuple(tensors[name]() for name in self.ours), config)
+
 
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Our name -> shape, of every tensor that a model of this configuration has."""

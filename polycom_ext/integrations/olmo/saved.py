@@ -3,6 +3,7 @@
     unsharded     stepN-unsharded/{model,optim,train}.pt, or .safetensors
     torch_legacy  stepN/rank*.pt
     olmo_core     stepN/{model,optim}/{metadata.json,rank_*.safetensors} and stepN/train/rank*.pt
+    torch_new     stepN/model_and_optim/{.metadata,*.distcp}, of which only the weights are read
 
 and each its config.yaml. OLMo gives a folder its name once it is written; damage comes later.
 """
@@ -16,7 +17,11 @@ from pathlib import Path
 
 from polycom_ext.checkpoints import inert
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs.checkpoints import Choice, choose, problem_of_file
+from polycom_ext.runs.checkpoints import Choice, choose, problem_of_distributed, problem_of_file
+
+TORCH_NEW = "model_and_optim"
+"""Its folder in a checkpoint."""
+_NAME = r"step(\d+)(-unsharded)?"
 
 
 def choice(checkpoints: Path) -> Choice:
@@ -36,6 +41,37 @@ def whole(checkpoints: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in _folders(checkpoints) if _problem(path) is None]
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder, by its name and by what is in it, is one, whole or not."""
+
+    def has(*names: str) -> bool:
+        return any((folder / name).exists() for name in names)
+
+    named = re.fullmatch(_NAME, folder.name) is not None
+    ours = has("model.pt", "rank0.pt", "model/metadata.json", TORCH_NEW)
+    return (has("config.yaml") and (named or ours or has("model.safetensors"))) or (named and ours)
+
+
+def choice_of_weights(checkpoints: Path) -> Choice:
+    """The newest one whose weights are whole, whatever else it lacks."""
+    return choose((step, path, problem_of_weights(path)) for step, _, path in _folders(checkpoints))
+
+
+def problem_of_weights(folder: Path) -> str | None:
+    """The end of a sentence about a checkpoint whose weights are not whole."""
+    if not (folder / "config.yaml").is_file():
+        return "lacks config.yaml"
+    if any(folder.glob("rank*.pt")):
+        return _problem_of_ranks(folder, "")
+    if (folder / TORCH_NEW).is_dir():
+        return problem_of_distributed(folder / TORCH_NEW)
+    if (folder / "model" / "rank0.pt").is_file():
+        return None  # a format that nothing here reads, as is said where it is tried
+    if (folder / "model").is_dir():
+        return _problem_of_shards(folder, "model")
+    return _problem_of_part(folder, "model")
+
+
 def prepare(checkpoints: Path) -> list[str]:
     """Move what is damaged aside, so that OLMo goes on from what is chosen; a sentence for each."""
     return [f"{damaged}; it is now {damaged.set_aside()}" for damaged in choice(checkpoints).damaged]
@@ -43,9 +79,7 @@ def prepare(checkpoints: Path) -> list[str]:
 
 def _folders(checkpoints: Path) -> list[tuple[int, bool, Path]]:
     """(step, whether it is sharded, folder), the newest first."""
-    matches = (
-        (re.fullmatch(r"step(\d+)(-unsharded)?", path.name), path) for path in checkpoints.glob("step*")
-    )
+    matches = ((re.fullmatch(_NAME, path.name), path) for path in checkpoints.glob("step*"))
     found = ((int(name[1]), name[2] is None, path) for name, path in matches if name and path.is_dir())
     return sorted(found, reverse=True)
 

@@ -23,11 +23,11 @@ from polycom_ext.checkpoints import inert
 from polycom_ext.checkpoints.archive import Archive
 from polycom_ext.checkpoints.sharded import METADATA, Folder
 from polycom_ext.errors import PolycomError
+from polycom_ext.integrations.olmo.saved import TORCH_NEW
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TORCH_NEW = "model_and_optim"
 Readers = dict[str, Callable[[], "Tensor"]]
 
 
@@ -125,7 +125,7 @@ def _of_ranks(folder: Path) -> Readers:
         parts: list[Tensor] = []
         rows = 0
         for archive, model in models.items():
-            for said in _shards(model.get(name)) if rows < size[0] else ():
+            for said in _shards(model, name, archive.path) if rows < size[0] else ():
                 parts.append(archive.tensor(said))
                 rows += len(parts[-1])
         if rows != size[0]:
@@ -138,18 +138,25 @@ def _of_ranks(folder: Path) -> Readers:
 def _size_of_sharded(said: Any) -> tuple[int, ...] | None:
     """Of the whole of a ShardedTensor or DTensor; None of what is neither."""
     arguments: tuple[Any, ...] = getattr(said, "arguments", ())
-    if len(arguments) != 4 or arguments[1].path.rpartition(".")[2] not in ("ShardedTensor", "DTensor"):
+    if len(arguments) != 4 or _class(arguments[1]) not in ("ShardedTensor", "DTensor"):
         return None
     size: tuple[int, ...] = arguments[2][2]
     return size
 
 
-def _shards(said: Any) -> list[Any]:
+def _class(named: Any) -> str:
+    return str(getattr(named, "path", "")).rpartition(".")[2]
+
+
+def _shards(model: dict[str, Any], name: str, path: Path) -> list[Any]:
     """What a rank holds of a tensor: of its pickled state."""
-    state = said.arguments[3]
-    if said.arguments[1].path.endswith(".DTensor"):
-        return [(state if isinstance(state, dict) else state[1])["_local_tensor"]]
-    return [shard.state[1]["tensor"] if shard.state else shard.tensor for shard in state[0]]
+    try:
+        _, kind, _, state = model[name].arguments
+        if _class(kind) == "DTensor":
+            return [state[1]["_local_tensor"]]
+        return [shard.state[1]["tensor"] if shard.state else shard.tensor for shard in state[0]]
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        raise PolycomError(f"{path} holds nothing of {name}, or not as FSDP saves it") from None
 
 
 def _of_olmo_core(folder: Path) -> Readers:
