@@ -39,8 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for the reader's own end of a pipe: `polycom upstream status | head -1` is 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _have_a_home()
     with display.tolerant() as shown:
+        try:
+            _have_a_home()
+        except OSError as error:
+            print(f"polycom: {display.printable(_sentence(error))}", file=sys.stderr)
+            return 2
         args, module = _parse(arguments)
         try:
             status: int = module.main(args)
@@ -95,6 +99,8 @@ def _sentence(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason += "; make room, then give the same command again"
+    if reason.startswith("No usable temporary directory"):  # tempfile's own, which knows no way out
+        reason += "; set TMPDIR to a folder that can be written"
     return ": ".join([" -> ".join(names), reason] if names else [reason])
 
 

