@@ -233,17 +233,8 @@ def folder(purpose: str, path: Path) -> Folder:
     return Folder(purpose, str(path), shutil.disk_usage(there).free, writable)
 
 
-class _Timex(ctypes.Structure):
-    """The beginning of struct timex of adjtimex(2), and room for the rest."""
-
-    _fields_ = (
-        ("modes", ctypes.c_uint),
-        *((name, ctypes.c_long) for name in ("offset", "freq", "maxerror", "esterror")),
-        ("status", ctypes.c_int),
-        ("rest", ctypes.c_byte * 256),
-    )
-
-
+_TIMEX = 512
+"""Bytes, more than struct timex of adjtimex(2) has; all zero it asks, and sets nothing."""
 _TIME_ERROR = 5
 """What adjtimex returns while nothing keeps the clock right."""
 
@@ -252,7 +243,7 @@ def clock(package_path: Path) -> Clock:
     """The system's clock, beside the files of a package."""
     newest = max((path.stat().st_mtime for path in package_path.rglob("*.py")), default=0.0)
     try:
-        state = ctypes.CDLL(None).adjtimex(ctypes.byref(_Timex()))
+        state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX))
     except (OSError, AttributeError):
         state = -1
     return Clock(time.time(), newest, None if state < 0 else state != _TIME_ERROR)
