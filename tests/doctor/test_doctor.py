@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -30,7 +31,7 @@ from polycom_ext.upstream import fetch, trees
 
 from ..runs.conftest import register, write_spec
 from ..upstream.conftest import Small, make_small
-from .conftest import MACHINE, NO_GPU
+from .conftest import H100, MACHINE, NO_GPU
 
 OK, MISSING, WRONG, UNNEEDED = Mark.OK, Mark.MISSING, Mark.WRONG, Mark.UNNEEDED
 
@@ -88,6 +89,49 @@ def test_a_torch_that_crashes_is_a_line_and_the_others_are_told(
     assert any(line.startswith("wrong") and "its import crashes (SIGSEGV)" in line for line in lines)
     assert any(line.startswith("ok") and " python " in line for line in lines)
     assert lines[-1] == "polycom-ext does not work here, because of: torch, polycom-ext"
+
+
+def test_what_is_installed_has_a_line_each(
+    installed: Callable[..., Path],
+    smi: Callable[..., None],
+    small: Small,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Found by real imports of packages that are empty, beside a driver that is a script."""
+    smi({"gpu": [H100]})
+    installed({"torch/__init__.py": "from types import SimpleNamespace as S\nversion = S(cuda=None)\n"})
+    for name, (files, version) in {
+        "transformer-engine": (["transformer_engine/__init__.py", "transformer_engine/pytorch.py"], "2.20.2"),
+        "apex": (["apex/__init__.py", "apex/multi_tensor_apply/__init__.py"], "0.1"),
+        "flash-attn": (["flash_attn/__init__.py"], "2.8.3"),
+        "grouped_gemm": (["grouped_gemm/__init__.py"], "1.1.4"),
+    }.items():
+        installed(dict.fromkeys(files, ""), name, version)
+    monkeypatch.setenv("POLYCOM_CACHE", str(tmp_path / "cache"))
+    assert main(["doctor", "--json"]) == 2, "torch is empty too"
+    told = json.loads(capsys.readouterr().out)
+    found = {one["subject"]: (one["mark"], one["text"]) for one in told["findings"]}
+    assert found["driver"] == ("ok", "580.95.05, 1 GPU")
+    assert found["GPU 0"][1].startswith("NVIDIA H100 80GB HBM3, compute capability 9.0")
+    for subject, text in {
+        "transformer-engine": "2.20.2",
+        "apex (NVIDIA's)": "0.1",
+        "flash-attn": "2.8.3",
+        "grouped_gemm": "1.1.4",
+    }.items():
+        assert found[subject][0] == "ok"
+        assert found[subject][1].startswith(text)
+    assert found["torch"][0] == "wrong"
+    places = {one["purpose"]: one["path"] for one in told["machine"]["folders"]}
+    shared = {"shared memory": "/dev/shm"} if os.path.isdir("/dev/shm") else {}
+    assert places == {
+        "runs": str(Path("outputs").absolute()),
+        "cache": str(tmp_path / "cache"),
+        "temporary files": tempfile.gettempdir(),
+        **shared,
+    }
 
 
 TE = "transformer_engine.pytorch"

@@ -213,6 +213,8 @@ def test_nvcc_is_compared_with_torchs_cuda(tmp_path: Path, monkeypatch: pytest.M
     other = machine._nvcc(machine.Torch("2.14", "13.0"))
     assert (other.path, other.release) == (str(nvcc), "12.4")
     assert "of CUDA 12.4 but torch of CUDA 13.0" in other.problem
+    nvcc.write_text("#!/bin/sh\necho of a release that it does not tell\n")
+    assert machine._nvcc(machine.Torch("2.14", "13.0")) == machine.Compiler(str(nvcc))
     nvcc.write_text("#!/bin/sh\nexit 1\n")
     assert machine._nvcc(machine.Torch("2.14", "13.0")).problem.startswith("nvcc failed")
 
@@ -229,6 +231,19 @@ def test_a_folder_that_is_not_made_yet_is_judged_by_the_one_above(tmp_path: Path
     (tmp_path / "file").touch(mode=0o755)
     assert not machine.folder("runs", tmp_path / "file" / "small").writable
     assert not machine.folder("runs", Path("/proc/outputs")).writable or os.access("/proc", os.W_OK)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_folder_of_another_user_cannot_be_written(tmp_path: Path) -> None:
+    for above in (tmp_path, *tmp_path.parents):
+        if above.stat().st_uid == 0 and above != Path("/") and above.name.startswith("pytest"):
+            above.chmod(0o755)
+    child = os.fork()
+    if child == 0:
+        os.setuid(12345)
+        found = machine.folder("runs", tmp_path / "outputs")
+        os._exit(2 * (found.path != str(tmp_path / "outputs")) + found.writable)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_where_a_run_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +296,19 @@ def test_the_clock_is_set_beside_the_files_of_the_package(tmp_path: Path) -> Non
     found = machine.clock(tmp_path)
     assert found.newest_file == 9e9
     assert abs(found.now - time.time()) < 60
+
+
+@pytest.mark.parametrize("lacking", ["the function", "the library"])
+def test_without_the_kernels_word_nothing_is_known_of_the_clock(
+    lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on systems other than Linux."""
+    (tmp_path / "empty.c").write_text("int nothing;\n")
+    assert os.system(f"cc -shared -o {tmp_path / 'empty.so'} {tmp_path / 'empty.c'}") == 0
+    library = {"the function": tmp_path / "empty.so", "the library": tmp_path / "nowhere.so"}[lacking]
+    load = machine.ctypes.CDLL
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: load(str(library)))
+    assert machine.clock(tmp_path).synchronised is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="adjtimex is Linux's")
