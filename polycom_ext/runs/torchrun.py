@@ -14,6 +14,7 @@ import sys
 import traceback
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.run import main as torchrun
 
 from polycom_ext.runs.rendering import NODE_RANK
@@ -26,6 +27,7 @@ def main() -> None:
     """Start the workers and wait for them."""
     if NODE_RANK in os.environ:
         _end_with_parent()
+        _tell_nodes_apart(int(os.environ[NODE_RANK]))
     try:
         torchrun()
     except ChildFailedError as error:
@@ -39,6 +41,15 @@ def main() -> None:
 def _end_with_parent() -> None:
     """One of several nodes whose `polycom node` is gone cannot train on: the others have ended."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _tell_nodes_apart(rank: int) -> None:
+    """torch's rendezvous knows a node by its address, its process id and a count.
+
+    Two of one machine whose process ids are their own, such as pods in its network, may have all alike, and
+    would be taken for one: count from the node's rank.
+    """
+    DynamicRendezvousHandler._node_desc_generator._local_id = rank << 32
 
 
 def _end_like(status: int) -> None:
