@@ -14,6 +14,8 @@ while is_taken "$port"; do port=$((port < 31999 ? port + 1 : 20000)); done
 export POLYCOM_RENDEZVOUS="$address:$port"
 unset POLYCOM_NODE_RANK # whoever submits may have one; each node's is Slurm's
 
+rm -f @RECORD@/absent.node-*.txt # of an earlier start
+
 # A step takes all of a node's CPUs only if it is told so; and it waits for whoever is last.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 srun --nodes=@NODES@ --ntasks=@NODES@ --ntasks-per-node=1 --cpu-bind=none --mpi=none --export=ALL \

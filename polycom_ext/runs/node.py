@@ -8,16 +8,18 @@ exit status is the same on all. A backend may start it again on 128 + SIGNAL, an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs import attempt, launch, lobby, plan, preflight, record
+from polycom_ext.runs import absent, attempt, launch, lobby, plan, preflight, record
 from polycom_ext.runs.entry import DISK_FULL, RUN_DIR
 from polycom_ext.runs.keeping import Keeper
 from polycom_ext.runs.lobby import DONE, FAILED, REFUSED, SIGNALLED, Parted, Stopped, Verdict
@@ -74,17 +76,23 @@ def main(args: argparse.Namespace) -> int:
         args.verb = "run"  # which the user has typed
     run = plan.recorded(args.run_dir)
     place = _place(run, args.node_rank, args.rendezvous)
-    run.directory.check_place()
-    if inherited is None and run.says_finished():
-        return DONE
     ending = launch.Ending(run.spec.stop_grace_seconds)
     descriptor = None if inherited is None else int(inherited)
-    patience = 0.0 if place.rendezvous is None else ORPHAN_SECONDS
-    with (
-        run.directory.locked(place.rank, descriptor, patience) as log,
-        launch.handled(ending.hear),
-    ):
-        node = _Node(run, place, _wishes(run), inherited is not None, log, ending)
+    with contextlib.ExitStack() as held:
+        try:
+            run.directory.check_place()
+            if inherited is None and run.says_finished():
+                return DONE
+            patience = 0.0 if place.rendezvous is None else ORPHAN_SECONDS
+            log = held.enter_context(run.directory.locked(place.rank, descriptor, patience))
+            wishes = _wishes(run)
+        except PolycomError as error:
+            if place.rendezvous is not None:
+                absent.note(run.directory, place.rank, str(place.rendezvous), str(error))
+            raise
+        run.directory.absent(place.rank).unlink(missing_ok=True)
+        held.enter_context(launch.handled(ending.hear))
+        node = _Node(run, place, wishes, inherited is not None, log, ending)
         return _first(node) if place.rank == 0 else _another(node)
 
 
@@ -136,6 +144,10 @@ class _Node:
         self.run.directory.enter_working_directory()
         if self.place.rendezvous is None and not self.is_checked:
             preflight.check(self.run)
+
+    def look_for(self, ranks: Iterable[int]) -> None:
+        """Raise PolycomError or Parted where one of these nodes will not come."""
+        absent.check(self.run.directory, ranks, str(self.place.rendezvous))
 
     def facts(self) -> dict[str, Any]:
         """What the other nodes are told of this one."""
@@ -233,7 +245,8 @@ def _gathered(node: _Node, host: Host) -> lobby.Entry:
     run = node.run
     others = run.spec.nodes - 1
     print(f"{run.name}: waits for {others} more node{'s' * (others > 1)}", flush=True)
-    present = host.gather(preflight.look(run, node.wishes), node.wishes.wait, node.ending)
+    facts = preflight.look(run, node.wishes)
+    present = host.gather(facts, node.wishes.wait, node.ending, node.look_for)
     if wrong := preflight.compare(present, run.spec.processes_per_node, node.wishes):
         raise PolycomError("; ".join(wrong))
     if node.wishes.bandwidth is not None:
@@ -283,7 +296,7 @@ def _another(node: _Node) -> int:
 
     guest = Guest(node.place.rendezvous, _title(run), node.place.rank, node.wishes.silence)
     try:
-        entry = guest.join(node.facts(), node.wishes.wait, ending, measure)
+        entry = guest.join(node.facts(), node.wishes.wait, ending, measure, node.look_for)
         outcome = node.train(entry, lambda: guest.attend(ending))
         verdict = guest.ended(node.end(outcome), ending)
     except Stopped:

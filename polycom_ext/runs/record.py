@@ -80,6 +80,10 @@ class Record:
         self.refusal = path / "refusal.txt"
         """Why a trainer refused to run: one sentence."""
 
+    def absent(self, rank: int | str) -> Path:
+        """Why a node will not come to the others; see `runs.absent`."""
+        return self.path / f"absent.node-{rank}.txt"
+
     def read_spec(self) -> dict[str, Any]:
         """The resolved spec as a mapping. Raises PolycomError where there is none or it cannot be read."""
         if not self.spec.is_file():
@@ -104,13 +108,13 @@ class Record:
         """What was measured between the nodes. Raises PolycomError if it cannot be read."""
         return _parse(self.bandwidth)
 
-    def write_coefficients(self, learned: Mapping[str, Any]) -> None:
-        """Write what `coefficients` has made."""
-        write_text(self.coefficients, json.dumps(learned, indent=2) + "\n")
-
     def read_efficiency(self) -> dict[str, Any] | None:
         """What MFU is reckoned from, None if it is not there. Raises PolycomError if it cannot be read."""
         return _parse(self.efficiency) if self.efficiency.is_file() else None
+
+    def write_coefficients(self, learned: Mapping[str, Any]) -> None:
+        """Write what `coefficients` has made."""
+        write_text(self.coefficients, json.dumps(learned, indent=2) + "\n")
 
     def read_job(self) -> dict[str, Any] | None:
         """Who has the run: the `backend`, and what that one noted; None where it was never handed over.

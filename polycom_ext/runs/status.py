@@ -21,19 +21,26 @@ from typing import Any
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import writers
-from polycom_ext.runs import efficiency, launch, progress
+from polycom_ext.runs import backends, efficiency, launch, progress
 from polycom_ext.runs import record as names
 from polycom_ext.runs.record import Metrics, Record, Series, read_metrics
 
-PLANNED, RUNNING, SILENT, DIED = "planned", "running", "silent", "died"
+PLANNED, QUEUED, RUNNING, SILENT, DIED = "planned", "queued", "running", "silent", "died"
 FINISHED, INTERRUPTED, REFUSED, FAILED, ENDED = "finished", "interrupted", "refused", "failed", "ended"
 UNREADABLE = "unreadable"
-"""States. Planned: never begun. Silent: out of sight, and nothing written for a while. Died: gone without
-a word of its end. Interrupted: told to stop. Refused: its trainer would not run. Ended: well, but before its
-last step. Unreadable: its record is."""
-GOING_ON = (PLANNED, RUNNING, SILENT)
+"""States. Planned: never begun. Queued: a job system has it, to start or to start again. Silent: out of
+sight, and nothing written for a while. Died: gone without a word of its end. Interrupted: told to stop.
+Refused: its trainer would not run. Ended: well, but before its last step. Unreadable: its record is."""
+GOING_ON = (PLANNED, QUEUED, RUNNING, SILENT)
 """States in which a run has not ended."""
+BETWEEN = (PLANNED, DIED, INTERRUPTED, FAILED, ENDED)
+"""States in which a job system may be about to start it, which alone knows that."""
 
+OUT_OF_SIGHT = (RUNNING, SILENT)
+"""States in which it may have ended without a word."""
+
+ASK_SECONDS = 60.0
+"""A run that writes as often needs no job system to be asked for it."""
 FRESH_SECONDS = 600.0
 """A run on another machine is at work if it has written something since; longer where its steps are."""
 RECENT = 20
@@ -92,6 +99,9 @@ def read(path: Path) -> Status:
         if not record.spec.is_file():
             raise
         return Status(path.name, str(path), UNREADABLE, str(error), None, 0)
+    if (waits := _waiting(record, state)) is not None:
+        before = ": ".join(filter(None, (state, reason))) if attempts else None
+        state, reason = QUEUED, "; before that ".join(filter(None, (waits, before)))
     step = _step(record, attempts, logged)
     told = _Told(record, spec)
     total, each = told.total_steps, told.tokens_of_a_step
@@ -143,6 +153,23 @@ def _state(
     if status == 0:
         return ENDED, "before its last step", ended
     return FAILED, f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}", ended
+
+
+def _waiting(record: Record, state: str) -> str | None:
+    """What the job system that has the run says of it, a clause; None where no start of it is to come."""
+    if state not in (*BETWEEN, *OUT_OF_SIGHT) or not record.job.is_file():
+        return None
+    job = record.read_job() or {}
+    quiet = time.time() - max(filter(None, map(_modified, (record.log, record.metrics))), default=0.0)
+    if state == RUNNING and quiet < ASK_SECONDS:
+        return None
+    try:
+        standing = backends.find(str(job.get("backend"))).standing(job)
+    except Exception:  # of a backend that is not installed here, or of what another version has noted
+        return None
+    if standing is None or (state in OUT_OF_SIGHT and standing.is_at_work):
+        return None
+    return standing.said
 
 
 def _without_end(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from types import FrameType
 
-from polycom_ext.runs import launch
+from polycom_ext.runs import absent, launch
 from polycom_ext.runs.backends import Backend, Submitted
 from polycom_ext.runs.plan import Run
 
@@ -49,6 +49,7 @@ def _start(run: Run, backend: Backend, running: list[Submitted]) -> None:
     with run.directory.locked() as log:
         backend.check(run)
         run.directory.write(run.spec, run.adapter, run.command, run.site, backend.files(run))
+        absent.clear(run.directory)
         with launch.held_back():
             running.append(backend.submit(run, log))
 

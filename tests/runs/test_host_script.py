@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import signal
 import subprocess
 import time
@@ -54,6 +55,16 @@ def test_a_node_runs_again_after_a_failure_and_after_nothing_else(
     started = job(node)
     _, said = started.communicate(timeout=30)
     assert (started.returncode, runs(tmp_path)) == (status, times), said
+
+
+@pytest.mark.parametrize(("ends", "told"), [(0, None), (1, 1), (2, 2), (125, 2), (143, 143)])
+def test_a_node_that_is_not_started_again_tells_those_that_may_wait_for_it(
+    job: Callable[[str], subprocess.Popen[str]], tmp_path: Path, ends: int, told: int | None
+) -> None:
+    job(f"exit {ends}").communicate(timeout=30)
+    left = tmp_path / "absent.node-1.txt"
+    sentence = f"host:1\n{told}\n{platform.node()}: exit status {told}\n"
+    assert (left.read_text() if left.exists() else None) == (None if told is None else sentence)
 
 
 @pytest.mark.parametrize(("given", "heard"), [("TERM", 143), ("USR1", 138), ("INT", 143)])

@@ -126,6 +126,27 @@ def test_a_node_with_other_code_is_named_before_anything_starts(
 
 
 @pytest.mark.full
+def test_a_node_whose_clock_is_wrong_is_named_before_anything_starts(
+    two_nodes: Callable[..., None], polycom: list[str], tmp_path: Path
+) -> None:
+    two_nodes(steps=1)
+    fast = "import time\nnow = time.time\ntime.time = lambda: now() + 60.0\n"
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "fast" / "sitecustomize.py").write_text(fast)
+    command = [*polycom, "node", str(RUN), "--rendezvous", f"127.0.0.1:{free_port()}", "--node-rank"]
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join([f"{tmp_path}/fast", os.environ["PYTHONPATH"]])}
+    with subprocess.Popen([*command, "1"], env=path, stderr=subprocess.PIPE, text=True) as second:
+        first = subprocess.run([*command, "0"], capture_output=True, text=True, timeout=60, check=False)
+        said = second.communicate(timeout=60)[1]
+    for status, error in ((first.returncode, first.stderr), (second.returncode, said)):
+        assert status == 2
+        assert re.search(
+            rf"node 1 \({platform.node()}\) has a clock that is (59|60|61)\.\d s ahead of", error
+        )
+    assert not list(RUN.glob("pid-*"))
+
+
+@pytest.mark.full
 def test_nodes_that_are_started_again_at_once_wait_for_what_is_left_and_go_on(
     two_nodes: Callable[..., None], polycom: list[str]
 ) -> None:

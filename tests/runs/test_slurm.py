@@ -142,7 +142,11 @@ def test_pyxis_gets_image_and_mounts_as_they_are(files: Callable[..., dict[str, 
 
 def test_an_engines_command_is_what_each_node_executes(files: Callable[..., dict[str, str]]) -> None:
     rendered = files(container=Container("i.sif", "apptainer"), setup=("module load apptainer",))
-    assert "\nmodule load apptainer\nexec apptainer exec " in rendered["node.sh"]
+    setup, trial, started = rendered["node.sh"].splitlines()[-3:]
+    assert setup == "module load apptainer"
+    assert trial.startswith("apptainer exec ")
+    assert trial.endswith(" i.sif true"), "what the engine refuses ends node.sh, which tells the others"
+    assert started.startswith("exec apptainer exec ")
     assert rendered["node.sh"].endswith(f" i.sif polycom node {Path('outputs/small').absolute()}\n")
 
 

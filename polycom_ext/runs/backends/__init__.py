@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.runs.plan import Run
@@ -28,6 +30,16 @@ class Submitted(Protocol):
         """Pass on a signal that asks it to end."""
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A job that a job system has."""
+
+    said: str
+    """How it stands, in that system's words: a clause."""
+    is_at_work: bool
+    """Whether its nodes have begun and not ended; if not, they are to start, perhaps again."""
+
+
 class Backend(Protocol):
     """One way to start the nodes of a run. What it needs of the place stands in `run.site`."""
 
@@ -47,6 +59,13 @@ class Backend(Protocol):
 
         Args:
             log: the run's log, open and locked. Whoever inherits it holds the directory without a gap.
+        """
+
+    def standing(self, job: Mapping[str, Any]) -> Standing | None:
+        """What a job system says of a job that has not ended; None where it has none, or cannot be asked.
+
+        Args:
+            job: as `submit` has noted it.
         """
 
     def stop(self, run: Run) -> None:

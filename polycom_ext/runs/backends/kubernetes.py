@@ -11,11 +11,12 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import fields, secrets
-from polycom_ext.runs.backends import Submitted, manifest
+from polycom_ext.runs.backends import Standing, Submitted, manifest
 from polycom_ext.runs.backends.cluster import KINDS, Cluster, Kind
 from polycom_ext.runs.backends.rendering import JOB_SCRIPT, shell
 from polycom_ext.runs.backends.ssh import host_scripts
@@ -26,6 +27,8 @@ COMMAND = ["polycom", "node"]
 GPU = "nvidia.com/gpu"
 MARGIN_SECONDS = 30
 """What a node has to end in, beyond the time that its trainer has to save."""
+ASK_SECONDS = 10.0
+"""How long whoever only looks waits for the cluster."""
 NAME_LENGTH = 26
 """Of a run's name in the job's, which Kubernetes lengthens to at most 63 for its pods."""
 
@@ -54,6 +57,9 @@ class Kubernetes:
             )
 
     def submit(self, run: Run, log: BinaryIO) -> Submitted:
+        cluster = Cluster.of(run.site)
+        where = {"kind": cluster.kind, "name": job_name(run), "namespace": cluster.namespace}
+        run.directory.write_job({"backend": "kubernetes", **where})
         path = run.directory.path / MANIFEST
         if shutil.which("kubectl") is None:
             print(f"{run.name}: no kubectl is here; give where one is:\n    kubectl create -f {shell(path)}")
@@ -67,6 +73,15 @@ class Kubernetes:
             flush=True,
         )
         return _HandedOver()
+
+    def standing(self, job: Mapping[str, Any]) -> Standing | None:
+        """Whether its pods run is not asked: they write."""
+        try:
+            state = _ask(job["kind"], job["name"], job["namespace"], ASK_SECONDS)
+        except PolycomError:
+            return None
+        said = f"{job['kind']} {job['name']} has not ended"
+        return Standing(said, is_at_work=True) if state == "active" else None
 
     def stop(self, run: Run) -> None:
         """Its pods are told to end; the manifest is handed over anew by the next `polycom run`."""
@@ -185,10 +200,15 @@ def _check_shared(run: Run, cluster: Cluster) -> None:
 
 
 def _state(run: Run) -> str:
-    """Whether its job is `absent`, `active` or `ended`."""
-    cluster, name = Cluster.of(run.site), job_name(run)
-    where = [] if cluster.namespace is None else [f"--namespace={cluster.namespace}"]
-    said = _kubectl("get", KINDS[cluster.kind].plural, name, *where, "--ignore-not-found", "--output=json")
+    cluster = Cluster.of(run.site)
+    return _ask(cluster.kind, job_name(run), cluster.namespace)
+
+
+def _ask(kind: str, name: str, namespace: str | None, seconds: float | None = None) -> str:
+    """Whether a job is `absent`, `active` or `ended`."""
+    where = [] if namespace is None else [f"--namespace={namespace}"]
+    asked = ["get", KINDS[kind].plural, name, *where, "--ignore-not-found", "--output=json"]
+    said = _kubectl(*asked, seconds=seconds)
     if not said.strip():
         return "absent"
     conditions = json.loads(said).get("status", {}).get("conditions", [])
@@ -199,9 +219,13 @@ def _state(run: Run) -> str:
     return "ended" if ended else "active"
 
 
-def _kubectl(*arguments: str) -> str:
+def _kubectl(*arguments: str, seconds: float | None = None) -> str:
     try:
-        done = subprocess.run(["kubectl", *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["kubectl", *arguments], capture_output=True, text=True, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise PolycomError(f"kubectl has not answered for {seconds} s") from None
     except FileNotFoundError:
         raise PolycomError(
             f"there is no kubectl here; give elsewhere: kubectl {' '.join(arguments)}"

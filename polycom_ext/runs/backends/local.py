@@ -7,7 +7,8 @@ import platform
 import signal
 import subprocess
 import sys
-from typing import BinaryIO
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import writers
@@ -40,6 +41,9 @@ class Local:
             return _Told()
         sys.stdout.flush()
         return _Child(run, log)
+
+    def standing(self, job: Mapping[str, Any]) -> None:
+        """Nobody queues it."""
 
     def stop(self, run: Run) -> None:
         """Ask what works in the directory on this machine to end."""

@@ -50,8 +50,17 @@ def node_command(run: Run) -> list[str]:
     return ["polycom", "node", str(run.directory.path)]
 
 
-def node_script(run: Run, command: list[str]) -> str:
-    """What each node executes: the site's setup, then the command in its place."""
-    setup = Verbatim("\n".join(run.site.setup) or ":")
-    values = {"DIRECTORY": run.command.directory, "SETUP": setup, "COMMAND": command}
+def node_script(run: Run, command: list[str], trial: list[str] | None = None) -> str:
+    """What each node executes: the site's setup, then the command in its place.
+
+    Args:
+        trial: a command before it, whose failure is the node's; for one that cannot say that it has failed.
+    """
+    setup = [*(run.site.setup or [":"]), *([] if trial is None else [shell(trial)])]
+    values = {
+        "DIRECTORY": run.command.directory,
+        "RECORD": run.directory.path,
+        "SETUP": Verbatim("\n".join(setup)),
+        "COMMAND": command,
+    }
     return fill("node.sh", values, shell)

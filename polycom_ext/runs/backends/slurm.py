@@ -7,12 +7,13 @@ import platform
 import re
 import shlex
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import node, secrets
-from polycom_ext.runs.backends import container
+from polycom_ext.runs.backends import Standing, container
 from polycom_ext.runs.backends.rendering import (
     JOB_SCRIPT,
     NODE_SCRIPT,
@@ -28,6 +29,9 @@ from polycom_ext.runs.site import Container
 
 WARNING = "USR1"
 """The signal that says that the time limit is near, the spec's `stop_grace_seconds` before it."""
+ASK_SECONDS = 10.0
+"""How long whoever only looks waits for Slurm."""
+AT_WORK = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 OF_THE_SPEC = {
     "nodes": "nodes",
     "ntasks": "processes_per_node",
@@ -42,20 +46,23 @@ class Slurm:
     def files(self, run: Run) -> dict[str, str]:
         image = run.site.container
         command, step_options = node_command(run), list[str]()
+        trial = None
         if image is not None and image.engine == "pyxis":
             step_options = _pyxis(run, image)
         elif image is not None:
+            trial = container.wrap(image, run, ["true"])  # nobody is left to tell what the engine refuses
             command = container.wrap(image, run, command)
         job = {
             "OPTIONS": Verbatim("\n".join(_options(run))),
             "NODES": run.spec.nodes,
             "STEP_OPTIONS": Verbatim("".join(f"{BREAK}{shell(option)}" for option in step_options)),
+            "RECORD": run.directory.path,
             "NODE_SCRIPT": run.directory.path / NODE_SCRIPT,
             "MAX_RESTARTS": run.site.max_restarts,
         }
         return {
             JOB_SCRIPT: fill("slurm.sh", job, shell),
-            NODE_SCRIPT: node_script(run, command),
+            NODE_SCRIPT: node_script(run, command, trial),
         }
 
     def check(self, run: Run) -> None:
@@ -77,6 +84,16 @@ class Slurm:
         watch = f"`polycom status {path} --watch` and `polycom logs {path} -f`"
         print(f"{run.name}: job {number}; {watch} show it, `polycom stop {path}` ends it", flush=True)
         return _Queued()
+
+    def standing(self, job: Mapping[str, Any]) -> Standing | None:
+        asked = ["squeue", "--noheader", "--format=%T %r", f"--jobs={job['job']}"]
+        try:
+            state, _, reason = _slurm(*asked, seconds=ASK_SECONDS).strip().partition(" ")
+        except PolycomError:  # nor does it know a job that ended a while ago
+            return None
+        why = "" if reason in ("", "None") else f" ({reason})"
+        said = f"job {job['job']} is {state.lower()}{why}"
+        return Standing(said, state in AT_WORK) if state else None
 
     def stop(self, run: Run) -> None:
         """A waiting job is cancelled; a running one is told to end, with as much time as that takes."""
@@ -190,10 +207,14 @@ def _state(number: str) -> str | None:
     )
 
 
-def _slurm(*command: str, environment: dict[str, str] | None = None) -> str:
+def _slurm(*command: str, environment: dict[str, str] | None = None, seconds: float | None = None) -> str:
     """What one of Slurm's commands prints; raises PolycomError with its own words where it fails."""
     try:
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise PolycomError(f"{command[0]} has not answered for {seconds} s") from None
     except FileNotFoundError:
         raise PolycomError(
             f"{command[0]} is not here: give this where jobs of Slurm are submitted, on a login node"

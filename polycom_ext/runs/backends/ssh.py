@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import uuid
-from typing import BinaryIO
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import secrets
@@ -51,6 +52,9 @@ class Ssh:
         )
         scripts = [(host, _start(run, job, rank, rendezvous)) for rank, host in enumerate(hosts)]
         return remote.Nodes(run.name, scripts, lambda rank, name: self.tell(run, job, rank, name))
+
+    def standing(self, job: Mapping[str, Any]) -> None:
+        """Nobody queues it."""
 
     def stop(self, run: Run) -> None:
         job = run.directory.read_job()

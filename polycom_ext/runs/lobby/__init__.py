@@ -7,7 +7,7 @@ why not. The connections stay: a node that is gone, silent or has failed ends th
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,14 @@ class Verdict:
 
 Present = dict[int, tuple[str, Mapping[str, Any]]]
 """rank -> (host, what it has said of itself)"""
+
+
+LookFor = Callable[[Iterable[int]], object]
+"""Asked of ranks that are waited for; raises where one of them will not come."""
+
+
+def never(ranks: Iterable[int]) -> None:
+    """Where nothing tells that."""
 
 
 class Alone:

@@ -18,10 +18,12 @@ from polycom_ext.runs.lobby import (
     SIGNALLED,
     End,
     Entry,
+    LookFor,
     Parted,
     Stopped,
     Verdict,
     check,
+    never,
 )
 from polycom_ext.runs.lobby.network import Address, interface_of
 from polycom_ext.runs.lobby.wire import Exchange, Message, Peer
@@ -42,17 +44,22 @@ class Guest:
         """Whether node 0 is gone without a word of how the run has ended."""
 
     def join(
-        self, facts: Mapping[str, Any], wait: float, ending: Ending, measure: Callable[[Entry], object]
+        self,
+        facts: Mapping[str, Any],
+        wait: float,
+        ending: Ending,
+        measure: Callable[[Entry], object],
+        look_for: LookFor = never,
     ) -> Entry:
         """Call node 0 and wait until all are there.
 
-        Raises PolycomError for a refusal, Parted where node 0 does not answer or other nodes do not come, and
-        Stopped.
+        Raises PolycomError for a refusal, Parted where node 0 does not answer or other nodes do not come,
+        Stopped, and what look_for does.
         """
         deadline = time.monotonic() + wait
         patient_until = None
         while True:
-            self._call(facts, deadline, wait, ending)
+            self._call(facts, deadline, wait, ending, look_for)
             told = self._wait_for_entry(ending, measure)
             if isinstance(told, Entry):
                 return told
@@ -88,9 +95,17 @@ class Guest:
         """Hang up."""
         self._exchange.close()
 
-    def _call(self, facts: Mapping[str, Any], deadline: float, wait: float, ending: Ending) -> None:
+    def _call(
+        self,
+        facts: Mapping[str, Any],
+        deadline: float,
+        wait: float,
+        ending: Ending,
+        look_for: LookFor,
+    ) -> None:
         while True:
             check(ending)
+            look_for([0])
             try:
                 connection = socket.create_connection((self._at.host, self._at.port), timeout=5.0)
                 break

@@ -16,11 +16,13 @@ from polycom_ext.runs.lobby import (
     REFUSED,
     End,
     Entry,
+    LookFor,
     Parted,
     Present,
     Verdict,
     check,
     how,
+    never,
 )
 from polycom_ext.runs.lobby.network import Address, free_port, interface_of, listen
 from polycom_ext.runs.lobby.wire import Exchange, Message, Peer
@@ -51,10 +53,17 @@ class Host:
         self._exchange = Exchange(silence, listener)
         self._exchange.start()
 
-    def gather(self, facts: Mapping[str, Any], wait: float, ending: Ending) -> Present:
-        """Wait until all are there. Raises Parted where some do not come, and Stopped."""
+    def gather(
+        self,
+        facts: Mapping[str, Any],
+        wait: float,
+        ending: Ending,
+        look_for: LookFor = never,
+    ) -> Present:
+        """Wait until all are there. Raises Parted where some do not come, Stopped, and what look_for does."""
         deadline = time.monotonic() + wait
         while len(self._guests) < self._nodes - 1:
+            look_for(rank for rank in range(1, self._nodes) if rank not in self._guests)
             self.attend(ending, POLL_SECONDS)
             if self.verdict is not None:
                 raise Parted(self.verdict.sentence)
