@@ -16,6 +16,8 @@ import yaml
 
 from polycom_ext.cli import main
 
+from ..runs.conftest import register
+from ..runs.conftest import write_spec as write_toy
 from ..runs.kubelet import expanded
 from ..runs.test_kubernetes import KINDS, pods
 from ..runs.test_training import metrics, write_spec
@@ -98,21 +100,21 @@ def environments(kind: str, port: int) -> list[dict[str, str]]:
     return [{**shared, **one} for one in place]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A spec, and its run as two processes of this machine."""
-    folder = tmp_path_factory.mktemp("trained")
+def plain_spec(folder: Path, kind: str) -> Path:
+    """Of Megatron in a TrainJob; of the toy trainer in a PyTorchJob, which differs in how nodes start."""
+    if kind == "PyTorchJob":
+        return Path(write_toy("small", 1, {"steps": 3}))
     options = {"train_iters": 3, "tensor_model_parallel_size": 2}
-    spec = write_spec(folder, "base-dense.yaml", "polynorm", **options)
-    assert main(["run", str(spec), "--output", str(folder / "plain"), "--processes-per-node", "2"]) == 0
-    return spec, folder / "plain"
+    return write_spec(folder, "base-dense.yaml", "polynorm", **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_command_of_a_pod_trains_with_what_the_operator_sets(
-    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    spec, plain = trained
+    register(monkeypatch, tmp_path)
+    spec, plain = plain_spec(tmp_path, kind), tmp_path / "plain"
+    assert main(["run", str(spec), "--output", str(plain), "--processes-per-node", "2"]) == 0
     job = planned(tmp_path, kind, spec, {"volumes": [f"claim:{tmp_path}"]}, monkeypatch)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -122,6 +124,7 @@ def test_the_command_of_a_pod_trains_with_what_the_operator_sets(
         "HOME": str(tmp_path),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.environ["PYTHONPATH"],
     }
     started = []
     for pod, variables in zip(pods(job) * 2, environments(kind, port), strict=False):

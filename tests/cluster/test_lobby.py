@@ -18,7 +18,10 @@ import yaml
 
 from polycom_ext.cli import main
 
+from ..runs.conftest import register
+from ..runs.conftest import write_spec as write_toy
 from ..runs.test_local import alive, gone, parent
+from ..runs.test_nodes import free_port
 from ..runs.test_training import metrics, write_spec
 
 pytestmark = pytest.mark.cluster
@@ -86,15 +89,21 @@ def hosts() -> Iterator[Hosts]:
 
 
 @pytest.fixture
-def planned(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Path]:
-    """Plan a run of Megatron-LM on two nodes, whose layers are divided between them; its directory."""
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Plan a run on two nodes: of Megatron-LM, with its layers divided between them, or of the toy trainer.
 
-    def plan(steps: int) -> Path:
+    Which one trains is nothing to the lobby, but that Megatron's workers fail by one another's end.
+    """
+    register(monkeypatch, tmp_path)
+
+    def plan(steps: int, trainer: str) -> Path:
         run, site = tmp_path / "two", tmp_path / "site.yaml"
         site.write_text(yaml.safe_dump({"preflight": {"silence": SILENCE}}))
-        spec = write_spec(
-            tmp_path, "base-dense.yaml", "polynorm", train_iters=steps, tensor_model_parallel_size=2
-        )
+        if trainer == "toy":
+            spec: str | Path = write_toy("polynorm", 1, {"steps": steps, "seconds": 0.05})
+        else:
+            layout = {"train_iters": steps, "tensor_model_parallel_size": 2}
+            spec = write_spec(tmp_path, "base-dense.yaml", "polynorm", **layout)
         options = ["--set", "nodes=2", "--site", str(site), "--output", str(run)]
         assert main(["run", str(spec), *options]) == 0
         return run
@@ -134,7 +143,7 @@ def cause(run: Path) -> str:
 def test_two_hosts_that_cannot_resolve_their_names_train_to_the_losses_of_one(
     hosts: Hosts, planned: Callable[..., Path], tmp_path: Path
 ) -> None:
-    two, one = planned(steps=4), tmp_path / "one"
+    two, one = planned(4, "Megatron-LM"), tmp_path / "one"
     spec = str(tmp_path / "polynorm.yaml")
     assert main(["run", spec, "--set", "processes_per_node=2", "--output", str(one)]) == 0
     nodes = [hosts.node(two, rank) for rank in (1, 0)]
@@ -148,7 +157,7 @@ def test_two_hosts_that_cannot_resolve_their_names_train_to_the_losses_of_one(
 def test_a_pulled_cable_ends_both_sides_within_the_stated_time_and_each_names_the_other(
     hosts: Hosts, planned: Callable[..., Path]
 ) -> None:
-    run = planned(steps=100_000)
+    run = planned(100_000, "toy")
     with training(hosts, run) as nodes:
         hosts.cable("down")
         pulled = time.monotonic()
@@ -164,19 +173,36 @@ def test_a_pulled_cable_ends_both_sides_within_the_stated_time_and_each_names_th
     assert cause(run).startswith(f"node 1 ({NAMES[1]}) is lost")
 
 
+def test_two_pods_of_one_machine_are_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the machine's network, each with process ids of its own, which come out alike."""
+    register(monkeypatch, tmp_path)
+    spec = write_toy("small", 1, {"steps": 2})
+    assert main(["run", spec, "--set", "nodes=2", "--set", "environment.GLOO_SOCKET_IFNAME=lo"]) == 0
+    apart = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    node = [sys.executable, "-m", "polycom_ext.cli", "node", "outputs/small", "--rendezvous"]
+    command = [*apart, *node, f"127.0.0.1:{free_port()}", "--node-rank"]
+    pods = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True) for rank in "01"]
+    try:
+        told = [pod.communicate(timeout=START_SECONDS)[1] for pod in pods]
+    finally:
+        for pod in pods:
+            pod.kill()
+    assert [pod.returncode for pod in pods] == [0, 0], told
+
+
 @pytest.mark.parametrize(
-    ("rank", "victim", "said"),
+    ("rank", "victim", "trainer", "said"),
     [
-        (1, "polycom node", "node 1 (gpu-right) is lost: its connection was closed"),
-        (1, "torchrun", "the trainer of node 1 (gpu-right) was killed by SIGKILL"),
-        (1, "worker", "the trainer of node 1 (gpu-right) was killed by SIGKILL"),
-        (0, "polycom node", "node 0 (ADDRESS) is lost: its connection was closed"),
+        (1, "polycom node", "toy", "node 1 (gpu-right) is lost: its connection was closed"),
+        (1, "torchrun", "toy", "the trainer of node 1 (gpu-right) was killed by SIGKILL"),
+        (1, "worker", "Megatron-LM", "the trainer of node 1 (gpu-right) was killed by SIGKILL"),
+        (0, "polycom node", "toy", "node 0 (ADDRESS) is lost: its connection was closed"),
     ],
 )
 def test_what_is_killed_on_one_host_ends_the_other_at_once(
-    hosts: Hosts, planned: Callable[..., Path], rank: int, victim: str, said: str
+    hosts: Hosts, planned: Callable[..., Path], rank: int, victim: str, trainer: str, said: str
 ) -> None:
-    run = planned(steps=100_000)
+    run = planned(100_000, trainer)
     said = said.replace("ADDRESS", hosts.addresses[0])
     with training(hosts, run) as nodes:
         torchruns = [child(node.pid) for node in nodes]

@@ -133,6 +133,7 @@ def test_a_disk_that_is_full_while_it_saves_leaves_the_checkpoint_before(
     assert losses(run_dir) == straight
 
 
+@pytest.mark.long
 def test_a_run_that_ends_itself_before_its_last_step_is_not_complete_and_goes_on(
     tmp_path: Path, straight: list[list[float]]
 ) -> None:
