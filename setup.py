@@ -35,7 +35,7 @@ build = _load_build()
 class Package(build_py):
     """Takes the folders at the top into the package; an editable one finds them where they are."""
 
-    FOLDERS = ("patches", "configs", "launch")
+    FOLDERS = ("patches", "configs", "launch", "docker")
 
     def run(self) -> None:
         super().run()

@@ -1,4 +1,4 @@
-"""The folders at the top of the repository that travel with the package: patches, configs and launch.
+"""The folders at the top of the repository that travel with the package: patches, configs, launch, docker.
 
 In a checkout they lie beside the package; a wheel carries them inside it (setup.py copies them in).
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "patches" / "pins.toml").is_file() else None
 """The checkout that the package is imported from; None for an installed wheel."""
-FOLDERS = ("patches", "configs", "launch")
+FOLDERS = ("patches", "configs", "launch", "docker")
 
 
 def folder(name: str) -> Path:

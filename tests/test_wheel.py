@@ -107,7 +107,7 @@ def _contents(packages: Path) -> dict[str, str]:
 def test_what_users_need_is_in_the_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
-    for folder in ("patches", "configs", "launch"):
+    for folder in ("patches", "configs", "launch", "docker"):
         there = {str(path.relative_to(TOP)) for path in (TOP / folder).rglob("*") if path.is_file()}
         assert {f"polycom_ext/{name}" for name in there} <= names
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
