@@ -28,7 +28,7 @@ _ANY_GPU: Mapping[str, tuple[str, ...]] = {
 }
 DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "docker": {**_ANY_GPU, "gpus": ("--gpus", "all")},
-    "podman": {**_ANY_GPU, "gpus": ("--device", "nvidia.com/gpu=all")},
+    "podman": {**_ANY_GPU, "pid": ("--pid", "host"), "gpus": ("--device", "nvidia.com/gpu=all")},
     # It shares network, IPC, limits and devices with its caller.
     "apptainer": {**dict.fromkeys(_ANY_GPU, ()), "gpus": ("--nv",)},
 }
@@ -75,7 +75,9 @@ def named(run: Run, rank: int) -> str:
 def _docker(container: Container, run: Run, needed: list[str]) -> list[str]:
     """Docker's words, which are podman's."""
     name = Expression(f"{_name(run)}${{{NODE_RANK}:-0}}")
-    line = ["run", "--rm", "--init", "--name", name, *needed]
+    # podman has no init in the machine's process ids; orphans are buried by the monitor of the container.
+    init = [] if container.engine == "podman" and "pid" not in container.off else ["--init"]
+    line = ["run", "--rm", *init, "--name", name, *needed]
     line += ["--user", f"{os.getuid()}:{os.getgid()}"]
     if container.engine == "podman" and os.getuid() != 0:
         line += ["--userns", "keep-id"]
