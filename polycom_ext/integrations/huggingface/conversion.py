@@ -40,9 +40,8 @@ def configuration(model: Model, dtype: str) -> dict[str, Any]:
     else:
         named = {"model_type": own.model_type, "architectures": [own.architecture]}
         keys = [key for key in (*SHARED, *own.keeps) if key in model.config]
-        kept = {**{key: model.config[key] for key in keys}, "hidden_act": "silu"}
-        if own.model_type == "mixtral":
-            kept |= {"num_local_experts": model.config["num_experts"], "sliding_window": None}
+        kept = {own.calls.get(key, key): model.config[key] for key in keys}
+        kept |= {**own.says, "hidden_act": own.activations[model.config["activation"]["name"]]}
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return {
         **named,

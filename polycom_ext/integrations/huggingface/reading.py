@@ -15,7 +15,7 @@ from polycom_ext import activations
 from polycom_ext.checkpoints.constants import KINDS, complete, described
 from polycom_ext.checkpoints.model import Model, shapes
 from polycom_ext.errors import PolycomError
-from polycom_ext.integrations.huggingface.stock import SHARED, SILU_GATED, STOCK, Stock, theirs
+from polycom_ext.integrations.huggingface.stock import SHARED, STOCK, Stock, theirs
 from polycom_ext.integrations.huggingface.weights import Weights
 
 if TYPE_CHECKING:
@@ -101,18 +101,18 @@ def _configuration(
     if own is None:
         known = ", ".join(["polycom", *(one.model_type for one in STOCK)])
         raise PolycomError(f"{source}: an architecture {said['model_type']!r} cannot be read; {known} can")
-    config = {key: config[key] for key in (*SHARED, *own.keeps) if key in config}
-    config = {**ALONE, **DENSE, **config, **own.needs}
+    called = {key: own.calls.get(key, key) for key in (*SHARED, *own.keeps)}
+    config |= {key: said[name] for key, name in called.items() if name in said}
+    config = {**ALONE, **DENSE, **{key: config[key] for key in called if key in config}, **own.needs}
     hidden, heads = (config.get(key) for key in ("hidden_size", "num_attention_heads"))
     if config.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int):
         config["head_dim"] = hidden // max(heads, 1)
     if config.get("num_key_value_heads") is None and heads is not None:
         config["num_key_value_heads"] = heads
-    if own.model_type == "mixtral":
-        config["num_experts"] = said.get("num_local_experts")
     act = said.get("hidden_act")
-    if act == "silu":
-        return {**config, "activation": SILU_GATED}, own
+    for ours, name in own.activations.items():
+        if name == act:
+            return {**config, "activation": described(ours)}, own
     return {**config, "activation": _of_the_authors(act, weights, source)}, None
 
 
@@ -132,7 +132,7 @@ def _of_the_authors(act: Any, weights: Weights, source: str) -> dict[str, Any]:
     config.json has no constants of it, which are those of the authors' code; the tensors tell the order.
     """
     if act not in activations.REGISTRY or not activations.REGISTRY[act].learnable:
-        raise PolycomError(f"{source}: hidden_act {act!r} is not one that can be read: silu, or polynorm …")
+        raise PolycomError(f"{source} says hidden_act {act!r}, which no such model can be read with")
     activation = described(act)
     if "order" in activation:
         ends = tuple(f".{place}weight" for place in COEFFICIENTS)

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-SILU_GATED = {"name": "swiglu", "gated": True}
+GATED = {"swiglu": "silu"}
+UNGATED = {name: name for name in ("gelu", "relu", "relu2", "silu", "mish")}
+"""Our activations -> `hidden_act`."""
 RMS = {"kind": "rms", "affine": True, "bias": False}
 BARE = {"kind": "layer", "affine": False, "bias": False}
 """The norm of OLMo's dense models, whose eps is not to be chosen."""
 SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *(
-        "num_key_value_heads",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-        "attention_bias",
-        "rope_theta",
-    ),
-    *("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "attention_bias"),
+    *("rope_theta", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 """Keys that mean the same in each of transformers' classes."""
 
@@ -37,6 +33,12 @@ class Stock:
     """Keys besides SHARED that it takes as they are."""
     renames: tuple[tuple[str, str], ...] = ()
     """Pattern of our name -> its name; a stack of experts is taken apart at `{expert}`."""
+    calls: Mapping[str, str] = field(default_factory=dict)
+    """Our key -> its key, where that is another."""
+    says: Mapping[str, Any] = field(default_factory=dict)
+    """What it says besides."""
+    activations: Mapping[str, str] = field(default_factory=lambda: GATED)
+    """Ours that it computes -> its `hidden_act`."""
 
 
 _EXPERTS = r"mlp\.experts\.(gate|up|down)_proj$"
@@ -45,6 +47,12 @@ STOCK = (
         *("llama", "LlamaForCausalLM"),
         needs={"norm": RMS, "qk_norm": None, "clip_qkv": None, "num_experts": 0},
         keeps=("head_dim", "mlp_bias", "rms_norm_eps"),
+    ),
+    Stock(
+        *("arcee", "ArceeForCausalLM"),
+        needs={"norm": RMS, "qk_norm": None, "clip_qkv": None, "num_experts": 0},
+        keeps=("head_dim", "mlp_bias", "rms_norm_eps"),
+        activations=UNGATED,
     ),
     Stock(
         *("olmo", "OlmoForCausalLM"),
@@ -63,13 +71,12 @@ STOCK = (
     Stock(
         *("mixtral", "MixtralForCausalLM"),
         needs={
-            "norm": RMS,
-            "qk_norm": None,
-            "clip_qkv": None,
-            "norm_topk_prob": True,
-            "attention_bias": False,
+            **{"norm": RMS, "qk_norm": None, "clip_qkv": None, "norm_topk_prob": True},
+            **{"attention_bias": False, "mlp_bias": False},
         },
-        keeps=("head_dim", "rms_norm_eps", "num_experts_per_tok"),
+        keeps=("head_dim", "rms_norm_eps", "num_experts", "num_experts_per_tok"),
+        calls={"num_experts": "num_local_experts"},
+        says={"sliding_window": None},
         renames=(
             (r"mlp\.gate\.weight$", "block_sparse_moe.gate.weight"),
             (r"mlp\.experts\.gate_proj$", "block_sparse_moe.experts.{expert}.w1.weight"),
@@ -82,12 +89,10 @@ STOCK = (
 
 def stock(config: Mapping[str, Any]) -> Stock | None:
     """The class of transformers that computes this model, if there is one."""
-    if dict(config["activation"]) != SILU_GATED:
-        return None
     divided = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
     for one in STOCK:
         fits = all(config[key] == value for key, value in one.needs.items())
-        if fits and (divided or "head_dim" in one.keeps):
+        if fits and config["activation"]["name"] in one.activations and (divided or "head_dim" in one.keeps):
             return one
     return None
 
