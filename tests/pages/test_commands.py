@@ -120,8 +120,8 @@ def of_a_training(place: Place, command: str) -> None:
     """The run is one of two steps, in a directory that no other page has."""
     [name] = re.findall(r"outputs/tiny-(\S+)", command)
     sets = " ".join(f"--set megatron.{option}" for option in SHORT["megatron"].split())
-    place.run(f"polycom run configs/tiny/{name}.yaml --output outputs/begun {sets}")
-    place.run(command.replace(f"outputs/tiny-{name}", "outputs/begun"))
+    place.run(f"polycom run configs/tiny/{name}.yaml --output outputs/begun-{name} {sets}")
+    place.run(command.replace(f"outputs/tiny-{name}", f"outputs/begun-{name}"))
 
 
 def with_a_pin(place: Place, command: str) -> None:
@@ -171,8 +171,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"polycom run .*", shortened),
     (r"polycom node .*", on_each_node),
     (r"polycom (logs|stop) .*", of_a_run),
-    (r"polycom convert .*", of_a_training),
-    (r"polycom (upstream|data|status|report|doctor)( .*)?", as_written),
+    (r"polycom convert outputs/.*", of_a_training),
+    (r"polycom (convert|upstream|data|status|report|doctor)( .*)?", as_written),
     (r"mkdir patches/megatron-next .*", with_a_pin),
     (r"git .*", as_written),
     (r"\.venv/bin/pytest .*", by_this_python),
