@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from polycom_ext.checkpoints.model import Model
 from polycom_ext.data.token_files import tokenizer
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import adapter, spec
@@ -36,3 +37,15 @@ def of_checkpoint(checkpoint: Path) -> Tokenizer | None:
                     if found is not None:
                         return Tokenizer(*found)
     return None
+
+
+def added(model: Model, checkpoint: Path) -> Model:
+    """The model of a checkpoint, with the tokenizer of its run, and the token that ends a document."""
+    found = of_checkpoint(checkpoint)
+    if found is None:
+        return model
+    config = dict(model.config)
+    if config.get("eos_token_id") is None:
+        config["eos_token_id"] = found.eos_id
+    files = {} if found.path is None else {"tokenizer.json": found.path}
+    return replace(model, config=config, files={**model.files, **files})

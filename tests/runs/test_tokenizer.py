@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from polycom_ext import cli
+from polycom_ext.checkpoints.model import Model
 from polycom_ext.runs import document, spec, tokenizer
 from polycom_ext.runs.record import Record
 
@@ -51,6 +52,13 @@ def test_a_tokenizer_that_is_not_the_one_is_not_taken(change: str, words: Path, 
     if change == "another":
         words.write_text("{}")
     assert tokenizer.of_checkpoint(saved) == tokenizer.Tokenizer(None, 1)
+
+
+def test_what_the_checkpoint_says_itself_stays(words: Path, tmp_path: Path) -> None:
+    saved = checkpoint(tmp_path, "megatron", words)
+    for said, kept in ((None, 1), (7, 7)):
+        model = tokenizer.added(Model({"eos_token_id": said}, {}, "it"), saved)
+        assert (model.config, model.files) == ({"eos_token_id": kept}, {"tokenizer.json": words})
 
 
 def test_a_checkpoint_without_a_run_has_none(tmp_path: Path) -> None:

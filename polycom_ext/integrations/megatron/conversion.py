@@ -20,9 +20,9 @@ from polycom_ext.checkpoints.sharded import METADATA, Folder
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.megatron.checkpoint import trained_function
 from polycom_ext.integrations.megatron.saved import TRACKER
+from polycom_ext.runs import tokenizer
 from polycom_ext.runs.checkpoints import Damaged, problem_of_distributed
 from polycom_ext.runs.record import Record
-from polycom_ext.runs.tokenizer import of_checkpoint
 
 QKV = GroupedQKV()
 ATTENTION = (
@@ -128,12 +128,7 @@ class Checkpoints:
             readers.update(row.read(reader, config))
         if config["tie_word_embeddings"]:
             readers.pop("lm_head.weight", None)
-        files = {}
-        tokenizer = of_checkpoint(path)
-        if tokenizer is not None:
-            config["eos_token_id"] = tokenizer.eos_id
-            files = {"tokenizer.json": tokenizer.path} if tokenizer.path else {}
-        return Model(config, readers, str(path), files)
+        return tokenizer.added(Model(config, readers, str(path)), path)
 
 
 CHECKPOINTS = Checkpoints()

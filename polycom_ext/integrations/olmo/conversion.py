@@ -19,6 +19,7 @@ from polycom_ext.checkpoints.model import Concatenated, Model, Row, shapes
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.olmo import exchange, saved, weights
 from polycom_ext.integrations.olmo.native import NATIVE
+from polycom_ext.runs import tokenizer
 from polycom_ext.runs.record import Record
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class Checkpoints:
             if name not in rows:
                 raise PolycomError(f"{path} holds {name}, for which the exchange format has no place")
             readers.update(rows[name].read(reader, config))
-        return Model(config, readers, str(path))
+        return tokenizer.added(Model(config, readers, str(path)), path)
 
     def write(self, model: Model, folder: Path, options: Options, advance: Callable[[int], object]) -> None:
         settings = {"run_name": "converted", "model": exchange.written(model.config, model.source)}

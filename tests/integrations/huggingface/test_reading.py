@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from polycom_ext import cli
-from polycom_ext.checkpoints.constants import KINDS as CONSTANTS
+from polycom_ext.checkpoints.constants import complete
+from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.huggingface.configuration_polycom import REQUIRED
 from polycom_ext.integrations.huggingface.stock import UNGATED
 
@@ -169,8 +170,11 @@ def test_a_tokenizer_that_does_not_fit_is_refused(
     refused(tmp_path, capsys, said, "--tokenizer", str(path))
 
 
-def test_every_constant_of_the_configuration_is_asked_for() -> None:
-    assert set(CONSTANTS) == {*REQUIRED, "rope_theta"}
+@pytest.mark.parametrize("key", [*REQUIRED, "rope_theta"])
+def test_every_constant_of_the_configuration_is_asked_for(key: str) -> None:
+    complete(PLAIN, "it")
+    with pytest.raises(PolycomError, match=f"it does not say {key}"):
+        complete({name: value for name, value in PLAIN.items() if name != key}, "it")
 
 
 @pytest.mark.parametrize("place", ["mlp.activation_func", "mlp.act", "mlp.act_fn", "act"])
@@ -304,7 +308,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "experts of which none is asked": (says(num_experts=2), "num_experts_per_tok 0"),
     "words for numbers": (says(hidden_size="32"), "hidden_size '32'"),
     "half a norm": (says(norm={"kind": "rms", "affine": True}), "norm.bias"),
-    **{f"no {key}": (says(**{key: None}), f"does not say {key}") for key in REQUIRED},
+    "no norm": (says(norm=None), "does not say norm"),
     "no rope_theta": (says(rope_theta=None, rope_parameters=None), "does not say rope_theta"),
 }
 
