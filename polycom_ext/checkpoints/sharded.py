@@ -3,16 +3,18 @@
 Sharded checkpoints of several trainers are such folders: `.metadata` says for each tensor which piece of it
 stands at which place of which file, and each piece is a file of torch.save of its own. torch's own reader
 unpickles `.metadata` freely and reads whole tensors; this one runs nothing of it, and reads the layers of a
-stack one by one. Only `Folder.read` needs torch.
+stack one by one. torch's own writer wants all tensors, or their types, before it writes the first. Only
+`Folder.read` and `Writer` need torch.
 """
 
 from __future__ import annotations
 
 import io
+import pickle
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from polycom_ext.checkpoints import inert
 from polycom_ext.errors import PolycomError
@@ -118,6 +120,77 @@ class Folder:
                 f"{self.path / piece.file}: a piece of {piece.sizes} holds {tuple(tensor.shape)}"
             )
         return tensor
+
+
+class Writer:
+    """Writes such a folder a piece at a time, into files that end once they hold `file_bytes`.
+
+    The end of its `with` writes `.metadata`, which makes a checkpoint of the folder, unless the block failed.
+    """
+
+    def __init__(self, path: Path, file_bytes: int) -> None:
+        self._path = path
+        self._limit = file_bytes
+        self._count = 0
+        self._file: BinaryIO | None = None
+        self._entries: dict[str, Any] = {}
+        self._places: dict[Any, Any] = {}
+
+    def write(self, name: str, tensor: Tensor, index: tuple[int, ...] = (), of: tuple[int, ...] = ()) -> None:
+        """A tensor; or that which the index of the first dimensions takes of a stack of `of` such."""
+        import torch
+        from torch.distributed.checkpoint import metadata
+
+        offsets = torch.Size([*index, *(0 for _ in tensor.shape)])
+        chunk = metadata.ChunkStorageMetadata(offsets, torch.Size([*(1 for _ in index), *tensor.shape]))
+        if name not in self._entries:
+            properties = metadata.TensorProperties(dtype=tensor.dtype)
+            size = torch.Size([*of, *tensor.shape])
+            self._entries[name] = metadata.TensorStorageMetadata(properties, size, [])
+        before = self._entries[name].properties.dtype
+        if tensor.dtype != before:
+            raise PolycomError(f"{name} would be of {before} in one part and of {tensor.dtype} in another")
+        self._entries[name].chunks.append(chunk)
+        whole = tensor.reshape(chunk.sizes)
+        alone = whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
+        self._add(metadata.MetadataIndex(name, offsets), alone)
+
+    def write_object(self, name: str, value: Any) -> None:
+        """Anything that torch.save takes."""
+        from torch.distributed.checkpoint import metadata
+
+        self._entries[name] = metadata.BytesStorageMetadata()
+        self._add(metadata.MetadataIndex(name), value)
+
+    def _add(self, index: Any, value: Any) -> None:
+        import torch
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+        if self._file is None:
+            self._file = (self._path / f"__{self._count}_0.distcp").open("wb")
+            self._count += 1
+        start = self._file.tell()
+        torch.save(value, self._file)
+        end = self._file.tell()
+        self._places[index] = _StorageInfo(Path(self._file.name).name, start, end - start)
+        if end >= self._limit:
+            self._end_file()
+
+    def _end_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        from torch.distributed.checkpoint.metadata import Metadata
+
+        self._end_file()
+        if failed is None:
+            told = Metadata(state_dict_metadata=self._entries, storage_data=self._places)
+            (self._path / METADATA).write_bytes(pickle.dumps(told))
 
 
 def _size(size: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Megatron's `torch_dist` checkpoints as models apart from Megatron, read without it.
+"""Megatron's `torch_dist` checkpoints as models apart from Megatron, read and written without it.
 
 Such a checkpoint holds whole tensors, whatever the layout of the run that saved it (tensor, pipeline, expert,
 data parallel, distributed optimizer); the blocks of a model are stacked along the first dimension where they
@@ -7,18 +7,22 @@ are alike, and stand one by one where they are not. What the model is, its saved
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from polycom_ext.activations import parse
 from polycom_ext.checkpoints import inert
-from polycom_ext.checkpoints.forms import Found
+from polycom_ext.checkpoints.forms import Found, Options
 from polycom_ext.checkpoints.model import Concatenated, GroupedQKV, Model, Row
-from polycom_ext.checkpoints.sharded import METADATA, Folder
+from polycom_ext.checkpoints.sharded import METADATA, Folder, Writer
 from polycom_ext.errors import PolycomError
-from polycom_ext.integrations.megatron.checkpoint import trained_function
+from polycom_ext.files import write_text
+from polycom_ext.integrations.megatron import architecture
 from polycom_ext.integrations.megatron.saved import TRACKER
 from polycom_ext.runs import tokenizer
 from polycom_ext.runs.checkpoints import Damaged, problem_of_distributed
@@ -28,8 +32,6 @@ QKV = GroupedQKV()
 ATTENTION = (
     Row("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",)),
     Row("self_attention.linear_qkv.layer_norm_bias", ("input_layernorm.bias",)),
-    Row("input_layernorm.weight", ("input_layernorm.weight",)),
-    Row("input_layernorm.bias", ("input_layernorm.bias",)),
     Row("self_attention.linear_qkv.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), QKV),
     Row("self_attention.linear_qkv.bias", tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), QKV),
     Row("self_attention.q_layernorm.weight", ("self_attn.q_proj.norm.weight",)),
@@ -38,21 +40,30 @@ ATTENTION = (
     Row("self_attention.linear_proj.bias", ("self_attn.o_proj.bias",)),
     Row("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",)),
     Row("mlp.linear_fc1.layer_norm_bias", ("post_attention_layernorm.bias",)),
+)
+"""Of a block's names; a norm is a part of the layer after it."""
+ALONE = (
+    Row("input_layernorm.weight", ("input_layernorm.weight",)),
+    Row("input_layernorm.bias", ("input_layernorm.bias",)),
+)
+BEFORE_EXPERTS = (
     Row("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",)),
     Row("pre_mlp_layernorm.bias", ("post_attention_layernorm.bias",)),
 )
-"""Of a block's names; each norm has two, as it is a layer of its own or a part of the next."""
+"""Norms that are layers of their own. Before experts Transformer Engine has one; for the local layers it is a
+part of what follows."""
 DENSE = (
     Row("mlp.linear_fc1.weight", ("mlp.up_proj.weight",)),
     Row("mlp.linear_fc1.bias", ("mlp.up_proj.bias",)),
     Row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",)),
     Row("mlp.linear_fc2.bias", ("mlp.down_proj.bias",)),
 )
+ROUTER = (Row("mlp.router.weight", ("mlp.gate.weight",)),)
 EXPERTS = (
-    Row("mlp.router.weight", ("mlp.gate.weight",)),
     Row("mlp.experts.experts.linear_fc1.weight", ("mlp.experts.up_proj",)),
     Row("mlp.experts.experts.linear_fc2.weight", ("mlp.experts.down_proj",)),
 )
+"""Each a piece an expert."""
 AROUND = (
     Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
     Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
@@ -65,51 +76,28 @@ ACTIVATION = {
     True: ("mlp.experts.experts.activation_func.", "mlp.experts.act_fn."),
 }
 """Whether there are experts -> where the coefficients stand."""
-
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("rope",),
-    "rotary_percent": (1.0,),
-    "rotary_interleaved": (False,),
-    "rotary_seq_len_interpolation_factor": (None, 1),
-    "use_rope_scaling": (False,),
-    "no_rope_freq": (None,),
-    "multi_latent_attention": (False,),
-    "experimental_attention_variant": (None,),
-    "attention_output_gate": (False,),
-    "qk_l2_norm": (False,),
-    "softmax_type": ("vanilla",),
-    "window_size": (None,),
-    "apply_layernorm_1p": (False,),
-    "apply_residual_connection_post_layernorm": (False,),
-    "mtp_num_layers": (None, 0),
-    "is_hybrid_model": (False,),
-    "heterogeneous_layers_config_path": (None,),
-    "heterogeneous_layers_config_encoded_json": (None,),
-    "glu_linear_offset": (0.0,),
-    "activation_func_clamp_value": (None,),
-    "openai_gelu": (False,),
-    "quick_geglu": (False,),
-    "moe_layer_freq": (1,),
-    "moe_shared_expert_intermediate_size": (None, 0),
-    "moe_latent_size": (None, 0),
-    "moe_router_score_function": ("softmax",),
-    "moe_router_enable_expert_bias": (False,),
-    "moe_router_topk_scaling_factor": (None,),
-    "moe_router_num_groups": (None,),
-    "moe_apply_probs_on_input": (False,),
-    "moe_expert_capacity_factor": (None,),
+WITHOUT_STATE = ("embedding.word_embeddings", "output_layer", "mlp.router")
+"""Layers with a weight of which no extra state is asked for; the coefficients' neither."""
+RELEASE = "release"
+"""Upstream's name for weights without a training's state: they are loaded at iteration 0."""
+CONTENT = {"singleton_local_shards": False}
+"""That the blocks are stacked."""
+BACKENDS = {
+    **{"sharded_backend": "torch_dist", "sharded_backend_version": 1},
+    **{"common_backend": "torch", "common_backend_version": 1},
 }
-"""Argument -> what it may be: for any other value there is no such model in the exchange format."""
+"""What makes a folder one of torch_dist."""
 
 
 class Checkpoints:
-    """Reads them."""
+    """Reads and writes them."""
 
     def find(self, path: Path) -> Found | None:
         for folder in (path, Record(path).checkpoints):
             latest = folder / TRACKER
-            if latest.is_file() and latest.read_text().strip().isdigit():
-                folder = folder / f"iter_{int(latest.read_text()):07d}"
+            if latest.is_file():
+                named = latest.read_text().strip()
+                folder = folder / (f"iter_{int(named):07d}" if named.isdigit() else RELEASE)
             if (folder / "common.pt").is_file() and (folder / METADATA).is_file():
                 return Found(folder)
         return None
@@ -122,13 +110,25 @@ class Checkpoints:
         args = inert.load(path / "common.pt").get("args")
         if args is None:
             raise PolycomError(f"{path / 'common.pt'} holds no arguments, so nothing says what the model is")
-        config = _config(args, folder, path)
+        embedding = folder.tensors.get("embedding.word_embeddings.weight")
+        if embedding is None:
+            raise PolycomError(f"{path} holds no embedding.word_embeddings.weight, so no language model")
+        config = architecture.configuration(args, embedding.shape[0], str(path))
         readers: dict[str, Callable[[], Any]] = {}
         for row, reader in _rows(folder, config):
             readers.update(row.read(reader, config))
         if config["tie_word_embeddings"]:
             readers.pop("lm_head.weight", None)
         return tokenizer.added(Model(config, readers, str(path)), path)
+
+    def write(self, model: Model, folder: Path, options: Options, advance: Callable[[int], object]) -> None:
+        arguments = architecture.arguments(model.config)
+        (folder / RELEASE).mkdir()
+        _write(model, folder / RELEASE, arguments, options, advance)
+        tokenizer = {} if options.tokenizer is None else {"tokenizer.json": options.tokenizer}
+        for name, path in {**model.files, **tokenizer}.items():
+            shutil.copyfile(path, folder / name)
+        write_text(folder / TRACKER, RELEASE)
 
 
 CHECKPOINTS = Checkpoints()
@@ -157,10 +157,15 @@ def _reader(folder: Folder, name: str, index: tuple[int, ...]) -> Callable[[], A
     return lambda: folder.read(name, index)
 
 
-def _block_rows(config: dict[str, Any]) -> Iterator[Row]:
-    yield from ATTENTION
+def _block_rows(config: Mapping[str, Any], written: bool = False) -> Iterator[Row]:
+    """Those that a block may have; or, of several for the same, those that are written."""
     experts, gated = bool(config["num_experts"]), config["activation"]["gated"]
-    for row in EXPERTS if experts else DENSE:
+    yield from ATTENTION
+    if not written:
+        yield from ALONE
+    if experts or not written:
+        yield from BEFORE_EXPERTS
+    for row in (*ROUTER, *EXPERTS) if experts else DENSE:
         if gated and "up_proj" in row.ours[0]:
             gate = row.ours[0].replace("up_proj", "gate_proj")
             row = Row(row.theirs, (gate, *row.ours), Concatenated(-1 if row.theirs.endswith("bias") else -2))
@@ -172,53 +177,55 @@ def _block_rows(config: dict[str, Any]) -> Iterator[Row]:
             yield Row(theirs + name, (ours + name,))
 
 
-def _config(args: Any, folder: Folder, path: Path) -> dict[str, Any]:
-    for name, allowed in PLAIN.items():
-        value = getattr(args, name, allowed[0])
-        if value not in allowed:
-            raise PolycomError(f"{path} was trained with {name} {value}, which the exchange format lacks")
-    if args.add_qkv_bias and not args.add_bias_linear:
-        raise PolycomError(f"{path} was trained with add_qkv_bias alone, which the exchange format lacks")
-    if args.add_bias_linear and args.num_experts:
-        raise PolycomError(f"{path} has experts with biases, which the exchange format lacks")
-    function = trained_function(args)
-    if function.name == "gelu" and args.add_bias_linear and args.bias_gelu_fusion:
-        raise PolycomError(
-            f"{path} was trained with bias_gelu_fusion, whose GELU is the tanh approximation, which the "
-            "exchange format lacks"
-        )
-    experts = args.num_experts or 0
-    embedding = folder.tensors["embedding.word_embeddings.weight"]
-    return {
-        "vocab_size": embedding.shape[0],
-        "hidden_size": args.hidden_size,
-        "intermediate_size": (args.moe_ffn_hidden_size if experts else None) or args.ffn_hidden_size,
-        "num_hidden_layers": args.num_layers,
-        "num_attention_heads": args.num_attention_heads,
-        "num_key_value_heads": args.num_query_groups
-        if args.group_query_attention
-        else args.num_attention_heads,
-        "head_dim": args.kv_channels,
-        "max_position_embeddings": args.max_position_embeddings,
-        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
-        "attention_bias": args.add_bias_linear,
-        "mlp_bias": args.add_bias_linear,
-        "rms_norm_eps": args.layernorm_epsilon,
-        "rope_theta": float(args.rotary_base),
-        "initializer_range": args.init_method_std,
-        "activation": {
-            "name": function.name,
-            "gated": parse(function.name)[0].gated,
-            **function.constants,
-        },
-        "norm": {
-            "kind": {"RMSNorm": "rms", "LayerNorm": "layer"}[args.normalization],
-            "affine": True,
-            "bias": args.normalization == "LayerNorm",
-        },
-        "qk_norm": "head" if args.qk_layernorm else None,
-        "clip_qkv": None,
-        "num_experts": experts,
-        "num_experts_per_tok": args.moe_router_topk if experts else 0,
-        "norm_topk_prob": bool(experts) and not args.moe_router_pre_softmax,
-    }
+def _write(
+    model: Model, folder: Path, arguments: Namespace, options: Options, advance: Callable[[int], object]
+) -> None:
+    """A folder of torch_dist for any layout, for the local layers and for Transformer Engine's."""
+    import torch
+
+    def reader(name: str) -> Callable[[], Any]:
+        def read() -> Any:
+            tensor = model.tensors[name]()
+            advance(tensor.nbytes)
+            kept = options.dtype is None or ".act_fn." in name
+            return tensor if kept else tensor.to(getattr(torch, str(options.dtype)))
+
+        return read
+
+    readers = {name: reader(name) for name in model.tensors}
+    layers, experts = model.config["num_hidden_layers"], model.config["num_experts"]
+    apart = {BLOCKS + row.theirs for row in EXPERTS}
+    with Writer(folder, options.shard_bytes) as writer:
+        for row, index in _written(model):
+            tensor, of = row.write(readers, model.config), (layers,) if index else ()
+            if row.theirs in apart:
+                for expert, part in enumerate(tensor):
+                    _piece(writer, row.theirs, part, (*index, expert), (*of, experts))
+            else:
+                _piece(writer, row.theirs, tensor, index, of)
+    state = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": CONTENT}
+    torch.save(state, folder / "common.pt")
+    write_text(folder / "metadata.json", json.dumps(BACKENDS))
+
+
+def _written(model: Model) -> Iterator[tuple[Row, tuple[int, ...]]]:
+    """Each row that the model has something for, by whole names, and the place in the stack of blocks."""
+    around = [row for row in AROUND if row.ours[0] in model.tensors]
+    yield from ((row, ()) for row in around[:1])
+    for layer in range(model.config["num_hidden_layers"]):
+        for row in _block_rows(model.config, written=True):
+            ours = tuple(f"model.layers.{layer}.{name}" for name in row.ours)
+            if ours[0] in model.tensors:
+                yield Row(BLOCKS + row.theirs, ours, row.layout), (layer,)
+    yield from ((row, ()) for row in around[1:])
+
+
+def _piece(writer: Writer, name: str, tensor: Any, index: tuple[int, ...], of: tuple[int, ...]) -> None:
+    """A tensor, and the empty extra state of its layer, which Megatron asks for by the same place."""
+    import torch
+
+    writer.write(name, tensor, index, of)
+    layer, _, kind = name.rpartition(".")
+    if kind == "weight" and not layer.endswith((*WITHOUT_STATE, "activation_func")):
+        place = f"{'.'.join(map(str, index or (0,)))}_{'.'.join(map(str, of or (1,)))}"
+        writer.write_object(f"{layer}._extra_state/shard_{place}", [torch.empty(0, dtype=torch.uint8)])

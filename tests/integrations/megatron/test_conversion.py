@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from polycom_ext import activations, cli
 from polycom_ext.checkpoints import inert
 from polycom_ext.integrations import huggingface
-from polycom_ext.integrations.megatron import conversion
+from polycom_ext.integrations.megatron import architecture
 from polycom_ext.integrations.megatron.native import FLAGS
 
 from .conftest import BIASES, CPU_OPTIONS, TINY, Trainer
@@ -126,11 +126,11 @@ def checkpoint(train: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path
     return trained(train, "polynorm", tmp_path_factory.mktemp("checkpoint"))
 
 
-@pytest.mark.parametrize("name", conversion.PLAIN)
+@pytest.mark.parametrize("name", architecture.PLAIN)
 def test_what_the_format_lacks_is_refused(
     checkpoint: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert getattr(arguments(checkpoint), name, conversion.PLAIN[name][0]) in conversion.PLAIN[name]
+    assert getattr(arguments(checkpoint), name, architecture.PLAIN[name][0]) in architecture.PLAIN[name]
     changed(checkpoint, tmp_path / "copy", name, "something else")
     refused(tmp_path, capsys, f"{name} something else")
 
