@@ -143,7 +143,7 @@ def test_training_goes_on_from_what_was_converted(
     folder = convert(convert(first.folder, tmp_path / "hf", "hf"), tmp_path / "olmo", "olmo")
     own = first.folder / "checkpoints" / "step4-unsharded"
     losses = [
-        train(max_duration=4, load_path=str(path), **RESET, **RUNS[name]).series("train/loss")
+        train(max_duration=4, load_path=str(path), **{**BOTH, **RESET, **RUNS[name]}).series("train/loss")
         for path in (folder, own)
     ]
     assert losses[0] == losses[1], "as from the checkpoint that it was"
