@@ -116,10 +116,10 @@ def test_reference_is_the_formula_by_hand() -> None:
     )
 
 
-def _seconds(statement: str) -> float:
-    """Processor time, the best of three fresh processes."""
+def _seconds(statement: str, times: int = 3) -> float:
+    """Processor time, the best of some fresh processes."""
     best = float("inf")
-    for _ in range(3):
+    for _ in range(times):
         start = os.times()
         subprocess.run([sys.executable, "-c", statement], check=True)
         end = os.times()
@@ -129,7 +129,7 @@ def _seconds(statement: str) -> float:
 
 
 def test_import_costs_little_more_than_torch() -> None:
-    _seconds("from polycom_ext import PolyNorm")  # page in
+    _seconds("from polycom_ext import PolyNorm", times=1)  # page in
     assert _seconds("from polycom_ext import PolyNorm") < _seconds("import torch") + 0.2
 
 
