@@ -104,31 +104,35 @@ def _problem_of_part(folder: Path, part: str) -> str | None:
 
 def _problem_of_shards(folder: Path, part: str) -> str | None:
     """Its metadata.json says in which files each tensor lies."""
-    name = f"{part}/metadata.json"
-    problem = problem_of_file(folder, name)
-    if problem is not None:
-        return problem
-    try:
-        tensors = json.loads((folder / name).read_text(encoding="utf-8"))["tensors"].values()
-        files = sorted({f"{part}/{file}" for tensor in tensors for file in tensor["shard_spec_per_file"]})
-    except (KeyError, TypeError, AttributeError):
-        return f"holds {name}, which is none of olmo_core's"
-    return _first(lambda file: problem_of_file(folder, file), *files)
+
+    def files(index: Path) -> list[str]:
+        tensors = json.loads(index.read_text(encoding="utf-8"))["tensors"].values()
+        return sorted({f"{part}/{file}" for tensor in tensors for file in tensor["shard_spec_per_file"]})
+
+    return _problem_of_named(folder, f"{part}/metadata.json", files, "is none of olmo_core's")
 
 
 def _problem_of_ranks(folder: Path, prefix: str) -> str | None:
     """There is a file of each process that has saved it; the first one says how many those were."""
-    first = f"{prefix}rank0.pt"
-    problem = problem_of_file(folder, first)
+
+    def files(first: Path) -> list[str]:
+        return [f"{prefix}rank{rank}.pt" for rank in range(1, int(inert.load(first)["world_size"]))]
+
+    return _problem_of_named(folder, f"{prefix}rank0.pt", files, "cannot be read")
+
+
+def _problem_of_named(
+    folder: Path, index: str, files: Callable[[Path], list[str]], otherwise: str
+) -> str | None:
+    """Of a file that says which others there are, or of those."""
+    problem = problem_of_file(folder, index)
     if problem is not None:
         return problem
     try:
-        count = int(inert.load(folder / first)["world_size"])
-    except (PolycomError, KeyError, TypeError, ValueError):  # written over
-        return f"holds {first}, which cannot be read"
-    return _first(
-        lambda name: problem_of_file(folder, name), *(f"{prefix}rank{rank}.pt" for rank in range(1, count))
-    )
+        names = files(folder / index)
+    except (PolycomError, KeyError, TypeError, ValueError, AttributeError):  # written over
+        return f"holds {index}, which {otherwise}"
+    return _first(lambda name: problem_of_file(folder, name), *names)
 
 
 def _first(problem: Callable[[str], str | None], *names: str) -> str | None:
