@@ -1,9 +1,11 @@
-"""The paths that the public functions take."""
+"""The paths that the public functions take, and disks of any size."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,3 +31,21 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         pytest.skip(f"the fused operations are not there: {library.problem}")
     with torch.device("cuda" if name == "cuda" else "cpu"):
         yield name
+
+
+@pytest.fixture
+def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of that size, such as `2m`."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(size: str) -> Path:
+        command: list[str | Path] = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path]
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+        if mounted.returncode:
+            pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+        return path
+
+    yield mount
+    if path.is_mount():
+        subprocess.run(["umount", "--lazy", path], check=True)

@@ -6,10 +6,9 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +98,9 @@ def kill(run_dir: Path) -> None:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
+def disk(disk_of: Callable[[str], Path]) -> Path:
     """A file system of 64 megabytes."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount: list[str | Path] = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", path]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield path
-    subprocess.run(["umount", "--lazy", path], check=True)
+    return disk_of("64m")
 
 
 def test_a_disk_that_is_full_while_it_saves_leaves_the_checkpoint_before(

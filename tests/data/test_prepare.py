@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -314,24 +314,12 @@ def test_nothing_appears_when_a_late_line_is_bad(
     assert outputs(tmp_path / "out") == {}
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_full_disk_is_one_sentence_and_the_work_goes_on_when_there_is_room(
-    tokenizer: Path, texts: list[str], tmp_path: Path, small_disk: Path
+    tokenizer: Path, texts: list[str], tmp_path: Path, disk_of: Callable[[str], Path]
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", texts * 20)
-    output = small_disk / "out"
+    disk = disk_of("400k")
+    output = disk / "out"
     command = [sys.executable, "-m", "polycom_ext.cli", "data", "prepare", str(source), "--workers", "2"]
     command += ["--output", str(output), "--tokenizer", str(tokenizer)]
     full = subprocess.run(command, capture_output=True, check=False)
@@ -341,7 +329,7 @@ def test_full_disk_is_one_sentence_and_the_work_goes_on_when_there_is_room(
         f"polycom data: {output}: No space left on device; make room, then the same command goes on"
     )
     assert outputs(output) == {}
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
     prepare_directly(Settings([source], output, tokenizer=tokenizer))
     prepare_directly(Settings([source], tmp_path / "straight", tokenizer=tokenizer))
     assert outputs(output) == outputs(tmp_path / "straight")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +44,9 @@ def finished_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(disk_of: Callable[[str], Path]) -> Path:
     """A file system of two megabytes."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount: list[str | Path] = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", path]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield path
-    subprocess.run(["umount", "--lazy", path], check=True)
+    return disk_of("2m")
 
 
 def register(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
