@@ -6,6 +6,7 @@ Run in the process that runs claims.py, after it.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from typing import Any
 
@@ -32,7 +33,8 @@ from tests.integrations.transformer_engine.claims import (
 from tests.integrations.transformer_engine.claims import seed as seed
 
 SPLITS = [5, 0, 9, 2]
-GROUPED = getattr(te.ops, "GroupedLinear", None)
+NATIVE = hasattr(Float8Quantizer, "inner_tensor_specs")
+"""Whether a quantizer says what it allocates; before, C++ knew it."""
 STOOD_IN = "POLYCOM_TE_SOURCES" in os.environ
 if not torch.cuda.is_available():  # on which TE makes what it keeps itself
     torch_cuda.install()
@@ -40,24 +42,32 @@ if not torch.cuda.is_available():  # on which TE makes what it keeps itself
 RECIPES = {"delayed": "DelayedScaling", "blocks": "Float8BlockScaling", "MXFP8": "MXFP8BlockScaling"}
 
 
-@pytest.mark.skipif(GROUPED is None, reason="this Transformer Engine has no grouped linear operation")
+@pytest.mark.parametrize("biases", ["none", "plain", "weighted"])
 @pytest.mark.parametrize("name", [*FUSED, "swish"])
-def test_experts_with_router_weights_are_each_expert_by_itself(name: str) -> None:
-    """Without biases, whose gradient is a Triton kernel of TE's."""
+def test_experts_with_router_weights_are_each_expert_by_itself(name: str, biases: str) -> None:
+    """The last layer's biases may be weighted too."""
     hidden, width = 32, 64
-    make: Any = GROUPED
-    first, last = (
-        make(len(SPLITS), *sizes, bias=False, device="cpu", dtype=torch.float32)
-        for sizes in ((hidden, width), (width, hidden))
-    )
+    make, options = te.ops.GroupedLinear, {"bias": biases != "none", "device": "cpu", "dtype": torch.float32}
+    weighted = {"scale_bias": True} if biases == "weighted" else {}
+    if weighted and "scale_bias" not in inspect.signature(make).parameters:
+        pytest.skip("this Transformer Engine weights no biases")
+    first = make(len(SPLITS), hidden, width, **options)
+    last = make(len(SPLITS), width, hidden, **options, **weighted)
     act = operation(name, scaled=True)
     block = te.ops.Sequential(first, act, last)
+    for parameter in (*first.parameters(), *last.parameters()):
+        torch.nn.init.normal_(parameter, std=0.25)
     x, weights, splits = leaf(sum(SPLITS), hidden), leaf(sum(SPLITS)), torch.tensor(SPLITS)
-    y = block(x, splits, weights, splits)
+    y = block(x, splits, weights, splits, *([weights] if weighted else []))
     rows = []
     for i, (of_x, of_weights) in enumerate(zip(x.split(SPLITS), weights.split(SPLITS), strict=True)):
-        wide = of_x @ getattr(first, f"weight{i}").T
-        rows.append((act.module(wide) * of_weights.unsqueeze(-1)) @ getattr(last, f"weight{i}").T)
+        factors = of_weights.unsqueeze(-1)
+        of_first, of_last = (getattr(one, f"bias{i}", None) for one in (first, last))
+        wide = torch.nn.functional.linear(of_x, getattr(first, f"weight{i}"), of_first)
+        narrow = (act.module(wide) * factors) @ getattr(last, f"weight{i}").T
+        if of_last is not None:
+            narrow = narrow + (of_last * factors if weighted else of_last)
+        rows.append(narrow)
     assert_same(gradients(block, y, x, weights), gradients(block, torch.cat(rows), x, weights), within=3e-6)
 
 

@@ -13,6 +13,7 @@ import torch
 from polycom_ext.ops.polynomial import fused, quantized
 from polycom_ext.ops.polynomial.quantized import Recipe, Target
 from tests.integrations.transformer_engine import fp8, standin
+from tests.integrations.transformer_engine.kernels import TRITON
 
 torch.manual_seed(0)
 te: Any = importlib.import_module("transformer_engine.pytorch")
@@ -53,6 +54,15 @@ def test_the_stand_ins_functions_take_what_the_real_ones_take(function: Any) -> 
     assert len(named) == len(real) or any(one.kind is one.VAR_POSITIONAL for one in ours)
     if not real[0].startswith("arg"):  # pybind11's name for one that has none
         assert named == real[: len(named)]
+
+
+@pytest.mark.parametrize("function", TRITON, ids=lambda one: one.__name__)
+def test_what_stands_for_triton_s_takes_what_that_takes(function: Any) -> None:
+    real = inspect.signature(standin.REAL[function.__name__]).parameters
+    ours = inspect.signature(function).parameters
+    assert [(one.name, one.default) for one in real.values()] == [
+        (one.name, one.default) for one in ours.values()
+    ]
 
 
 def consumer(quantizer: Any) -> Any:

@@ -158,6 +158,31 @@ def multi_tensor_adam(
         parameter.sub_(lr * (first / (1 - beta1**step) / root + weight_decay * parameter))
 
 
+def compute_grouped_dbias(
+    dy: Tensor, offsets: Tensor, num_groups: int, dbias: Tensor | None = None
+) -> Tensor:
+    parts = dy.float().split(offsets.diff().tolist())
+    sums = torch.stack([part.sum(dim=0) for part in parts])
+    return sums if dbias is None else dbias.add_(sums)
+
+
+def compute_grouped_dbias_dscales(
+    dy: Tensor,
+    scales: Tensor,
+    bias: Tensor,
+    offsets: Tensor,
+    dbias: Tensor | None = None,
+    dscales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    rows = bias.float().repeat_interleave(offsets.diff(), dim=0)
+    dots = (dy.float() * rows).sum(dim=-1)
+    scaled = dy.float() * scales.unsqueeze(-1)
+    dscales = dots if dscales is None else dscales.add_(dots)
+    return compute_grouped_dbias(scaled, offsets, len(bias), dbias), dscales
+
+
+TRITON = (compute_grouped_dbias, compute_grouped_dbias_dscales)
+"""Of transformer_engine.pytorch.triton.grouped_dbias_dscales, from TE 2.17 on."""
 KERNELS = (
     generic_gemm,
     te_general_grouped_gemm,

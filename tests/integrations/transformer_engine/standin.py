@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 
 from tests.integrations.transformer_engine import fp8
-from tests.integrations.transformer_engine.kernels import KERNELS
+from tests.integrations.transformer_engine.kernels import KERNELS, TRITON
 
 COMPILED = "transformer_engine_torch"
 UNUSED = ("nvdlfw_inspect", "transformer_engine.pytorch.onnx_extensions", "transformer_engine.pytorch.triton")
@@ -137,7 +137,7 @@ class FP8TensorMeta:
 
 
 REAL: dict[str, Any] = {}
-"""What stood where a kernel of KERNELS stands now."""
+"""What stood where a kernel of KERNELS or TRITON stands now."""
 TYPES = (DType, FP8FwdTensors, FP8BwdTensors, FP8TensorMeta)
 
 
@@ -172,7 +172,7 @@ def without_driver() -> None:
     compiled = importlib.import_module(COMPILED)
     REAL.update({one.__name__: getattr(compiled, one.__name__) for one in KERNELS})
     theirs = [module for name, module in sys.modules.items() if name.startswith("transformer_engine")]
-    everywhere: dict[str, Any] = {one.__name__: one for one in KERNELS}
+    everywhere: dict[str, Any] = {one.__name__: one for one in (*KERNELS, *TRITON)}
     everywhere |= {
         "_empty_tensor": lambda: torch.empty(0),
         "get_device_compute_capability": lambda: (9, 0),
@@ -180,7 +180,8 @@ def without_driver() -> None:
     }
     for module in theirs:  # some import the function, not the module
         for name, function in everywhere.items():
-            if name in vars(module) or (module.__name__ == COMPILED and name in REAL):
+            if name in vars(module):
+                REAL.setdefault(name, getattr(module, name))
                 setattr(module, name, function)
     replaced: dict[str, Any] = {
         "cpp_extensions.gemm.get_cublas_workspace": lambda *_: torch.empty(1, 1, dtype=torch.uint8),
