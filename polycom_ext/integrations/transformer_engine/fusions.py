@@ -3,6 +3,9 @@
 - `te.ops.Bias` and an activation behind it: x + bias is formed on the way (`pre_bias`) and no tensor holds
   it. A bias that TE adds in the epilogue of the GEMM before it stays there. Only forward: backward, TE sums
   and quantises the bias's gradient in one kernel of its own.
+- Under a quantised recipe, an activation beside `GroupedLinear`, whose experts have a quantizer each: the
+  fuser hands out the first expert's, which would round every expert's rows by a scale that is not theirs,
+  before each expert's own does. So y, or the gradient of x, is handed on as it is.
 - An activation and the linear layer behind it, from TE 2.17 on, which lets one fusion have both passes: the
   linear layer keeps no y for its weight's gradient, backward forms it again. Without a quantised recipe that
   costs nothing, as the pass over x that backward makes anyway writes y too. With one, y is formed in a pass
@@ -18,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 from transformer_engine.pytorch import ops as te_ops
-from transformer_engine.pytorch.ops import BasicLinear, BasicOperation, Bias, FusedOperation
+from transformer_engine.pytorch.ops import BasicLinear, BasicOperation, Bias, FusedOperation, GroupedLinear
 from transformer_engine.pytorch.ops.fused import ForwardLinearBiasActivation
 from transformer_engine.pytorch.ops.fuser import OperationFuser
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
@@ -30,10 +33,19 @@ ExtraInputs = Sequence[Sequence[Tensor]]
 
 
 class _Fused(FusedOperation):
-    """The activation of a run of operations, and the bias before it if there is one."""
+    """The activation of a run of operations, and the bias before it if there is one.
 
-    def __init__(self, operations: Iterable[BasicOperation]) -> None:
+    Args:
+        operations: these.
+        before: what the fuser runs before them, if anything.
+        behind: what it runs behind them.
+    """
+
+    def __init__(
+        self, operations: Iterable[BasicOperation], *, before: Any = None, behind: Any = None
+    ) -> None:
         super().__init__(operations)
+        self._of_experts, self._to_experts = (isinstance(one, GroupedLinear) for one in (before, behind))
         self.position = next(i for i, one in enumerate(self.basic_ops) if isinstance(one, Activation))
 
     @property
@@ -45,6 +57,8 @@ class _Fused(FusedOperation):
     def _activate(
         self, ctxs: list[Any], x: Tensor, extra_inputs: ExtraInputs, quantizer: Any, grad_quantizer: Any
     ) -> Tensor:
+        quantizer = None if self._to_experts else quantizer
+        grad_quantizer = None if self._of_experts else grad_quantizer
         pre_bias = None
         if self.position:
             bias, ctx = self.basic_ops[0], ctxs[0]
@@ -62,8 +76,8 @@ class _Fused(FusedOperation):
         )
 
 
-class BiasActivation(_Fused):
-    """Forward of [Bias, activation]."""
+class ForwardActivation(_Fused):
+    """Forward of [Bias,] activation."""
 
     def fuser_forward(
         self,
@@ -82,14 +96,14 @@ class BiasActivation(_Fused):
             next_op_input_quantizer,
             prev_op_grad_output_quantizer,
         )
-        return y, [(), ()]
+        return y, [()] * len(self.basic_ops)
 
 
 class ActivationLinear(_Fused):
     """Both passes of [Bias,] activation, BasicLinear [, Bias]; y is not kept."""
 
-    def __init__(self, operations: Iterable[BasicOperation]) -> None:
-        super().__init__(operations)
+    def __init__(self, operations: Iterable[BasicOperation], *, before: Any = None) -> None:
+        super().__init__(operations, before=before)
         behind = list(self.basic_ops)[self.position + 1 :]
         self._behind = ForwardLinearBiasActivation.fuse_forward_ops(behind, recipe=None)
 
@@ -189,12 +203,18 @@ def _recomputed(activation: Activation, linear: BasicLinear, recipe: Any) -> boo
     return activation.activation_recompute_in_mlp and not delayed and not _overridden(recipe)
 
 
-def fuse_bias_activation(operations: list[Any], *, recipe: Any) -> list[Any]:
+def fuse_forward(operations: list[Any], *, recipe: Any) -> list[Any]:
     """Forward fusion; see the module's docstring."""
     out: list[Any] = []
-    for one in operations:
-        if isinstance(one, Activation) and one.takes_bias and out and isinstance(out[-1], Bias):
-            one = BiasActivation([out.pop(), one])
+    for one, behind in zip(operations, [*operations[1:], None], strict=True):
+        if isinstance(one, Activation):
+            run: list[Any] = [one]
+            if one.takes_bias and out and isinstance(out[-1], Bias):
+                run.insert(0, out.pop())
+            before = out[-1] if out else None
+            of_experts = isinstance(before, GroupedLinear) or isinstance(behind, GroupedLinear)
+            if run[1:] or (of_experts and recipe is not None):
+                one = ForwardActivation(run, before=before, behind=behind)
         out.append(one)
     return out
 
@@ -216,13 +236,13 @@ def fuse_activation_linear(operations: list[Any], *, recipe: Any) -> list[Any]:
             run.insert(0, out.pop())
         if rest and isinstance(rest[0], Bias) and _in_epilogue([linear, rest[0]]):
             run.append(rest.pop(0))
-        out.append(ActivationLinear(run))
+        out.append(ActivationLinear(run, before=out[-1] if out else None))
     return out
 
 
 def register() -> None:
     """Give the fusions to TE's fuser; again, they take the place of those that are there."""
-    _register(OperationFuser.forward_fusion_functions, te_ops.register_forward_fusion, fuse_bias_activation)
+    _register(OperationFuser.forward_fusion_functions, te_ops.register_forward_fusion, fuse_forward)
     if hasattr(te_ops, "register_forward_backward_fusion"):
         theirs = OperationFuser.forward_backward_fusion_functions
         _register(theirs, te_ops.register_forward_backward_fusion, fuse_activation_linear)

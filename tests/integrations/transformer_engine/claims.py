@@ -245,7 +245,7 @@ def test_a_bias_before_is_added_on_the_way(name: str, scaled: bool) -> None:
     inputs = (leaf(ROWS, WIDTH), *([leaf(ROWS)] if scaled else []))
     model = te.ops.Sequential(bias, act)
     found = gradients(model, model(*inputs), *inputs)
-    assert forward_operations(model) == ["BiasActivation"]
+    assert forward_operations(model) == ["ForwardActivation"]
     with nothing_of_ours_fused():
         apart = te.ops.Sequential(bias, act)
         assert_same(found, gradients(apart, apart(*inputs), *inputs), within=2e-6)

@@ -72,7 +72,56 @@ def test_experts_with_router_weights_are_each_expert_by_itself(name: str, biases
 
 
 @pytest.mark.skipif(not STOOD_IN, reason="TE's own quantisers need a GPU")
-@pytest.mark.skipif(not hasattr(Float8Quantizer, "inner_tensor_specs"), reason="it allocates in C++ only")
+@pytest.mark.skipif(not NATIVE, reason="it allocates in C++ only")
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_in_fp8_each_expert_s_rows_are_quantised_by_its_own_quantizer_only(recipe: str, scaled: bool) -> None:
+    """And not by the first expert's before. TE's quantizer in plain torch has no grouped products."""
+    made = getattr(recipes, RECIPES[recipe])()
+    sizes, counts = ((128, 256), (256, 128)), [128, 0, 256]
+    options: dict[str, Any] = {"bias": False, "device": "cpu", "dtype": torch.bfloat16}
+    grouped = [te.ops.GroupedLinear(len(counts), *size, **options) for size in sizes]
+    single = [[te.ops.Linear(*size, **options) for _ in counts] for size in sizes]
+    act = operation("polynorm", scaled=scaled)
+    block, alone = te.ops.Sequential(grouped[0], act, grouped[1]), te.ops.Sequential(act)
+    with torch.no_grad():
+        for many, ones in zip(grouped, single, strict=True):
+            for i, one in enumerate(ones):
+                one.weight.copy_(getattr(many, f"weight{i}"))
+    x, splits = leaf(sum(counts), 128, dtype=torch.bfloat16), torch.tensor(counts)
+    with torch.no_grad():
+        x[counts[0] :] *= 8  # of other scales than the first expert's
+    weights = [leaf(sum(counts))] if scaled else []
+    grad = torch.randn(sum(counts), 128, dtype=torch.bfloat16)
+    where = [i for i, count in enumerate(counts) if count]
+
+    def together() -> Tensor:
+        out: Tensor = block(x, splits, *weights, splits)
+        return out
+
+    def apart() -> Tensor:
+        parts = [[one.split(counts)[i] for one in (x, *weights)] for i in where]
+        wide = [alone(single[0][i](rows), *rest) for i, (rows, *rest) in zip(where, parts, strict=True)]
+        return torch.cat([single[1][i](rows) for i, rows in zip(where, wide, strict=True)])
+
+    def step(run: Any, layers: list[Tensor]) -> list[Tensor]:
+        with te.autocast(enabled=True, recipe=made):
+            y = run()
+        return [y.detach(), *torch.autograd.grad(y, [*act.parameters(), x, *weights, *layers], grad)]
+
+    of_grouped = [getattr(many, f"weight{i}") for many in grouped for i in where]
+    of_single = [ones[i].weight for ones in single for i in where]
+    for _ in range(2):  # delayed scaling's scales are of the step before
+        found, expected = step(together, of_grouped), step(apart, of_single)
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            if i in (1, 2):  # the coefficients' gradients are sums, in another order
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(not STOOD_IN, reason="TE's own quantisers need a GPU")
+@pytest.mark.skipif(not NATIVE, reason="it allocates in C++ only")
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", ["polynorm", "polyrelu"])
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -65,7 +65,7 @@ def dequantize(input: Any, otype: Any) -> Tensor:
     if of_rows and input._with_gemm_swizzled_scales:
         scale_inv = _compact(scale_inv)
     lines = lines if of_rows else lines.T
-    blocks = lines.reshape(lines.shape[0], -1, MX_BLOCK)
+    blocks = lines.unflatten(1, (lines.shape[1] // MX_BLOCK, MX_BLOCK))
     exponents = scale_inv[: blocks.shape[0], : blocks.shape[1]].double() - 127
     numbers = blocks.view(FORMATS[input._fp8_dtype.name]).double() * torch.exp2(exponents).unsqueeze(-1)
     numbers = numbers.view(lines.shape)
@@ -92,7 +92,8 @@ def _cast(numbers: Tensor, dtype: Any) -> Tensor:
 
 def _by_a_known_scale(rows: Tensor, quantizer: Any, out: Any) -> None:
     data = _cast(rows * quantizer.scale, quantizer.dtype)
-    quantizer.amax.copy_(torch.maximum(quantizer.amax, rows.abs().max()))
+    if rows.numel():  # of an expert without tokens there are none
+        quantizer.amax.copy_(torch.maximum(quantizer.amax, rows.abs().max()))
     out._scale_inv.copy_(quantizer.scale.reciprocal())
     if out._data is not None:
         out._data.copy_(data.view(out._data.shape))
@@ -111,7 +112,7 @@ def _by_blocks(rows: Tensor, quantizer: Any, out: Any) -> None:
             continue
         count, width = lines.shape
         padded = torch.nn.functional.pad(lines, (0, -width % BLOCK, 0, -count % height))
-        tiles = padded.reshape(padded.shape[0] // height, height, -1, BLOCK)
+        tiles = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // BLOCK, BLOCK)
         largest = tiles.abs().amax(dim=(1, 3)).clamp_min(quantizer.amax_epsilon)
         scale = torch.finfo(FORMATS[quantizer.dtype.name]).max / largest
         if quantizer.force_pow_2_scales:
@@ -130,7 +131,7 @@ def _by_mx_blocks(rows: Tensor, quantizer: Any, out: Any) -> None:
     ):
         if data is None:
             continue
-        blocks = lines.reshape(lines.shape[0], -1, MX_BLOCK)
+        blocks = lines.unflatten(1, (lines.shape[1] // MX_BLOCK, MX_BLOCK))
         largest = torch.finfo(FORMATS[quantizer.dtype.name]).max
         exponent = (blocks.abs().amax(dim=2) / largest).log2().ceil().clamp(-127, 127)
         cast = _cast(blocks * torch.exp2(-exponent).unsqueeze(-1), quantizer.dtype).view(lines.shape)

@@ -116,6 +116,27 @@ def bgrad_quantize(input: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
     return input.sum(dim=tuple(range(input.dim() - 1))), quantizer(input)
 
 
+def get_cublasLt_version() -> int:
+    """Before grouped tensors: TE then multiplies part by part, as te_general_grouped_gemm does."""
+    return 0
+
+
+def fused_multi_row_padding(
+    input: Tensor, output: Tensor, input_row_list: list[int], padded_input_row_list: list[int]
+) -> None:
+    """Each part in its padded place, and zeros behind it."""
+    output.zero_()
+    for part, place in zip(input.split(input_row_list), output.split(padded_input_row_list), strict=True):
+        place[: len(part)] = part
+
+
+def fused_multi_row_unpadding(
+    input: Tensor, output: Tensor, input_row_list: list[int], unpadded_input_row_list: list[int]
+) -> None:
+    for place, part in zip(input.split(input_row_list), output.split(unpadded_input_row_list), strict=True):
+        part.copy_(place[: len(part)])
+
+
 def multi_tensor_l2norm(
     chunk_size: int, noop_flag: Tensor, tensor_lists: Tensors, per_tensor: bool | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -191,6 +212,9 @@ KERNELS = (
     rmsnorm_fwd,
     rmsnorm_bwd,
     bgrad_quantize,
+    get_cublasLt_version,
+    fused_multi_row_padding,
+    fused_multi_row_unpadding,
     multi_tensor_l2norm,
     multi_tensor_scale,
     multi_tensor_scale_tensor,
