@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,10 @@ def test_a_run_that_can_start_here_for_a_program(
     assert {"python", "torch", "clock", "devices", "packages", "spec", "inputs"} <= set(found)
     assert found["numpy"]["text"] == numpy.__version__
     assert found["devices"]["mark"] == "ok"
+    assert (found["packages"]["mark"], found["packages"]["way_out"]) == ("ok", "")
+    assert re.fullmatch(r"[1-9]\d* of polycom-ext\[toy\]", found["packages"]["text"])
+    assert found["spec"]["text"] == f"polynorm on toy, for {tmp_path / 'outputs' / 'small'}"
+    assert found["inputs"]["text"] == "files and secrets are there"
     assert "upstream megatron" in found
     assert set(found["devices"]) == {"subject", "mark", "text", "way_out", "stops"}
     assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
@@ -316,11 +321,16 @@ REQUIRES = ("numpy", "PyYAML>=5", "tomli; python_version < '3.0'", "nothing-like
         (("PyYAML>=99; extra == 'toy'",), " is not >=99"),
         (("PyYAML>=99; extra == 'other'",), None),
         (("early>=0.9; python_version < '2'",), None),
+        (("alpha>2.11.0a0; extra == 'toy'",), "alpha 2.11.0a0 is not >2.11.0a0"),
+        (("alpha>=2.10; extra == 'toy'",), None),  # which is how NVIDIA's containers number their torch
     ],
 )
 def test_the_packages_of_the_trainers_extra_and_their_versions(
     more: tuple[str, ...], problem: str | None, small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    alpha = tmp_path / "alpha-2.11.0a0.dist-info"
+    alpha.mkdir()
+    (alpha / "METADATA").write_text("Metadata-Version: 2.1\nName: alpha\nVersion: 2.11.0a0\n")
     about = tmp_path / "polycom_ext-0.1.0.dist-info"
     about.mkdir()
     lines = [f"Requires-Dist: {text}\n" for text in (*REQUIRES, *more)]
@@ -330,7 +340,8 @@ def test_the_packages_of_the_trainers_extra_and_their_versions(
     monkeypatch.syspath_prepend(tmp_path)
     found = run.requirements(planned())
     if problem is None:
-        assert (found.mark, found.text) == (OK, "2 of polycom-ext[toy]")
+        asked = 2 + any("alpha" in text for text in more)
+        assert (found.mark, found.text) == (OK, f"{asked} of polycom-ext[toy]")
     else:
         assert (found.mark, found.stops) == (WRONG, True)
         assert problem in found.text
@@ -341,6 +352,17 @@ def test_without_packaging_versions_are_not_compared(small: Small, monkeypatch: 
     monkeypatch.setitem(sys.modules, "packaging.requirements", None)
     found = run.requirements(planned())
     assert (found.mark, found.stops, found.way_out) == (MISSING, False, "pip install packaging")
+    assert found.text.startswith("not compared with polycom-ext[toy]: import of packaging.requirements")
+
+
+def test_in_a_copy_that_is_not_installed_versions_are_not_compared(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a PYTHONPATH."""
+    monkeypatch.setattr(run, "DISTRIBUTION", "polycom-nowhere")
+    found = run.requirements(planned())
+    assert (found.mark, found.stops) == (MISSING, False)
+    assert "polycom-nowhere" in found.text
 
 
 def test_the_directory_of_a_run_must_be_one_that_it_can_go_on_in(small: Small) -> None:

@@ -21,6 +21,7 @@ from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.megatron import blends
 from polycom_ext.integrations.megatron.adapter import MegatronAdapter
 from polycom_ext.runs import document, plan
+from polycom_ext.runs.adapter import Needs
 from polycom_ext.runs.site import Site
 from polycom_ext.runs.spec import Spec, load
 
@@ -286,30 +287,34 @@ def test_what_needs_a_package_that_is_there_is_accepted(
         MegatronAdapter().check_inputs(make(mock_data=True, **options))
 
 
+TE = "transformer_engine.pytorch"
 CPU = {"distributed_backend": "gloo", "no_gradient_accumulation_fusion": True}
+NCCL = "megatron.distributed-backend is nccl"
+OF_TE = "Transformer Engine's layers run on GPUs only (megatron.transformer-impl is not local)"
+ON_TE = {TE: "megatron.transformer-impl is not local"}
+FUSED = "megatron.no-gradient-accumulation-fusion is not set"
+ADAM = "megatron.use-precision-aware-optimizer takes its Adam"
 
 
 @pytest.mark.parametrize(
-    ("options", "gpu", "modules", "on_gpu"),
+    ("options", "needs"),
     [
-        (CPU, "", (), ()),
-        (CPU | {"distributed_backend": "nccl"}, "distributed-backend is nccl", (), ()),
-        (CPU | {"distributed_backend": None}, "distributed-backend is nccl", (), ()),
-        (CPU | {"transformer_impl": None}, "layers run on GPUs only", ("transformer_engine.pytorch",), ()),
+        (CPU, Needs()),
+        (CPU | {"distributed_backend": "nccl"}, Needs(NCCL)),
+        (CPU | {"distributed_backend": None}, Needs(NCCL)),
+        (CPU | {"transformer_impl": "transformer_engine"}, Needs(OF_TE, ON_TE)),
+        (CPU | {"transformer_impl": None, "distributed_backend": None}, Needs(OF_TE, ON_TE)),
         (
             CPU | {"no_gradient_accumulation_fusion": None},
-            *("", ("apex", "fused_weight_gradient_mlp_cuda"), ()),
+            Needs(modules={"apex": FUSED, "fused_weight_gradient_mlp_cuda": f"it is of apex, and {FUSED}"}),
         ),
-        (CPU | {"use_precision_aware_optimizer": True}, "", (), ("transformer_engine.pytorch",)),
+        (CPU | {"use_precision_aware_optimizer": True}, Needs(on_gpu={TE: ADAM})),
+        (CPU | {"use_precision_aware_optimizer": True, "transformer_impl": None}, Needs(OF_TE, ON_TE)),
     ],
 )
-def test_what_a_run_needs_of_a_machine(
-    options: dict[str, Any], gpu: str, modules: tuple[str, ...], on_gpu: tuple[str, ...]
-) -> None:
-    needs = MegatronAdapter().needs(make(**options))
-    assert gpu in needs.gpu
-    assert bool(gpu) is bool(needs.gpu)
-    assert (tuple(needs.modules), tuple(needs.on_gpu)) == (modules, on_gpu)
+def test_what_a_run_needs_of_a_machine(options: dict[str, Any], needs: Needs) -> None:
+    """To the letter, as doctor says it."""
+    assert MegatronAdapter().needs(make(**options)) == needs
 
 
 def test_token_files_must_be_there_weights_need_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
