@@ -3,6 +3,8 @@
 import importlib
 import os
 import signal
+import time
+from collections.abc import Callable
 from typing import Any
 
 from forked_ranks import serve
@@ -29,6 +31,15 @@ def _kill_at(step: int) -> None:
     recording.RecordingTrainer.system_metrics = log_and_die
 
 
+def _wait_for(condition: Callable[[], bool], description: str, timeout: float = 10.0) -> None:
+    """As upstream waits for a folder that another rank makes, but for looking only twice a second."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{description} timed out")
+        time.sleep(0.01)
+
+
 if __name__ == "__main__":
     rehearsal.enable()
     rehearsal.enable = lambda: None  # done, for every rank that is forked from here
@@ -41,4 +52,6 @@ if __name__ == "__main__":
         "s3transfer.manager",
     ):
         importlib.import_module(name)
+    checkpoint: Any = importlib.import_module("olmo.checkpoint")
+    checkpoint.wait_for = _wait_for
     serve(_entry)
