@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,16 @@ def finished_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         register(monkeypatch, folder)
         assert main(["run", write_spec("small", 1, {"steps": 2})]) == 0
     return folder / "outputs" / "small"
+
+
+@pytest.fixture(scope="module")
+def without_transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As in the demo's environment: Megatron imports it where it is, which takes most of a rank's start."""
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "transformers.py").write_text("raise ModuleNotFoundError(__name__, name=__name__)\n")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ VALUES = st.recursive(
     ["0123", "1.10", "2e-3", "12e4567", "1:30", "no"], {"a": ["0123", "2e-3", "no", "1e5", "=", "<<", ""]}
 )
 @given(st.lists(SCALARS, max_size=5), st.dictionaries(TEXTS, VALUES, max_size=3))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_resolved_spec_reads_back_equal_through_its_file(
     tmp_path: Path, plain: list[str], values: dict[str, Any]
 ) -> None:

@@ -217,6 +217,7 @@ def test_a_copied_run_does_not_train_in_the_directory_that_it_was_copied_from(
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("without_transformers")
 def test_megatron_on_two_nodes_is_megatron_on_one_with_as_many_processes(
     polycom: list[str], tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from polycom_ext.runs import record
 from polycom_ext.runs.efficiency import CPU, model_flops, read
 from polycom_ext.runs.record import Record
 
+pytestmark = pytest.mark.usefixtures("without_transformers")
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 SMALL = {
     "num-layers": 2,
