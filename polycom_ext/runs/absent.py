@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterable
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import write_text
@@ -32,15 +31,14 @@ def clear(run: Record) -> None:
         path.unlink(missing_ok=True)
 
 
-def check(run: Record, ranks: Iterable[int], rendezvous: str) -> None:
-    """Raise PolycomError where one of these nodes will not come, Parted where it may be started again."""
-    for rank in ranks:
-        path = run.absent(rank)
-        try:
-            start, status, sentence = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except (OSError, ValueError):  # not there, or half-written
-            continue
-        if start == rendezvous:
-            path.unlink(missing_ok=True)
-            final = int(status) in (REFUSED, *NOTHING_RAN)
-            raise (PolycomError if final else Parted)(f"node {rank} does not come: {sentence}")
+def check(run: Record, rank: int, rendezvous: str) -> None:
+    """Raise PolycomError where this node will not come, Parted where it may be started again."""
+    path = run.absent(rank)
+    try:
+        start, status, sentence = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except (OSError, ValueError):  # not there, or half-written
+        return
+    if start == rendezvous:
+        path.unlink(missing_ok=True)
+        final = int(status) in (REFUSED, *NOTHING_RAN)
+        raise (PolycomError if final else Parted)(f"node {rank} does not come: {sentence}")

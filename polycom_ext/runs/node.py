@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -145,9 +144,9 @@ class _Node:
         if self.place.rendezvous is None and not self.is_checked:
             preflight.check(self.run)
 
-    def look_for(self, ranks: Iterable[int]) -> None:
-        """Raise PolycomError or Parted where one of these nodes will not come."""
-        absent.check(self.run.directory, ranks, str(self.place.rendezvous))
+    def look_for(self, rank: int) -> None:
+        """Raise PolycomError or Parted where this node does not come."""
+        absent.check(self.run.directory, rank, str(self.place.rendezvous))
 
     def facts(self) -> dict[str, Any]:
         """What the other nodes are told of this one."""

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,7 +44,8 @@ RUN mv /opt/polycom/lib/python3*/site-packages /opt/torch && rm -r /opt/polycom 
     && echo /opt/torch > /usr/lib/python3/dist-packages/torch.pth \
     && mv /opt/torch/torch-*.dist-info /opt/torch/torch-2.11.0a0+x.nv26.2.dist-info \
     && sed -i 's/^Version: .*/Version: 2.11.0a0+x.nv26.02/' /opt/torch/torch-*.dist-info/METADATA \
-    && mkdir /etc/pip && echo 'einops==0.8.1' > /etc/pip/constraint.txt && rm -r /opt/torch/einops*
+    && mkdir /etc/pip && printf 'einops==0.8.1\nrich==13.9.3\n' > /etc/pip/constraint.txt \
+    && rm -r /opt/torch/einops*
 ENV PATH=/usr/bin:/bin PIP_CONSTRAINT=/etc/pip/constraint.txt
 """
 
@@ -191,24 +192,39 @@ def test_no_layer_holds_what_the_build_was_told_in_confidence(image: str) -> Non
     assert docker("run", "--rm", image, "sh", "-c", left) == ""
 
 
-def test_a_containers_alpha_torch_and_its_list_of_versions_survive_the_installation(
-    image: str, settings: list[str]
-) -> None:
-    def build(tag: str, target: str, base: str, *options: str) -> None:
+@pytest.fixture(scope="module")
+def build_on_alpha(image: str, settings: list[str]) -> Callable[[str], str]:
+    """Build a GPU's target on a stand-in of NVIDIA's container, without CUDA; the image's name."""
+
+    def build(tag: str, target: str, base: str, *options: str) -> str:
         about = ["--tag", tag, "--target", target, "--build-arg", f"BASE={base}", *options, *settings]
         docker("build", "--file", f"{TOP}/docker/Dockerfile", *about, str(TOP))
+        return tag
 
     build("localhost/polycom-wheel", "cpu-wheel", BASE)  # which has a compiler, as NVIDIA's have
     docker("build", "--network", "host", "--tag", "localhost/alpha", "-", stdin=ALPHA)
-    build("polycom:alpha", "megatron", "localhost/alpha", "--build-arg", "POLYCOM_BUILD_CUDA=0")
+    return lambda target: build(
+        f"polycom:alpha-{target}", target, "localhost/alpha", "--build-arg", "POLYCOM_BUILD_CUDA=0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "listed"),
+    [("megatron", "einops 0.8.1"), pytest.param("olmo", "rich 13.9.3", marks=pytest.mark.long)],
+)
+def test_a_containers_alpha_torch_and_its_list_of_versions_survive_the_installation(
+    build_on_alpha: Callable[[str], str], target: str, listed: str
+) -> None:
     script = """if True:
-        import einops, torch, polycom_ext
+        import sys, torch, polycom_ext
         from importlib.metadata import version
         y = polycom_ext.PolyNorm()(torch.ones(2, 8))
-        print(version("torch"), torch.__file__, einops.__version__, y.shape)
+        print(version("torch"), torch.__file__, sys.argv[1], version(sys.argv[1]), y.shape)
     """
-    said = docker("run", "--rm", "polycom:alpha", "python3", "-c", script)
-    assert said == "2.11.0a0+x.nv26.02 /opt/torch/torch/__init__.py 0.8.1 torch.Size([2, 8])\n"
+    image = build_on_alpha(target)
+    said = docker("run", "--rm", image, "python3", "-c", script, listed.split()[0])
+    assert said == f"2.11.0a0+x.nv26.02 /opt/torch/torch/__init__.py {listed} torch.Size([2, 8])\n"
+    assert f"upstream {target}" in docker("run", "--rm", image, "polycom", "doctor")
 
 
 def write_site(folder: Path, **container: Any) -> str:

@@ -125,6 +125,26 @@ def test_a_run_records_how_fast_it_is_and_what_memory_it_takes(
     assert "no MFU: no peak is known of CPU" in capsys.readouterr().out
 
 
+@pytest.mark.long
+def test_tensorboard_and_weights_and_biases_get_what_megatron_logs(tmp_path: Path) -> None:
+    watched = {
+        "tensorboard_dir": str(tmp_path / "tensorboard"),
+        "wandb_project": "polycom",
+        "wandb_exp_name": "tiny",
+        "wandb_save_dir": str(tmp_path / "wandb"),
+        "train_iters": 3,
+    }
+    spec, run_dir = write_spec(tmp_path, "base-dense.yaml", "polynorm", **watched), tmp_path / "run"
+    offline = ["--set", "environment.WANDB_MODE=offline"]
+    assert main(["run", str(spec), "--output", str(run_dir), *offline]) == 0
+    [events] = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    [kept] = (tmp_path / "wandb").rglob("offline-run-*/run-*.wandb")
+    for name in (b"lm loss", b"iteration-time"):
+        assert name in events.read_bytes()
+        assert name in kept.read_bytes()
+    assert sorted(metrics(run_dir)) == [1, 2, 3]
+
+
 @pytest.mark.full
 def test_a_killed_and_resumed_run_is_the_straight_run(resumed: Path, tmp_path: Path) -> None:
     spec = write_spec(tmp_path, "base-dense.yaml", "polynorm")

@@ -18,8 +18,7 @@ from polycom_ext.runs.site import Container
 
 _ANY_GPU: Mapping[str, tuple[str, ...]] = {
     "network": ("--network", "host"),  # ranks of other nodes are reached as the machine's own
-    # torch's rendezvous tells nodes apart by address and process id, which two of one machine would share;
-    # who holds a run's directory is seen from outside. --init is not process 1 then, but has to bury orphans.
+    # Who holds a run's directory is seen from outside. --init is not process 1 then, but has to bury orphans.
     "pid": ("--pid", "host", "--env", "TINI_SUBREAPER=1"),
     "ipc": ("--ipc", "host"),  # NCCL and data loaders share memory; a container's own is 64 MiB
     # RDMA pins its buffers; NCCL's and compilers' threads want deep stacks.

@@ -7,7 +7,7 @@ why not. The connections stay: a node that is gone, silent or has failed ends th
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +72,11 @@ Present = dict[int, tuple[str, Mapping[str, Any]]]
 """rank -> (host, what it has said of itself)"""
 
 
-LookFor = Callable[[Iterable[int]], object]
-"""Asked of ranks that are waited for; raises where one of them will not come."""
+LookFor = Callable[[int], object]
+"""Asked of a rank that is waited for; raises where that node does not come."""
 
 
-def never(ranks: Iterable[int]) -> None:
+def never(rank: int) -> None:
     """Where nothing tells that."""
 
 

@@ -105,7 +105,7 @@ class Guest:
     ) -> None:
         while True:
             check(ending)
-            look_for([0])
+            look_for(0)
             try:
                 connection = socket.create_connection((self._at.host, self._at.port), timeout=5.0)
                 break

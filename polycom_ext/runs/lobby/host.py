@@ -41,6 +41,7 @@ class Host:
         self._at, self._run, self._nodes, self._silence = at, run, nodes, silence
         self._guests: dict[int, Peer] = {}
         self._facts: dict[int, Mapping[str, Any]] = {}
+        self._absent: set[int] = set()
         self._ends: dict[int, tuple[End, float]] = {}
         self._told_signal = False
         self._announced = False
@@ -63,7 +64,7 @@ class Host:
         """Wait until all are there. Raises Parted where some do not come, Stopped, and what look_for does."""
         deadline = time.monotonic() + wait
         while len(self._guests) < self._nodes - 1:
-            look_for(rank for rank in range(1, self._nodes) if rank not in self._guests)
+            self._look(look_for)
             self.attend(ending, POLL_SECONDS)
             if self.verdict is not None:
                 raise Parted(self.verdict.sentence)
@@ -73,6 +74,15 @@ class Host:
                 raise Parted(f"{_named(missing)} did not call {self._at} within {wait:g} s")
         guests = {rank: (guest.host, self._facts[rank]) for rank, guest in sorted(self._guests.items())}
         return {0: (platform.node(), facts), **guests}
+
+    def _look(self, look_for: LookFor) -> None:
+        for rank in range(1, self._nodes):
+            if rank not in self._guests:
+                try:
+                    look_for(rank)
+                except Exception:
+                    self._absent.add(rank)
+                    raise
 
     def open(self, attempt: int) -> Entry:
         """Let all of them go."""
@@ -123,7 +133,8 @@ class Host:
     def turn_away(self, sentence: str, ending: Ending) -> None:
         """Tell the others, as they come, why there will be no run; for as long as a node may be silent."""
         deadline = time.monotonic() + self._silence
-        while time.monotonic() < deadline and len(self._guests) < self._nodes - 1 and ending.signal is None:
+        coming = self._nodes - 1 - len(self._absent)
+        while time.monotonic() < deadline and len(self._guests) < coming and ending.signal is None:
             self.attend(ending, POLL_SECONDS)
         self.leave(Verdict(REFUSED, sentence, 0))
 

@@ -17,7 +17,12 @@ from polycom_ext.errors import PolycomError
 
 from ..zygotes.forked_ranks import Zygote
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1", "LOG_FILTER_TYPE": "rank0_only"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "LOG_FILTER_TYPE": "rank0_only",
+    "WANDB_MODE": "offline",
+}
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps until the cock crows".split()
 
 MODEL = {

@@ -85,6 +85,15 @@ def test_a_run_records_its_speed_its_memory_and_the_work_of_a_token(train: Train
     assert reckoned.flops_per_token == model_flops(weights, layers=2, attention_width=32, sequence=32)
 
 
+@pytest.mark.full
+def test_weights_and_biases_keeps_what_olmo_logs_where_nothing_is_sent(train: Trainer) -> None:
+    run = train(model=POLYNORM, wandb={"project": "polycom", "log_interval": 1})
+    [kept] = (run.folder / "checkpoints" / "wandb").rglob("offline-run-*/run-*.wandb")
+    logged = kept.read_bytes()
+    assert b"train/CrossEntropyLoss" in logged
+    assert b"throughput/device/tokens_per_second" in logged
+
+
 @pytest.mark.parametrize("wrapping", ["by_block", None])
 def test_coefficients_are_trained_complete_and_saved(train: Trainer, wrapping: str | None) -> None:
     settings: dict[str, Any] = {
