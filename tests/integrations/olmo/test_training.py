@@ -69,6 +69,7 @@ def test_kill_and_resume_is_the_straight_run(train: Trainer, settings: dict[str,
     assert resumed.coefficients == straight.coefficients
 
 
+@pytest.mark.full
 def test_a_run_records_its_speed_its_memory_and_the_work_of_a_token(train: Trainer) -> None:
     """Of its four experts a token has two, so half of their weights, and no router, count."""
     run = train(moe=True, processes=2, model=POLYNORM)
