@@ -31,6 +31,7 @@ DEFAULT_FORMAT = "megatron"
 CHECKPOINT_GROUP = "polycom_ext.checkpoints"
 OUR_CHECKPOINTS = {
     "megatron": "polycom_ext.integrations.megatron.conversion:CHECKPOINTS",
+    "megatron-2023": "polycom_ext.integrations.megatron.released:CHECKPOINTS",
     "olmo": "polycom_ext.integrations.olmo.conversion:CHECKPOINTS",
     "hf": "polycom_ext.integrations.huggingface.conversion:CHECKPOINTS",
 }
