@@ -109,6 +109,15 @@ def test_a_class_of_transformers_keeps_its_class_and_its_numbers(kind: str, tmp_
         assert torch.equal(again(tokens()).logits, model(tokens()).logits)
 
 
+def test_a_class_that_has_no_width_of_heads_is_not_given_one(tmp_path: Path) -> None:
+    model = made("gated-experts", qk_norm="row", head_dim=16)  # but for that an Olmoe
+    model.save_pretrained(tmp_path / "a")
+    assert convert(tmp_path / "a", tmp_path / "b") == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    with torch.no_grad():
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
 def test_a_type_may_be_asked_for_and_coefficients_stay_float32(tmp_path: Path) -> None:
     made("olmoe").save_pretrained(tmp_path / "a")
     assert convert(tmp_path / "a", tmp_path / "b", "--dtype", "bfloat16") == 0
