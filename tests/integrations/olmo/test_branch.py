@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from polycom_ext import cli
+
 from .conftest import Trainer
 
 pytestmark = pytest.mark.github
@@ -119,6 +121,32 @@ def test_our_block_is_the_branchs(branch: dict, olmo: None, case: dict) -> None:
             grad = grad.transpose(1, 2)
         assert grad.any(), name
         assert ratio(grads[name], grad.reshape(grads[name].shape)) < 1e-5, name
+
+
+CONVERTED = [
+    *({"activation_type": activation, "moe_mlp_impl": "sparse"} for activation in ("swiglu", "polynorm-4")),
+    {"activation_type": "polyprelu", "moe_mlp_impl": "grouped"},
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", CONVERTED, ids=name_of)
+def test_the_branchs_experts_are_converted(branch: dict, olmo: None, case: dict, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from olmo.config import ModelConfig, TrainConfig
+
+    from polycom_ext.integrations import huggingface
+
+    huggingface.register()
+    expected = branch[json.dumps(SHAPE | case)]
+    (tmp_path / "branch").mkdir()
+    torch.save(expected["state"], tmp_path / "branch" / "model.pt")
+    TrainConfig(model=ModelConfig(**(SHAPE | case))).save(tmp_path / "branch" / "config.yaml")
+    assert cli.main(["convert", str(tmp_path / "branch"), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        logits = model(expected["tokens"]).logits
+    torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
 
 
 def test_some_cases_have_experts_without_a_token(branch: dict) -> None:

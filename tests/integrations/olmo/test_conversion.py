@@ -52,7 +52,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 IN_TEST = ("polynorm",)
 """The rest takes half a second each."""
-STOCK = {"swiglu": "llama", "OLMo 1": "olmo", "gated experts": "olmoe"}
+STOCK = {
+    **{"swiglu": "llama", "OLMo 1": "olmo", "gated experts": "olmoe"},
+    **dict.fromkeys(("gelu", "relu", "relu2", "silu", "mish"), "arcee"),
+}
 """What transformers computes by itself, with no code of ours."""
 
 
