@@ -86,6 +86,18 @@ def test_in_fp8_the_op_fuser_is_the_layers(
     assert losses[1] == pytest.approx(in_bfloat16[1], rel=0.01)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("layers", [ON_TE, FUSER], ids=["layers", "op fuser"])
+@pytest.mark.parametrize("recipe", ["delayed", "blockwise", "mxfp8"])
+def test_in_fp8_sequence_parallel_ranks_are_tensor_parallel_ones(
+    on_te: Trainer, recipe: str, layers: list[str]
+) -> None:
+    """What they gather, quantised, is what each of these quantises."""
+    options = [*WIDE, *layers, "--fp8-format", "e4m3", "--fp8-recipe", recipe]
+    parallel = on_te(*options, *DENSE["TP2+SP"][1].split(), processes=2)
+    assert_same(parallel, on_te(*options, *TP2, processes=2))
+
+
 @pytest.fixture(scope="module")
 def experts(on_te: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Experts of TE's layers, one after the other, from a checkpoint of their own.
@@ -110,6 +122,26 @@ def test_grouped_experts(on_te: Trainer, experts: Start, layout: str) -> None:
     processes, more = {**ONE, **MOE}[layout]
     recomputed = MOE_ACT if layout == "ETP2" else []
     assert_same(on_te(*options, *GROUPED, *more.split(), *recomputed, processes=processes), straight)
+
+
+WIDE_EXPERTS = [*WIDE, *MOE_MODEL, "--moe-ffn-hidden-size", "128"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["one process", "ETP2"])
+@pytest.mark.parametrize("recipe", ["delayed", "blockwise", "mxfp8"])
+def test_in_fp8_grouped_experts_are_those_one_after_the_other(
+    on_te: Trainer, experts: Start, recipe: str, layout: str
+) -> None:
+    """Of as many rows as come, padded to what the recipe quantises, and the router's weights with them."""
+    options, in_bfloat16 = experts("polynorm", [*WIDE_EXPERTS, *ON_TE])
+    processes, more = {**ONE, **MOE}[layout]
+    options = [*options, *more.split(), "--fp8-format", "e4m3", "--fp8-recipe", recipe]
+    grouped = on_te(*options, *GROUPED, processes=processes)
+    assert_same(grouped, on_te(*options, processes=processes))
+    found, near = (run.series("train/loss") for run in (grouped, in_bfloat16))
+    assert found != near
+    assert found[1] == pytest.approx(near[1], rel=0.01)
 
 
 @pytest.mark.long

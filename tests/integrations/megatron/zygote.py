@@ -35,6 +35,7 @@ def _main() -> None:
     rehearsal.enable = lambda: None  # done, for every rank that is forked from here
     if sources:
         standin.name_a_device()
+        standin.gather_together()
     importlib.import_module("polycom_ext.integrations.megatron.gpt")
     # What a rank would import as it starts: tokenizers, and with them transformers, take most of its time.
     for name in (

@@ -37,6 +37,9 @@ def generic_gemm(
 ) -> tuple[Tensor, Tensor | None, None, None]:
     """D = op(B) op(A), matrices of rows: what cuBLAS, column by column, calls op(A) op(B)."""
     A, B = plain(A), plain(B)
+    # Bytes that were gathered say float32, whatever type they stand for.
+    dtype = min(A.dtype, B.dtype, key=lambda one: one.itemsize)
+    A, B = A.to(dtype), B.to(dtype)
     a, b = A.reshape(-1, A.shape[-1]), B.reshape(-1, B.shape[-1])
     out = (b.T if transB else b) @ (a.T if transA else a)
     if not transB:

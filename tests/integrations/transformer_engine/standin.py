@@ -206,6 +206,20 @@ def name_a_device() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
 
+def gather_together() -> None:
+    """Let gloo, which can begin no batch of any operations on a device, gather what TE gathers at once.
+
+    That is a quantised tensor's bytes and scales, which it can without a device's being named.
+    """
+    c10d: Any = torch.distributed
+    coalesce = c10d._coalescing_manager
+
+    def without_device(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+        return coalesce(group, None, async_ops)
+
+    c10d._coalescing_manager = without_device
+
+
 def _as_if_on_a_gpu(check: Callable[..., Any]) -> Callable[..., Any]:
     """`check`, in which TE asserts that there is a GPU, or that a tensor lies on it."""
 
