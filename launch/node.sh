@@ -14,4 +14,9 @@ trap 'tell $?' EXIT
 set -e # of the setup, where there is any
 cd @DIRECTORY@
 @SETUP@
+set +e
+shopt -s execfail # the trap hears nothing of an exec that fails
 exec @COMMAND@
+status=$?
+tell $status
+exit $status

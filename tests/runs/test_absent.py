@@ -91,6 +91,16 @@ def test_a_node_whose_set_up_fails_ends_the_others(
     assert f"small: node {broken} does not come: {failed}\n" in ended[other][1]
 
 
+def test_a_node_that_has_not_the_command_tells_the_others(planned: Callable[..., None]) -> None:
+    planned(":")
+    script = RUN / "node.sh"
+    script.write_text(script.read_text().replace(f"exec {sys.executable} ", "exec /no/such/python "))
+    place = {"POLYCOM_NODE_RANK": "1", "POLYCOM_RENDEZVOUS": "host:1"}
+    ended = subprocess.run(["bash", script], env={**os.environ, **place}, capture_output=True, check=False)
+    assert ended.returncode == 127
+    assert (RUN / "absent.node-1.txt").read_text().splitlines()[:2] == ["host:1", "127"]
+
+
 def test_a_node_whose_directory_is_in_use_ends_the_others(
     planned: Callable[..., None], polycom: list[str]
 ) -> None:

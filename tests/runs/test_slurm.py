@@ -15,6 +15,7 @@ from polycom_ext.errors import PolycomError
 from polycom_ext.runs import plan
 from polycom_ext.runs.backends.slurm import Slurm
 from polycom_ext.runs.site import Container, Site
+from polycom_ext.runs.spec import load
 
 from . import hostile
 
@@ -35,7 +36,9 @@ def files(toy_spec: Callable[..., str]) -> Callable[..., dict[str, str]]:
         spec, keys = Path(toy_spec()), ["nodes=2"]
         if stop_grace_seconds is not None:
             keys.append(f"stop_grace_seconds={stop_grace_seconds}")
-        return Slurm().files(plan.planned(spec, keys, Path(path).absolute(), Path("outputs"), Site(**site)))
+        return Slurm().files(
+            plan.planned(load(spec, keys), Path(path).absolute(), Path("outputs"), Site(**site))
+        )
 
     return render
 
@@ -142,12 +145,13 @@ def test_pyxis_gets_image_and_mounts_as_they_are(files: Callable[..., dict[str, 
 
 def test_an_engines_command_is_what_each_node_executes(files: Callable[..., dict[str, str]]) -> None:
     rendered = files(container=Container("i.sif", "apptainer"), setup=("module load apptainer",))
-    setup, trial, started = rendered["node.sh"].splitlines()[-3:]
-    assert setup == "module load apptainer"
+    lines = rendered["node.sh"].splitlines()
+    trial = lines[lines.index("module load apptainer") + 1]
     assert trial.startswith("apptainer exec ")
     assert trial.endswith(" i.sif true"), "what the engine refuses ends node.sh, which tells the others"
+    [started] = (line for line in lines if line.startswith("exec "))
     assert started.startswith("exec apptainer exec ")
-    assert rendered["node.sh"].endswith(f" i.sif polycom node {Path('outputs/small').absolute()}\n")
+    assert started.endswith(f" i.sif polycom node {Path('outputs/small').absolute()}")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_what_slurm_could_not_be_told_is_refused_in_a_sentence(
 def test_a_container_is_asked_for_its_files_where_it_runs(toy_spec: Callable[..., str]) -> None:
     spec = Path(toy_spec(needs="/data/of/the/image", steps=1))
     bare, inside = (
-        plan.planned(spec, [], None, Path("outputs"), Site(container=image))
+        plan.planned(load(spec), None, Path("outputs"), Site(container=image))
         for image in (None, Container("image", "docker"))
     )
     plan.check_inputs(inside)
