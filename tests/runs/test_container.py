@@ -19,6 +19,7 @@ from polycom_ext.runs.backends import container, rendering
 from polycom_ext.runs.backends.docker import Docker
 from polycom_ext.runs.plan import Run
 from polycom_ext.runs.site import Container, Site
+from polycom_ext.runs.spec import load
 
 COMMAND = ["polycom", "node", "RUN_DIR"]
 SECRET = "s3cr3t-value"
@@ -31,7 +32,7 @@ def planned(toy_spec: Callable[..., str]) -> Callable[..., Run]:
 
     def make(path: str = "outputs/small", name: str = "small", **site: Any) -> Run:
         spec, changes = Path(toy_spec()), [f"name={name}"]
-        return plan.planned(spec, changes, Path(path).absolute(), Path("outputs"), Site(**site))
+        return plan.planned(load(spec, changes), Path(path).absolute(), Path("outputs"), Site(**site))
 
     return make
 
@@ -148,7 +149,7 @@ def test_a_user_keeps_the_number_that_owns_the_files(planned: Callable[..., Run]
 def test_the_backend_docker_refuses_what_it_could_not_start(
     toy_spec: Callable[..., str], site: dict[str, Any], sentence: str
 ) -> None:
-    run = plan.planned(Path(toy_spec()), ["nodes=2"], Path("outputs").absolute(), Path(), Site(**site))
+    run = plan.planned(load(Path(toy_spec()), ["nodes=2"]), Path("outputs").absolute(), Path(), Site(**site))
     with pytest.raises(PolycomError, match=re.escape(sentence)):
         Docker().files(run)
 

@@ -21,6 +21,7 @@ from polycom_ext.cli import main
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs import backends, document, plan
 from polycom_ext.runs import site as sites
+from polycom_ext.runs.spec import load
 from polycom_ext.runs.submit import submit
 
 from .conftest import THIRD_PARTY
@@ -177,7 +178,7 @@ def written(folder: Path, name: str, content: dict[str, Any]) -> Path:
 def planned(folder: Path, spec: dict[str, Any], site: dict[str, Any]) -> plan.Run:
     """The run of these in a folder, which its backend can render."""
     known = sites.load(written(folder, "site", site))
-    run = plan.planned(written(folder, "spec", spec), [], folder / "run", folder, known)
+    run = plan.planned(load(written(folder, "spec", spec)), folder / "run", folder, known)
     plan.check(run)
     backends.find(run.site.backend).files(run)
     return run

@@ -19,6 +19,7 @@ import polycom_ext
 from polycom_ext.cli import main
 from polycom_ext.runs import attempt, launch, plan
 from polycom_ext.runs.site import Site
+from polycom_ext.runs.spec import load
 from polycom_ext.upstream import git
 
 RUN = Path("outputs/small")
@@ -319,9 +320,8 @@ def test_a_run_that_has_not_begun_says_what_its_trainer_said_last(
     toy_spec: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(attempt, "PATIENCE_SECONDS", 0.0)
-    written = plan.planned(
-        Path(toy_spec(steps=1, seconds=1, talk="waiting for rank 7")), [], None, RUN.parent, Site()
-    )
+    spec = load(Path(toy_spec(steps=1, seconds=1, talk="waiting for rank 7")))
+    written = plan.planned(spec, None, RUN.parent, Site())
     RUN.mkdir(parents=True)
     written.directory.write(written.spec, written.adapter, written.command, written.site, {})
     assert main(["node", str(RUN)]) == 0

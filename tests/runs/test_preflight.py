@@ -14,6 +14,7 @@ from polycom_ext.machine.nvidia import Driver, Gpu, Process
 from polycom_ext.runs import plan, preflight
 from polycom_ext.runs.preflight import compare
 from polycom_ext.runs.site import Site
+from polycom_ext.runs.spec import load
 from polycom_ext.runs.wishes import CHECKS, Wishes
 
 A100 = Gpu(
@@ -153,7 +154,7 @@ def test_what_keeps_a_run_from_starting_on_a_node_is_its_sentence() -> None:
 
 
 def planned(spec: str) -> plan.Run:
-    run = plan.planned(Path(spec), [], None, Path("outputs"), Site())
+    run = plan.planned(load(Path(spec)), None, Path("outputs"), Site())
     run.directory.path.mkdir(parents=True, exist_ok=True)
     run.directory.write(run.spec, run.adapter, run.command, run.site, {})
     return run
