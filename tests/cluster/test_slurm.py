@@ -256,10 +256,13 @@ def test_a_run_that_fails_every_time_is_queued_in_between_and_given_up_after_max
     told("scontrol", "release", job)
     wait_until(lambda: "ended" in (record.attempts() or [{}])[0], "end of an attempt")
     seen = set()
-    while len(record.attempts()) < 2:
+
+    def is_started_again() -> bool:
         status = read(record.path)
         seen.add((status.state, status.reason))
-        time.sleep(0.2)
+        return len(record.attempts()) == 2
+
+    wait_until(is_started_again, "second attempt", seconds=120)
     assert {state for state, _ in seen} <= {"queued", "running"}
     before = "; before that failed: exit status 1"
     assert [one for _, one in seen if one and f"job {job} is pending" in one and before in one], seen
