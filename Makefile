@@ -83,6 +83,7 @@ test-long: $(CLUSTER_READY)
 
 # Several nodes for real, made of this machine: root's to do. What is missing is installed, on Debian.
 CLUSTER := slurm-wlm munge docker.io debootstrap openssh-server iproute2 iptables
+SLOW := tests/cluster/test_docker.py tests/cluster/test_slurm.py
 
 $(CLUSTER_READY): requirements-cluster.txt $(READY)
 	$(PIP) --requirement requirements-cluster.txt
@@ -90,7 +91,8 @@ $(CLUSTER_READY): requirements-cluster.txt $(READY)
 
 test-cluster: $(CLUSTER_READY)
 	bash tests/cluster/install.sh $(CLUSTER)
-	$(BIN)/pytest -m "cluster and not long" -rs -n 2 --dist loadfile tests/cluster
+	$(BIN)/pytest $(SLOW) $(filter-out $(SLOW),$(sort $(wildcard tests/cluster/test_*.py))) \
+		-m "cluster and not long" -rs -n 2 --dist loadfile --no-loadscope-reorder
 
 # The pages and the API, into build/docs; a warning is an error.
 docs: $(READY)
