@@ -203,6 +203,8 @@ def test_the_layouts_of_the_authors_are_read(place: str, name: str, tmp_path: Pa
     assert convert(theirs, tmp_path / "hf", "--dtype", "float32") == 0
     again, told = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(told.values()), told
+    stored = {tensor.dtype for name, tensor in tensors(tmp_path / "hf").items() if "act_fn" in name}
+    assert stored == {torch.float32}
     model.load_state_dict({name: one.bfloat16().float() for name, one in model.state_dict().items()})
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(tokens()).logits, model(tokens()).logits)
