@@ -16,10 +16,10 @@ pytest.importorskip("transformers")
 
 from polycom_ext import cli
 from polycom_ext.checkpoints.model import Model
-from polycom_ext.integrations.olmo.conversion import CHECKPOINTS
+from polycom_ext.integrations.olmo.conversion import CHECKPOINTS, STEP
 
 from .conftest import Run, Trainer
-from .test_conversion import convert, logits, olmos, transformers
+from .test_conversion import convert, logits, olmos, saved, transformers
 
 FULL = pytest.mark.full
 EXPERTS: dict[str, Any] = {"moe": True, "model": {"activation_type": "polynorm"}}
@@ -149,3 +149,19 @@ def test_training_goes_on_from_what_was_converted(
     assert losses[0] == losses[1], "as from the checkpoint that it was"
     assert losses[0][1] < first.series("train/loss")[1] - 0.1, "not from scratch"
     assert losses[0][4] < losses[0][1]
+
+
+@FULL
+def test_a_relu_model_trains_on_as_a_polyrelu_model(train: Trainer, olmo: None, tmp_path: Path) -> None:
+    source = saved(tmp_path / "step2-unsharded", activation_type="relu", init_std=0.02)
+    relu, upgraded = convert(source, tmp_path / "relu", "olmo"), tmp_path / "polyrelu"
+    command = ["convert", str(source), str(upgraded), "--to", "olmo", "--activation", "polyrelu"]
+    assert cli.main(command) == 0
+    before, after = (
+        train(max_duration=4, load_path=str(folder), model={"activation_type": name}, **RESET)
+        for folder, name in ((relu, "relu"), (upgraded / STEP, "polyrelu"))
+    )
+    losses = after.series("train/loss")
+    assert losses[1] == pytest.approx(before.series("train/loss")[1], rel=1e-6)
+    assert losses[4] < losses[1]
+    assert after.coefficients["layers"][0]["weight"] != [0.0, 0.0, 1.0]
