@@ -124,6 +124,7 @@ BEGINNING: dict[str, Any] = {
     **{"checkpoints": [], "unsharded_checkpoints": [], "ephemeral_checkpoints": []},
 }
 """The state of a trainer that has yet to begin: OLMo reads one even where it is told to take none of it."""
+TOKENIZER = "tokenizer.json"
 STEP = "step0-unsharded"
 """OLMo knows an unsharded checkpoint by the end of its folder's name."""
 
@@ -146,20 +147,23 @@ class Checkpoints:
         problem = saved.problem_of_weights(path)
         if problem is not None:
             raise PolycomError(f"{path} {problem}: name another checkpoint")
-        config = exchange.read(_settings(path).get("model"), str(path))
+        settings = _settings(path)
+        config = exchange.read(settings.get("model"), str(path))
         rows = {row.theirs: row for row in (*rows_of(config), *_apart(config))}
         readers: dict[str, Callable[[], Any]] = {}
         for name, reader in weights.readers(path).items():
             if name not in rows:
                 raise PolycomError(f"{path} holds {name}, for which the exchange format has no place")
             readers.update(rows[name].read(reader, config))
-        return tokenizer.added(Model(config, readers, str(path)), path)
+        return tokenizer.added(Model(config, readers, str(path), _tokenizer(path, settings)), path)
 
     def write(self, model: Model, folder: Path, options: Options, advance: Callable[[int], object]) -> None:
         settings = {"run_name": "converted", "model": exchange.written(model.config, model.source)}
-        if options.tokenizer is not None:
-            settings["tokenizer"] = {"identifier": str(options.tokenizer.resolve())}
         (folder / STEP).mkdir()
+        given = options.tokenizer or model.files.get(TOKENIZER)
+        if given is not None:  # OLMo looks for it from where it runs, so by its whole path
+            settings["tokenizer"] = {"identifier": str(given.resolve())}
+            shutil.copyfile(given, folder / STEP / TOKENIZER)
         _write_weights(model, folder / STEP, options, advance)
         text = yaml.safe_dump(settings, sort_keys=False)
         (folder / STEP / "config.yaml").write_text(text, encoding="utf-8")
@@ -199,6 +203,15 @@ def _settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise PolycomError(f"{path / 'config.yaml'} cannot be read: {error}") from None
     return settings if isinstance(settings, dict) else {}
+
+
+def _tokenizer(path: Path, settings: dict[str, Any]) -> dict[str, Path]:
+    """That which was converted with it, or the file from which OLMo had it."""
+    named = settings.get("tokenizer")
+    identifier = named.get("identifier") if isinstance(named, dict) else None
+    places = [path / TOKENIZER, *([Path(identifier)] if isinstance(identifier, str) else [])]
+    found = next((place for place in places if place.is_file()), None)
+    return {} if found is None else {TOKENIZER: found}
 
 
 def _write_weights(model: Model, folder: Path, options: Options, advance: Callable[[int], object]) -> None:

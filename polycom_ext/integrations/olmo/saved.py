@@ -54,7 +54,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 def choice_of_weights(checkpoints: Path) -> Choice:
     """The newest one whose weights are whole, whatever else it lacks."""
-    return choose((step, path, problem_of_weights(path)) for step, _, path in _folders(checkpoints))
+    found = ((step, path) for step, _, path in _folders(checkpoints) if is_checkpoint(path))
+    return choose((step, path, problem_of_weights(path)) for step, path in found)
 
 
 def problem_of_weights(folder: Path) -> str | None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from polycom_ext import cli
+from polycom_ext.integrations.olmo import exchange, options
 
 from .conftest import Trainer
+from .test_conversion_refusals import CONFIG
 
 pytestmark = pytest.mark.github
 
@@ -147,6 +149,13 @@ def test_the_branchs_experts_are_converted(branch: dict, olmo: None, case: dict,
     with torch.no_grad():
         logits = model(expected["tokens"]).logits
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_converted_configuration_has_only_fields_of_the_branchs_own(branch_paths: list[Path]) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "qk_norm": "row"}
+    told = exchange.written({**CONFIG, **experts}, "models/it")
+    assert told["block_type"] == "moe"
+    assert {f"model.{name}" for name in told} <= options.known(branch_paths[0])
 
 
 def test_some_cases_have_experts_without_a_token(branch: dict) -> None:

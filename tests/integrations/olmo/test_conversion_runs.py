@@ -46,17 +46,25 @@ def trained(train: Trainer) -> Callable[[str], Run]:
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == IN_TEST else FULL) for name in RUNS])
-def test_logits_of_a_run_are_olmos(
-    trained: Callable[[str], Run], olmo: None, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_logits_of_a_run_are_olmos_and_its_tokenizer_goes_along(
+    trained: Callable[[str], Run],
+    inputs: dict[str, Any],
+    olmo: None,
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if name == "olmo_core":
         pytest.importorskip("olmo_core", reason="needs ai2-olmo-core==0.1.0")
-    run = trained(name)
+    run, tokenizer = trained(name), Path(inputs["tokenizer"]["identifier"])
     theirs = olmos(run.folder / "checkpoints" / "step4-unsharded")
     model = transformers(convert(run.folder, tmp_path / "hf", "hf"))
     chosen = "step4-unsharded" if name == "DDP" else "step4"
     assert f" of {run.folder / 'checkpoints' / chosen}\n" in capsys.readouterr().out
     torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+    back = convert(convert(run.folder, tmp_path / "olmo", "olmo"), tmp_path / "again", "hf")
+    assert (back / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
 
 
 def test_torchs_new_sharded_format_is_read(trained: Callable[[str], Run], olmo: None, tmp_path: Path) -> None:
@@ -111,6 +119,13 @@ def test_damaged_checkpoints_of_a_run_are_passed_over(
     assert cli.main(["convert", str(copied.parent), str(tmp_path / "three"), "--to", "hf"]) == 2
     assert "lacks config.yaml" in capsys.readouterr().err
     assert not (tmp_path / "three").exists()
+
+
+def test_folders_of_another_form_are_not_taken_for_damaged_ones(copied: Path, tmp_path: Path) -> None:
+    """As a training of transformers' leaves them."""
+    folder = convert(copied.parent, tmp_path / "hf", "hf")
+    shutil.copytree(folder, folder / "step100")
+    convert(folder, tmp_path / "again", "hf")
 
 
 class Command:
