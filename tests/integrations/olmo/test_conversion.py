@@ -127,3 +127,15 @@ def test_a_model_is_the_same_in_transformers_and_back_in_olmo(name: str, tmp_pat
 def contents(folder: Path) -> dict[str, bytes]:
     """Of every file that tells nothing of where it comes from."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "conversion.json"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["polynorm", "swiglu", "grouped queries, tied", "biases", "plain experts"])
+def test_a_model_is_the_same_by_way_of_megatrons_form(name: str, tmp_path: Path) -> None:
+    changes = {**MOE, **POLYNORM, "attention_layer_norm": False} if name == "plain experts" else MODELS[name]
+    source = saved(tmp_path / "step2-unsharded", **changes)
+    back = convert(convert(source, tmp_path / "megatron", "megatron"), tmp_path / "olmo", "olmo")
+    weights, expected = (torch.load(folder / "model.pt") for folder in (back, source))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights.items())
+    torch.testing.assert_close(logits(olmos(back)), logits(olmos(source)))
