@@ -10,7 +10,7 @@ from typing import Any
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
 from polycom_ext.integrations.megatron import blends, checks, model, options, saved, tokens
-from polycom_ext.integrations.megatron.native import FLAGS
+from polycom_ext.integrations.megatron.native import FLAGS, PATCHED
 from polycom_ext.runs import entry
 from polycom_ext.runs.adapter import Facts, Needs, Upstream, chosen_tree, integer
 from polycom_ext.runs.record import Record
@@ -36,7 +36,7 @@ class MegatronAdapter:
     upstreams: Mapping[str, Upstream] = {"megatron": Upstream("Megatron-LM", ("megatron",))}
 
     def needs_patches(self, spec: Spec) -> bool:
-        return spec.entry.name not in FLAGS
+        return spec.entry.name not in FLAGS or any(map(spec.options.get, PATCHED))
 
     def validate(self, spec: Spec) -> None:
         _check_reserved(spec)

@@ -102,8 +102,8 @@ def check_arguments(args: Any, config: TransformerConfig) -> None:
     if reason is None and name is None and _norm_misses_experts(config) and args.clip_grad > 0:
         reason = (
             "--moe-grouped-gemm under tensor parallelism, with Transformer Engine 2.13 or later: the norm "
-            "by which Megatron clips leaves out the experts of every rank but the first: remove "
-            "--moe-grouped-gemm or give --clip-grad 0"
+            "by which Megatron clips leaves out the experts of every rank but the first: give "
+            "--moe-grouped-experts-in-norm, which counts them in the patched Megatron, or --clip-grad 0"
         )
     if reason is None and name is not None:
         if args.moe_use_upcycling:
@@ -118,8 +118,10 @@ def check_arguments(args: Any, config: TransformerConfig) -> None:
 
 
 def _norm_misses_experts(config: TransformerConfig) -> bool:
-    """Whether grouped experts are left out of the gradient's norm where `count_in_norm` is not called."""
+    """Whether grouped experts are left out of the gradient's norm, since `count_in_norm` is not called."""
     if not (config.num_moe_experts and config.moe_grouped_gemm and config.tensor_model_parallel_size > 1):
+        return False
+    if getattr(config, "moe_grouped_experts_in_norm", False):  # a field of the patched Megatron
         return False
     from megatron.core.utils import is_te_min_version
 

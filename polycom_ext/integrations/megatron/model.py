@@ -46,10 +46,11 @@ HARMLESS = {
         "embedding-init-method-std init-method-std init-method-xavier-uniform init-model-with-meta-device "
         "moe-use-upcycling seed"
     ),
-    "how it is trained, as the learning rate is: dropout, noise, and what the loss weighs": (
+    "how it is trained, as the learning rate is: dropout, noise, what the loss weighs and what is clipped": (
         "attention-dropout calculate-per-token-loss dsa-indexer-loss-coeff dsa-indexer-use-sparse-loss "
-        "hidden-dropout moe-aux-loss-coeff moe-input-jitter-eps moe-router-bias-update-rate moe-z-loss-coeff "
-        "mtp-loss-scaling-factor qk-clip qk-clip-alpha qk-clip-threshold"
+        "hidden-dropout moe-aux-loss-coeff moe-grouped-experts-in-norm moe-input-jitter-eps "
+        "moe-router-bias-update-rate moe-z-loss-coeff mtp-loss-scaling-factor qk-clip qk-clip-alpha "
+        "qk-clip-threshold"
     ),
     "what is logged, checked or trusted": (
         "config-logger-dir log-max-attention-logit moe-per-layer-logging test-mode trust-remote-code"

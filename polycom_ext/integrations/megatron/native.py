@@ -6,3 +6,5 @@ from typing import Any
 
 FLAGS: dict[str, dict[str, Any]] = {"swiglu": {"swiglu": True}, "gelu": {}, "relu2": {"squared-relu": True}}
 """Name of the registry -> the options that ask for it."""
+PATCHED = ("moe-grouped-experts-in-norm",)
+"""Options of the patched Megatron only, which are of use with these activations."""

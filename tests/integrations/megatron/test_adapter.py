@@ -72,6 +72,15 @@ def test_an_activation_is_asked_for_in_upstreams_way_where_it_has_one(name: str)
     assert given[given.index("--ffn-hidden-size") + 1] == ("512" if entry.gated else "768")
 
 
+def test_upstream_s_activations_need_the_patches_for_what_only_these_offer() -> None:
+    adapter, spec = MegatronAdapter(), make("swiglu", num_experts=4, moe_grouped_experts_in_norm=True)
+    adapter.validate(spec)
+    assert "--moe-grouped-experts-in-norm" in arguments(spec)
+    assert adapter.needs_patches(spec)
+    assert not adapter.needs_patches(make("swiglu", num_experts=4, moe_grouped_experts_in_norm=False))
+    assert not adapter.needs_patches(make("swiglu", num_experts=4))
+
+
 def test_an_order_reaches_the_trainer() -> None:
     given = arguments(make("polyrelu-4"))
     assert given[given.index("--polycom-activation") + 1] == "polyrelu-4"

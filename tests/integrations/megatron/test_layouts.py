@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from polycom_ext.integrations.megatron.native import FLAGS
+
 from .conftest import BIASES, Run, Trainer
 
 FROM_CHECKPOINT = ("--finetune", "--no-load-optim", "--no-load-rng")
@@ -152,7 +154,8 @@ class Start:
         """Options that start from the checkpoint, and the straight run."""
         key = f"{activation} {' '.join(model)}"
         if key not in self._made:
-            options = [*model, "--polycom-activation", activation]
+            flags = [f"--{flag}" for flag in FLAGS.get(activation, {})]
+            options = [*model, *(flags or ["--polycom-activation", activation])]
             checkpoint = str(self._folder / str(len(self._made)))
             save = ("--save", checkpoint, "--save-interval", "2", "--no-save-optim", "--no-save-rng")
             self._train(*options, *layout.split(), *save, processes=processes, iterations=2)

@@ -151,11 +151,29 @@ def test_grouped_experts_with_biases(on_te: Trainer, experts: Start) -> None:
     assert_same(on_te(*options, *more.split(), processes=processes), straight)
 
 
-@pytest.mark.parametrize("clip", ["1", "0"])
-def test_what_clips_by_a_wrong_norm_is_refused(on_te: Trainer, clip: str) -> None:
-    """GELU's experts, which nobody marks; without clipping the norm is only written down."""
+IN_NORM = "--moe-grouped-experts-in-norm"
+
+
+def test_upstream_s_experts_count_in_the_norm_where_asked(on_te: Trainer) -> None:
+    """GELU's, which nobody marks else: that PolyCom names, which are marked, are the same function."""
     processes, more = MOE["ETP2"]
-    run = on_te(*MOE_MODEL, *GROUPED, *more.split(), "--clip-grad", clip, processes=processes, iterations=1)
-    refused = "leaves out the experts of every rank but the first" in run.log
-    assert refused is (clip == "1")
-    assert (2 in run.statuses) is refused
+    options = [*MOE_MODEL, *GROUPED, *more.split()]
+
+    def norm(*asked: str) -> float:
+        return on_te(*options, *asked, processes=processes, iterations=1).series("train/grad_norm")[1]
+
+    refused = on_te(*options, processes=processes, iterations=1)
+    assert 2 in refused.statuses
+    assert "leaves out the experts of every rank but the first" in refused.log
+    assert IN_NORM in refused.log
+    whole = norm(IN_NORM)
+    assert whole == norm("--polycom-activation", "gelu")
+    assert norm("--clip-grad", "0") < 0.999 * whole  # written down only
+
+
+@pytest.mark.long
+def test_swiglu_s_grouped_experts_count_in_the_norm_where_asked(on_te: Trainer, experts: Start) -> None:
+    """As the baselines are to be run."""
+    processes, more = MOE["ETP2"]
+    options, straight = experts("swiglu", [*MOE_MODEL, *GROUPED])
+    assert_same(on_te(*options, *more.split(), IN_NORM, processes=processes), straight)
