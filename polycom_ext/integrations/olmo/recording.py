@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import wandb
 from olmo.torch_util import get_global_rank
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -90,6 +91,12 @@ class RecordingTrainer(StoppingTrainer):
             values[mmlu] = fmean(values[group] for group in groups)
         self._record(values)
         return metrics
+
+    def close(self, exit_code: int = 0) -> None:
+        """Upstream ends Weights & Biases' run with an option which later versions refuse: end it before."""
+        if wandb.run is not None:
+            wandb.finish(exit_code=exit_code)
+        super().close(exit_code)
 
     def _record(self, metrics: dict[str, float]) -> None:
         if self.output is None or not metrics or get_global_rank() != 0:
