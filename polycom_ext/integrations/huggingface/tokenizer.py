@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polycom_ext.data.tokenizer import KNOWN_EOS, vocabulary
 from polycom_ext.errors import PolycomError
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -21,6 +20,8 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path, vocab_size: int) -> None:
+        from polycom_ext.data.tokenizer import vocabulary  # needs tokenizers, which others can do without
+
         self.path = path
         self._words = vocabulary(path)
         greatest = max(self._words.values(), default=0)
@@ -33,6 +34,8 @@ class Tokenizer:
     @property
     def eos_id(self) -> int | None:
         """Of the token that ends a document; None where it has none of the known names, or several."""
+        from polycom_ext.data.tokenizer import KNOWN_EOS
+
         found = [self._words[word] for word in KNOWN_EOS if word in self._words]
         return found[0] if len(found) == 1 else None
 
