@@ -19,13 +19,13 @@ from polycom_ext.activations import parse
 from polycom_ext.checkpoints import inert
 from polycom_ext.checkpoints.forms import Found, Options
 from polycom_ext.checkpoints.model import Concatenated, GroupedQKV, Model, Row
-from polycom_ext.checkpoints.sharded import METADATA, Folder, Writer
+from polycom_ext.checkpoints.sharded import Folder, Writer
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import write_text
-from polycom_ext.integrations.megatron import architecture
-from polycom_ext.integrations.megatron.saved import TRACKER
+from polycom_ext.integrations.megatron import architecture, saved
+from polycom_ext.integrations.megatron.saved import RELEASE, TRACKER
 from polycom_ext.runs import tokenizer
-from polycom_ext.runs.checkpoints import Damaged, problem_of_distributed
+from polycom_ext.runs.checkpoints import Damaged
 from polycom_ext.runs.record import Record
 
 QKV = GroupedQKV()
@@ -78,8 +78,6 @@ ACTIVATION = {
 """Whether there are experts -> where the coefficients stand."""
 WITHOUT_STATE = ("embedding.word_embeddings", "output_layer", "mlp.router")
 """Layers with a weight of which no extra state is asked for; the coefficients' neither."""
-RELEASE = "release"
-"""Upstream's name for weights without a training's state: they are loaded at iteration 0."""
 CONTENT = {"singleton_local_shards": False}
 """That the blocks are stacked."""
 BACKENDS = {
@@ -93,17 +91,19 @@ class Checkpoints:
     """Reads and writes them."""
 
     def find(self, path: Path) -> Found | None:
+        if any((path / name).exists() for name in ("common.pt", "metadata.json")):
+            return Found(path)
         for folder in (path, Record(path).checkpoints):
-            latest = folder / TRACKER
-            if latest.is_file():
-                named = latest.read_text().strip()
-                folder = folder / (f"iter_{int(named):07d}" if named.isdigit() else RELEASE)
-            if (folder / "common.pt").is_file() and (folder / METADATA).is_file():
-                return Found(folder)
+            chosen = saved.newest(folder)
+            listed = tuple(map(str, chosen.damaged))
+            if chosen.path is not None:
+                return Found(chosen.path, listed)
+            if listed:
+                raise PolycomError(f"no checkpoint is whole: {'; '.join(listed)}")
         return None
 
     def read(self, path: Path) -> Model:
-        problem = problem_of_distributed(path)
+        problem = saved.damage(path)
         if problem is not None:
             raise PolycomError(f"{Damaged(path, problem)}: name another checkpoint")
         folder = Folder(path)

@@ -7,6 +7,7 @@ torch                    iter_N/mp_rank_TT[_PPP][_EEE]/{model_optim_rng,distrib_
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -18,8 +19,11 @@ from polycom_ext.runs.spec import Spec
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """The file by which Megatron knows what to resume from; it is not written atomically."""
+RELEASE = "release"
+"""What it names, and the folder of, weights without a training's state, which load at iteration 0."""
 _ABSENT = "is not there"
-_MODEL, _OPTIMIZER = "model_optim_rng.pt", "distrib_optim.pt"
+MODEL, _OPTIMIZER = "model_optim_rng.pt", "distrib_optim.pt"
+PARTS = "mp_rank_*"
 
 
 def choice(spec: Spec, checkpoints: Path) -> Choice:
@@ -40,6 +44,23 @@ def choice(spec: Spec, checkpoints: Path) -> Choice:
         )
     listed = "; ".join(map(str, chosen.damaged))
     raise PolycomError(f"no checkpoint is whole: {listed}; move {checkpoints} away to start anew")
+
+
+def newest(checkpoints: Path) -> Choice:
+    """As `choice`, where no spec says in which form the checkpoints are, or whether there are any."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if (checkpoints / TRACKER).read_text(encoding="utf-8").strip() == RELEASE:
+            folder = checkpoints / RELEASE
+            return choose([(0, folder, damage(folder))])
+    named, _ = _tracked(checkpoints)
+    folders = [(step, path) for step, path in _folders(checkpoints) if named is None or step <= named]
+    return choose((step, path, damage(path)) for step, path in folders)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint of torch_dist or torch, as far as it is known without its layout."""
+    parts = sorted(path.name for path in folder.glob(PARTS))
+    return _problem_of_parts(folder, parts) if parts else _problem_of_torch_dist(folder)
 
 
 def whole(spec: Spec, checkpoints: Path) -> list[tuple[int, Path]]:
@@ -91,22 +112,23 @@ def _folders(checkpoints: Path) -> list[tuple[int, Path]]:
 def _problem(spec: Spec, folder: Path) -> str | None:
     format_ = spec.options.get("ckpt-format", "torch_dist")
     distributed = (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
-    if any(folder.glob("mp_rank_*")) or (format_ == "torch" and not distributed):
-        return _problem_of_parts(spec, folder)
-    if format_ not in ("torch_dcp", "fsdp_dtensor"):
-        for name in ("metadata.json", "common.pt"):
-            problem = problem_of_file(folder, name)
-            if problem is not None:
-                return problem
-    return problem_of_distributed(folder)
+    if any(folder.glob(PARTS)) or (format_ == "torch" and not distributed):
+        return _problem_of_parts(folder, _parts(spec))
+    if format_ in ("torch_dcp", "fsdp_dtensor"):
+        return problem_of_distributed(folder)
+    return _problem_of_torch_dist(folder)
 
 
-def _problem_of_parts(spec: Spec, folder: Path) -> str | None:
+def _problem_of_torch_dist(folder: Path) -> str | None:
+    problems = (problem_of_file(folder, name) for name in ("metadata.json", "common.pt"))
+    return next((found for found in problems if found is not None), None) or problem_of_distributed(folder)
+
+
+def _problem_of_parts(folder: Path, parts: list[str]) -> str | None:
     """Each part of the model has a folder; with the distributed optimizer, a file of that in each."""
-    parts = _parts(spec)
-    names = [_MODEL, *([_OPTIMIZER] if any((folder / part / _OPTIMIZER).exists() for part in parts) else [])]
+    names = [MODEL, *([_OPTIMIZER] if any((folder / part / _OPTIMIZER).exists() for part in parts) else [])]
     problems = (problem_of_file(folder, f"{part}/{name}") for part in parts for name in names)
-    return next((problem for problem in problems if problem is not None), None)
+    return next((found for found in problems if found is not None), None)
 
 
 def _parts(spec: Spec) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,43 @@ def test_a_block_of_another_type_is_refused(tmp_path: Path) -> None:
     ):
         CHECKPOINTS.write(Model(model.config, mixed, ""), tmp_path, Options(), lambda size: None)
     assert not (tmp_path / "release" / ".metadata").exists()
+
+
+def run_of(folder: Path, steps: list[int]) -> Path:
+    """A run's directory with a checkpoint at each step, of which the last is the newest."""
+    written(made("polynorm"), folder / "one")
+    checkpoints = folder / "run" / "checkpoints"
+    for step in steps:
+        shutil.copytree(folder / "one" / "release", checkpoints / f"iter_{step:07d}")
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(steps[-1]))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("damaged", ["__0_0.distcp", ".metadata", "common.pt", "metadata.json"])
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    damaged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tmp_path, [2, 4])
+    file = run / "checkpoints" / "iter_0000004" / damaged
+    file.write_bytes(file.read_bytes()[:-30])
+    assert cli.main(["convert", str(run), str(tmp_path / "out"), "--to", "megatron"]) == 0
+    said = capsys.readouterr()
+    (line,) = (line for line in said.err.splitlines() if "passed over" in line)
+    assert f"iter_0000004 holds {damaged}" in line
+    assert "iter_0000002" in said.out
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tmp_path, [2, 4])
+    for shard in run.rglob("*.distcp"):
+        shard.unlink()
+    assert cli.main(["convert", str(run), str(tmp_path / "out"), "--to", "megatron"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "no checkpoint is whole" in said
+    assert "iter_0000004 lacks" in said
+    assert "iter_0000002 lacks" in said
 
 
 def test_the_manifest_names_every_file(tmp_path: Path) -> None:
