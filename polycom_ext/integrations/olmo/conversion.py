@@ -230,7 +230,8 @@ def _write_weights(model: Model, folder: Path, options: Options, advance: Callab
         file = str(waiting / f"{len(state)}")
         mapped = torch.from_file(file, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         state[row.theirs] = mapped.view(tensor.shape).copy_(tensor)
-        advance(tensor.nbytes)
+        for _ in row.ours:
+            advance(tensor.nbytes // len(row.ours))
     torch.save(state, folder / "model.pt")
     torch.save(BEGINNING, folder / "train.pt")
     shutil.rmtree(waiting)
