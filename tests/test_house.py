@@ -26,6 +26,7 @@ FLOORS = (
     ("data", "machine"),
     ("checkpoints",),
     ("runs",),
+    ("evaluation",),
     ("integrations", "report", "doctor"),
     ("cli",),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from polycom_ext.report import published
+from polycom_ext.evaluation import published
 from polycom_ext.report.drawing import (
     WIDTH,
     Look,

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from polycom_ext import activations
-from polycom_ext.report import published
+from polycom_ext.evaluation import published
 from polycom_ext.report.rundir import Run
 from polycom_ext.runs import adapter, record
 from polycom_ext.runs import spec as run_spec
@@ -99,9 +99,12 @@ class Result:
 
     @cached_property
     def accuracies(self) -> dict[str, Series]:
-        """Accuracy, in percent, by task and step."""
+        """Accuracy while training, in percent, by task, under lm-eval's name, and step."""
         tasks = record.labelled(self.run.metrics, record.EVAL, record.ACCURACY)
-        return {task: {step: 100 * value for step, value in series.items()} for task, series in tasks.items()}
+        return {
+            published.in_loop(task): {step: 100 * value for step, value in series.items()}
+            for task, series in tasks.items()
+        }
 
     @cached_property
     def validation(self) -> Series:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polycom_ext.report import published
+from polycom_ext.evaluation import published
 from polycom_ext.report.results import Family, Result, common_steps, last
 from polycom_ext.runs.record import Series, mean
 

@@ -9,7 +9,7 @@ from statistics import fmean
 import pytest
 
 from polycom_ext.activations import REGISTRY
-from polycom_ext.report import published
+from polycom_ext.evaluation import published
 from polycom_ext.report.results import Family, families
 from polycom_ext.report.rundir import read
 from polycom_ext.report.sentence import summarize

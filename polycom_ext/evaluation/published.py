@@ -1,4 +1,4 @@
-"""The paper's tables, as published."""
+"""The paper's tables, as published, and the tasks in them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ from polycom_ext.runs.adapter import Facts
 
 _FILE = Path(__file__).with_name("published.yaml")
 KINDS = ("dense", "moe")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that the paper evaluates."""
+
+    title: str
+    metric: str
+    """Of lm-eval's, what is quoted."""
+    in_loop: str = ""
+    """The label under which a trainer evaluates it while it trains, if that is not lm-eval's name."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +77,35 @@ class Published:
 
 
 @cache
+def tasks() -> dict[str, Task]:
+    """The paper's tasks by lm-eval's names."""
+    return {name: Task(**entry) for name, entry in _content()["tasks"].items()}
+
+
+@cache
 def titles() -> dict[str, str]:
     """Label of a task or text, of whatever kind of model -> the paper's name for it."""
-    return {
-        label: title
-        for kind in KINDS
-        for table in load(kind).tables
-        for label, title in table.columns.items()
+    columns = [table.columns for kind in KINDS for table in load(kind).tables]
+    return {name: task.title for name, task in tasks().items()} | {
+        label: title for one in columns for label, title in one.items()
     }
+
+
+def in_loop(label: str) -> str:
+    """lm-eval's name of what a trainer's evaluation while training calls `label`."""
+    return next((name for name, task in tasks().items() if task.in_loop == label), label)
+
+
+@cache
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    return content
 
 
 @cache
 def load(kind: str) -> Published:
     """`dense` or `moe`."""
-    content = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    content = _content()
     entry = content[kind]
     return Published(
         model=entry["model"],
