@@ -15,9 +15,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from polycom_ext.data import token_files
 from polycom_ext.data.formats import TokenFormat, Tokens, write_tokens
@@ -62,10 +63,21 @@ def write_index(tokens: Tokens, file: BinaryIO) -> None:
         file.write(np.arange(first, min(first + block, documents + 1), dtype="<i8").tobytes())
 
 
+def read(prefix: str, vocab_size: int) -> npt.NDArray[Any]:
+    """The tokens of `PREFIX.bin`, mapped. Raises PolycomError as `problem` says."""
+    said = problem([prefix], Model(vocab_size, "the model's vocab_size"))
+    indexed = _indexed(prefix)
+    if said or isinstance(indexed, str):
+        raise PolycomError(said)
+    return np.memmap(indexed.path, np.dtype(indexed.dtype).newbyteorder("<"), mode="r")
+
+
 INDEXED = TokenFormat(
     summary="indexed dataset, PREFIX.bin and .idx",
     files={".bin": write_tokens, ".idx": write_index},
     dtype=token_dtype,
+    read=read,
+    shared=1,
 )
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from polycom_ext.data import token_files
 from polycom_ext.data.formats import TokenFormat, write_tokens
@@ -33,7 +35,19 @@ def token_dtype(vocab_size: int) -> str:
     return "<u2"
 
 
-FLAT = TokenFormat(summary="flat 16-bit PREFIX.npy", files={".npy": write_tokens}, dtype=token_dtype)
+def read(prefix: str, vocab_size: int) -> npt.NDArray[Any]:
+    """The tokens of `PREFIX.npy`, mapped. Raises PolycomError as `problem` says."""
+    name = f"{prefix}.npy"
+    if said := problem(
+        {name: "uint16"}, "the type of the tokens", Model(vocab_size, "the model's vocab_size")
+    ):
+        raise PolycomError(said)
+    return np.memmap(name, "<u2", mode="r")
+
+
+FLAT = TokenFormat(
+    summary="flat 16-bit PREFIX.npy", files={".npy": write_tokens}, dtype=token_dtype, read=read
+)
 
 
 def problem(files: Mapping[str, str], dtype_name: str, model: Model) -> str:
