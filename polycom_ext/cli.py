@@ -20,6 +20,7 @@ VERBS = {
     "convert": ("polycom_ext.checkpoints.command", "bring a checkpoint into another form"),
     "data": ("polycom_ext.data.command", "turn text into token files"),
     "doctor": ("polycom_ext.doctor.command", "what this machine has, and whether a run can start here"),
+    "eval": ("polycom_ext.evaluation.command", "tasks of lm-eval, and losses on token files, of checkpoints"),
     "logs": ("polycom_ext.runs.logs_command", "what a run's trainer and its job have said"),
     "node": ("polycom_ext.runs.node", "execute a planned run on this node of it"),
     "report": ("polycom_ext.report.command", "tables and plots of finished runs"),

@@ -2,7 +2,8 @@
 
 Another package adds its own as entry points: NAME = "MODULE:CLASS" under `polycom_ext.trainers`, a class that
 keeps the contract of `runs/adapter.py`, and NAME = "MODULE:OBJECT" under `polycom_ext.token_formats`, a
-`TokenFormat` of `data/formats.py`, or under `polycom_ext.checkpoints`, a `Form` of `checkpoints/forms.py`.
+`TokenFormat` of `data/formats.py`, under `polycom_ext.checkpoints`, a `Form` of `checkpoints/forms.py`, or
+under `polycom_ext.task_data`, a `TaskData` of `evaluation/data.py`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ OUR_CHECKPOINTS = {
 }
 """Forms of checkpoints -> what reads or writes them."""
 
+TASK_DATA_GROUP = "polycom_ext.task_data"
+OUR_TASK_DATA = {"olmo": "polycom_ext.integrations.olmo.task_data:TASKS"}
+"""`--data` of `polycom eval` -> the data of tasks that an upstream has brought onto this machine."""
+
+MODELS = "polycom_ext.integrations.huggingface:register"
+"""What lets transformers know our models, by our code instead of that beside their weights."""
+
 
 def names() -> list[str]:
     """The trainers there are, ours first."""
@@ -62,6 +70,21 @@ def checkpoint_forms() -> dict[str, Any]:
     """The forms of checkpoints there are by name, ours first."""
     known = _known(CHECKPOINT_GROUP, OUR_CHECKPOINTS)
     return {name: _load("form of checkpoints", name, known) for name in known}
+
+
+def task_data_names() -> list[str]:
+    """The data of tasks there are, ours first."""
+    return list(_known(TASK_DATA_GROUP, OUR_TASK_DATA))
+
+
+def task_data(name: str) -> Any:
+    """The data of tasks of that name; raises PolycomError as `find`."""
+    return _load("data of tasks", name, _known(TASK_DATA_GROUP, OUR_TASK_DATA))
+
+
+def register_models() -> None:
+    """Let transformers load our models by their names, without running code that lies beside weights."""
+    EntryPoint("models", MODELS, "").load()()
 
 
 def _known(group: str, ours: Mapping[str, str]) -> dict[str, EntryPoint]:

@@ -43,6 +43,9 @@ VALID, TEST, EVAL = "valid", "test", "eval"
 `eval/TASK/acc`."""
 LOSS, ACCURACY = "loss", "acc"
 
+EVALUATION = "results.json"
+"""What was measured of one checkpoint, as `evaluation/results.py` writes it."""
+
 LARGEST = 1e100
 """Sums and differences of values up to this are finite; no loss and no time is larger."""
 
@@ -77,6 +80,8 @@ class Record:
         self.efficiency = path / "efficiency.json"
         """What `runs.efficiency` reckons MFU from."""
         self.checkpoints = path / "checkpoints"
+        self.evaluations = path / "evaluations"
+        """What `polycom eval` has measured: a folder a checkpoint, with EVALUATION in it."""
         self.refusal = path / "refusal.txt"
         """Why a trainer refused to run: one sentence."""
 
@@ -111,6 +116,14 @@ class Record:
     def read_efficiency(self) -> dict[str, Any] | None:
         """What MFU is reckoned from, None if it is not there. Raises PolycomError if it cannot be read."""
         return _parse(self.efficiency) if self.efficiency.is_file() else None
+
+    def read_evaluation(self) -> dict[str, Any] | None:
+        """What was measured of the last checkpoint that was evaluated, None if none was.
+
+        Raises PolycomError if it cannot be read.
+        """
+        found = [_parse(path) for path in sorted(self.evaluations.glob(f"*/{EVALUATION}"))]
+        return max(found, key=lambda one: one.get("step") or 0, default=None)
 
     def write_coefficients(self, learned: Mapping[str, Any]) -> None:
         """Write what `coefficients` has made."""

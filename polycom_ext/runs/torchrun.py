@@ -26,7 +26,7 @@ PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Start the workers and wait for them."""
     if NODE_RANK in os.environ:
-        _end_with_parent()
+        end_with_parent()
         _tell_nodes_apart(int(os.environ[NODE_RANK]))
     try:
         torchrun()
@@ -38,7 +38,7 @@ def main() -> None:
         _end_like(first.exitcode)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """One of several nodes whose `polycom node` is gone cannot train on: the others have ended."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

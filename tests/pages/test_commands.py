@@ -124,6 +124,17 @@ def of_a_training(place: Place, command: str) -> None:
     place.run(command.replace(f"outputs/tiny-{name}", f"outputs/begun-{name}"))
 
 
+def of_few_documents(place: Place, command: str) -> None:
+    """One task of a training of two steps."""
+    of_a_training(place, f"{command} --tasks copa --limit 2")
+
+
+def known_to_pip(place: Place, command: str) -> None:
+    """An index is not asked; here only that the package has such an extra."""
+    [extra] = re.findall(r"\[(\w+)\]", command)
+    assert f"\n{extra} = [" in (place.checkout / "pyproject.toml").read_text()
+
+
 def with_a_pin(place: Place, command: str) -> None:
     """The page's reader has pinned another version, which is the same one here."""
     pins = place.checkout / "patches" / "pins.toml"
@@ -171,6 +182,9 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"polycom run .*", shortened),
     (r"polycom node .*", on_each_node),
     (r"polycom (logs|stop) .*", of_a_run),
+    (r"pip install 'polycom-ext\[\w+\]'", known_to_pip),
+    (r"polycom eval .*--tokens.*", of_a_training),
+    (r"polycom eval .*", of_few_documents),
     (r"polycom convert outputs/.*", of_a_training),
     (r"polycom (convert|upstream|data|status|report|doctor)( .*)?", as_written),
     (r"mkdir patches/megatron-next .*", with_a_pin),
