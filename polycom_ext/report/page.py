@@ -48,6 +48,8 @@ class Section:
     differences: tables.Differences | None
     losses: tables.SideBySide | None
     accuracies: tables.SideBySide | None
+    evaluation: str
+    """What `polycom eval` measured on."""
     plots: list[Plot]
 
 
@@ -69,6 +71,7 @@ def write_report(run_dirs: Sequence[Path], output: Path, title: str) -> tuple[Pa
             differences=tables.differences(family),
             losses=tables.side_by_side(family, "loss"),
             accuracies=tables.side_by_side(family, "accuracy"),
+            evaluation=tables.conditions(family),
             plots=draw(family, output),
         )
         for family in found

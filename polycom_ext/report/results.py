@@ -12,6 +12,7 @@ from typing import Any
 
 from polycom_ext import activations
 from polycom_ext.evaluation import published
+from polycom_ext.evaluation import results as evaluation
 from polycom_ext.report.rundir import Run
 from polycom_ext.runs import adapter, record
 from polycom_ext.runs import spec as run_spec
@@ -104,6 +105,16 @@ class Result:
         return {
             published.in_loop(task): {step: 100 * value for step, value in series.items()}
             for task, series in tasks.items()
+        }
+
+    @cached_property
+    def evaluated(self) -> dict[str, dict[str, float]]:
+        """What `polycom eval` measured: `accuracy`, in percent, by task, and `loss` by token file."""
+        found = self.run.evaluation or {}
+        scores = {name: evaluation.value(name, entry) for name, entry in found.get("tasks", {}).items()}
+        return {
+            "accuracy": {name: 100 * score for name, score in scores.items() if score is not None},
+            "loss": {label: entry["loss"] for label, entry in found.get("tokens", {}).items()},
         }
 
     @cached_property

@@ -22,6 +22,8 @@ class Run:
     spec: dict[str, Any]
     metrics: dict[str, Series]
     coefficients: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    """What `polycom eval` measured of the last checkpoint that it was given."""
     versions: dict[str, Any]
     attempts: list[dict[str, Any]]
     """When the trainer was started and ended, and with what exit status."""
@@ -55,6 +57,7 @@ def read(path: Path) -> Run:
         spec=spec,
         metrics=logged.series,
         coefficients=record.read_coefficients(),
+        evaluation=record.read_evaluation(),
         versions={key: value for key, value in versions.items() if key != "attempts"},
         attempts=versions.get("attempts", []),
         command=command,

@@ -16,6 +16,9 @@ from polycom_ext.runs.record import Series, mean
 DIFFERENCE_STEPS = 8
 """Columns of the table of differences, at most."""
 
+EVALUATED = {"accuracy": "lm-eval, by polycom eval", "loss": "token files, by polycom eval"}
+"""Metric -> what is said of its numbers that no trainer has measured."""
+
 Values = list[float | None]
 
 
@@ -32,6 +35,8 @@ class SideBySide:
     """Texts or tasks down; the measured runs, then the paper's activations, across."""
 
     table: published.Table | None
+    groups: list[tuple[str, list[Result]]]
+    """How the numbers were measured, and the runs of which: the columns, one group after the other."""
     names: list[str]
     """Activations of the paper's table that are also here."""
     rows: list[tuple[str, Values, Values]]
@@ -62,15 +67,25 @@ def difference(result: Result, baseline: Result, step: int) -> float | None:
 
 
 def side_by_side(family: Family, metric: str) -> SideBySide | None:
-    """Last values of `loss` by text or `accuracy` by task; None where a table would say nothing more."""
-    ends = [
+    """Last values of `loss` by text or `accuracy` by task; None where a table would say nothing more.
+
+    What was measured while training and what `polycom eval` measured stand in columns of their own.
+    """
+    trained = [
         {label: last(series) for label, series in _measured(one, metric).items()} for one in family.results
     ]
+    evaluated: list[dict[str, float | None]] = [{**one.evaluated[metric]} for one in family.results]
+    ways = [("measured while training", trained), (EVALUATED[metric], evaluated)]
+    ways = [(title, ends) for title, ends in ways if any(ends)]
+    if len(ways) == 1 and any(trained):
+        ways = [("measured here", trained)]
+    ends = [end for _, one in ways for end in one]
     labels = sorted({label for end in ends for label in end})
     table = family.published.table(metric)
     columns = table.columns if table else {}
     titles = published.titles()
-    if not labels or (metric == "loss" and len(labels) == 1 and labels[0] not in columns):
+    alone = metric == "loss" and len(labels) == 1 and labels[0] not in columns
+    if not labels or (alone and not any(evaluated)):
         return None
     labels.sort(key=lambda label: list(columns).index(label) if label in columns else len(columns))
     rows = table.rows if table else {}
@@ -96,7 +111,26 @@ def side_by_side(family: Family, metric: str) -> SideBySide | None:
             note = f"of the {len(shared)} that both have" + (
                 "" if whole else f"; the paper's table has {len(columns)}"
             )
-    return SideBySide(table, names, body, (measured, averages), note)
+    groups = [(title, family.results) for title, _ in ways]
+    return SideBySide(table, groups, names, body, (measured, averages), note)
+
+
+def conditions(family: Family) -> str:
+    """What the numbers of `polycom eval` were measured on, a sentence; nothing where there are none."""
+    found = [one.run.evaluation for one in family.results if one.run.evaluation is not None]
+    settings = [entry["settings"] for one in found for entry in one["tasks"].values()]
+    if not settings:
+        return ""
+    parts = [
+        " and ".join(sorted({f"lm-eval {one['lm_eval']}" for one in settings})),
+        " and ".join(sorted({f"data: {one['data']}" for one in settings})),
+    ]
+    if limits := sorted({one["limit"] for one in settings if one["limit"] is not None}):
+        parts.append(f"the first {' or '.join(map(str, limits))} documents of a task only")
+    if shots := sorted({one["num_fewshot"] for one in settings if one["num_fewshot"] is not None}):
+        parts.append(f"{' or '.join(map(str, shots))} examples")
+    metrics = [f"{task.title} {task.metric}" for task in published.tasks().values() if task.metric != "acc"]
+    return f"{'; '.join(parts)}. Metric: acc, but {', '.join(metrics)}: the paper does not name its metrics."
 
 
 def write_csv(families: Sequence[Family], path: Path) -> None:
@@ -133,6 +167,8 @@ def _row(family: Family, result: Result) -> dict[str, Any]:
     }
     row |= {f"valid/{label}/loss": last(series) for label, series in result.losses.items()}
     row |= {f"eval/{task}/accuracy_percent": last(series) for task, series in result.accuracies.items()}
+    row |= {f"lm-eval/{task}/percent": value for task, value in result.evaluated["accuracy"].items()}
+    row |= {f"tokens/{label}/loss": value for label, value in result.evaluated["loss"].items()}
     for column in family.published.headline:
         row[f"paper table {column.table}: {column.title}"] = column.values.get(result.in_paper or "")
     return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +14,7 @@ from polycom_ext.evaluation import published
 from polycom_ext.report.results import Family, families
 from polycom_ext.report.rundir import read
 from polycom_ext.report.sentence import summarize
-from polycom_ext.report.tables import differences, side_by_side
+from polycom_ext.report.tables import conditions, differences, side_by_side
 
 from .conftest import DENSE, MOE, RunMaker, curve, metrics
 
@@ -246,3 +247,46 @@ def test_the_sentence_names_a_run_that_diverged_and_compares_the_others(make_run
 def test_the_sentence_of_a_run_without_validation(make_run: RunMaker) -> None:
     found = grouped(make_run("p", "polynorm", {10: {"train/loss": 5.0}}))
     assert summarize(found) == "PolyNorm reached training loss 5.00 after 10 of 400 steps" + REHEARSAL
+
+
+def evaluation(run: Path, step: int, scores: dict[str, float], losses: dict[str, float]) -> None:
+    """What `polycom eval` leaves of a checkpoint."""
+    settings = {"data": "hub", "limit": 20, "num_fewshot": None, "lm_eval": "0.4.13"}
+    tasks = {
+        name: {"settings": settings, "results": {"results": {name: {f"{METRIC[name]},none": score}}}}
+        for name, score in scores.items()
+    }
+    tokens = {label: {"settings": {}, "loss": loss} for label, loss in losses.items()}
+    folder = run / "evaluations" / f"iter_{step}"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"step": step, "tasks": tasks, "tokens": tokens}))
+
+
+METRIC = {"piqa": "acc_norm", "openbookqa": "acc_norm", "boolq": "acc"}
+
+
+def test_numbers_of_polycom_eval_stand_beside_those_of_the_training_loop(make_run: RunMaker) -> None:
+    logged = metrics(4.4, tasks=("openbook_qa", "piqa"))
+    runs = [make_run(name, name, logged, options=MOE, ffn_width=192) for name in ("swiglu", "polynorm")]
+    evaluation(runs[1], 200, {"piqa": 0.9}, {})
+    evaluation(runs[1], 400, {"piqa": 0.625, "openbookqa": 0.25, "boolq": 0.5}, {"pile-validation": 2.5})
+    (family,) = grouped(*runs)
+    accuracies, losses = side_by_side(family, "accuracy"), side_by_side(family, "loss")
+    assert accuracies is not None
+    assert losses is not None
+    trained = pytest.approx(31.2)
+    assert [title for title, _ in accuracies.groups] == [
+        "measured while training",
+        "lm-eval, by polycom eval",
+    ]
+    assert accuracies.rows == [
+        ("PIQA", [pytest.approx(36.2)] * 2 + [None, 62.5], [76.61, 77.04]),
+        ("OpenBookQA", [trained] * 2 + [None, 25.0], [39.80, 40.60]),
+        ("BoolQ", [None, None, None, 50.0], [None, None]),
+    ]
+    assert accuracies.means[0][2:] == [None, pytest.approx(43.75)]  # of the two that the paper has too
+    assert losses.rows[0][1][2:] == [None, 2.5]
+    said = conditions(family)
+    assert said.startswith(
+        "lm-eval 0.4.13; data: hub; the first 20 documents of a task only. Metric: acc, but"
+    )
