@@ -17,6 +17,7 @@ from polycom_ext._version import __version__
 from polycom_ext.errors import PolycomError
 
 VERBS = {
+    "analyze": ("polycom_ext.analysis.command", "what training made of a checkpoint's weights and states"),
     "convert": ("polycom_ext.checkpoints.command", "bring a checkpoint into another form"),
     "data": ("polycom_ext.data.command", "turn text into token files"),
     "doctor": ("polycom_ext.doctor.command", "what this machine has, and whether a run can start here"),

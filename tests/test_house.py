@@ -26,8 +26,10 @@ FLOORS = (
     ("data", "machine"),
     ("checkpoints",),
     ("runs",),
-    ("evaluation",),
-    ("integrations", "report", "doctor"),
+    ("drawing", "evaluation"),
+    ("integrations", "doctor"),
+    ("analysis",),
+    ("report",),
     ("cli",),
 )
 """From the ground up: a room imports those below its own floor, and itself. An adapter stands on the contract

@@ -17,9 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from polycom_ext import activations
+from polycom_ext.drawing import WIDTH, Look, Plot, legend, name_axes, save
 from polycom_ext.errors import PolycomError
 from polycom_ext.modules import coefficients
-from polycom_ext.report.drawing import WIDTH, Look, Plot, legend, name_axes, save
 from polycom_ext.report.results import Result
 from polycom_ext.runs.record import Record, mean, parameters
 

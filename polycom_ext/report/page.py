@@ -14,9 +14,9 @@ import jinja2
 
 from polycom_ext import activations
 from polycom_ext._version import __version__
+from polycom_ext.drawing import Plot
 from polycom_ext.errors import PolycomError
 from polycom_ext.report import rundir, tables
-from polycom_ext.report.drawing import Plot
 from polycom_ext.report.plots import draw
 from polycom_ext.report.results import FINAL_SHARE, Family, Result, families
 from polycom_ext.report.sentence import summarize

@@ -9,8 +9,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from polycom_ext.evaluation import published
-from polycom_ext.report.drawing import (
+from polycom_ext.analysis import plots as studies
+from polycom_ext.analysis.study import Study
+from polycom_ext.drawing import (
     WIDTH,
     Look,
     Plot,
@@ -24,6 +25,7 @@ from polycom_ext.report.drawing import (
     smooth,
     style,
 )
+from polycom_ext.evaluation import published
 from polycom_ext.report.learned import coefficient_plot, shape_plot
 from polycom_ext.report.results import Family, Result, last, perplexity
 from polycom_ext.runs.record import Series
@@ -34,7 +36,7 @@ STEP = "training step"
 def draw(family: Family, folder: Path) -> list[Plot]:
     """Write the figures of a family as PNG files; those for which nothing was logged are left out."""
     with style():
-        drawn = looks(family.results)
+        drawn = looks([result.spec.entry.name for result in family.results])
         plots = [_losses(family, drawn, folder)]
         if any(result.validation for result in family.results):
             plots.append(_perplexity(family, drawn, folder))
@@ -68,7 +70,12 @@ def draw(family: Family, folder: Path) -> list[Plot]:
         if learned:
             plots.append(coefficient_plot(learned, folder / f"{family.slug}-coefficients.png"))
             plots.append(shape_plot(learned, folder / f"{family.slug}-shapes.png"))
-        return plots
+    studied = [
+        (result.label, look, Study.from_json(result.run.analysis))
+        for result, look in zip(family.results, drawn, strict=True)
+        if result.run.analysis is not None
+    ]
+    return [*plots, *(studies.draw(studied, folder, family.slug) if studied else [])]
 
 
 def _losses(family: Family, drawn: Sequence[Look], folder: Path) -> Plot:

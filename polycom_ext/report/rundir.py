@@ -24,6 +24,7 @@ class Run:
     coefficients: dict[str, Any] | None
     evaluation: dict[str, Any] | None
     """What `polycom eval` measured of the last checkpoint that it was given."""
+    analysis: dict[str, Any] | None
     versions: dict[str, Any]
     attempts: list[dict[str, Any]]
     """When the trainer was started and ended, and with what exit status."""
@@ -58,6 +59,7 @@ def read(path: Path) -> Run:
         metrics=logged.series,
         coefficients=record.read_coefficients(),
         evaluation=record.read_evaluation(),
+        analysis=record.read_analysis(),
         versions={key: value for key, value in versions.items() if key != "attempts"},
         attempts=versions.get("attempts", []),
         command=command,

@@ -75,6 +75,8 @@ class Record:
         """A JSON line a logged step, of its `step` and its `metrics` by name."""
         self.coefficients = path / "coefficients.json"
         """What `coefficients` makes, of the last step."""
+        self.analysis = path / "analysis.json"
+        """What `polycom analyze` found in its newest checkpoint."""
         self.bandwidth = path / "bandwidth.json"
         """What `runs.bandwidth` measured between the nodes, where a site asks for it."""
         self.efficiency = path / "efficiency.json"
@@ -112,6 +114,14 @@ class Record:
     def read_bandwidth(self) -> dict[str, Any]:
         """What was measured between the nodes. Raises PolycomError if it cannot be read."""
         return _parse(self.bandwidth)
+
+    def read_analysis(self) -> dict[str, Any] | None:
+        """What was found in the newest checkpoint, None if nobody looked. Raises PolycomError if torn."""
+        return _parse(self.analysis) if self.analysis.is_file() else None
+
+    def write_analysis(self, study: Mapping[str, Any]) -> None:
+        """Write what `polycom analyze` has found."""
+        write_text(self.analysis, json.dumps(study, indent=2) + "\n")
 
     def read_efficiency(self) -> dict[str, Any] | None:
         """What MFU is reckoned from, None if it is not there. Raises PolycomError if it cannot be read."""

@@ -54,7 +54,7 @@ if __name__ == "__main__":
 
     from polycom_ext.integrations.megatron import gpt
 
-    counts = {}
+    counts: dict[str, tuple[int, int]] = {}
     for spec in (spec for path in sys.argv[1:] for spec in load_each(Path(path))):
         if spec.name in counts:  # a run of two figures
             continue

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from polycom_ext import cli, reference
+from polycom_ext import cli, drawing, reference
 from polycom_ext.activations import REGISTRY
-from polycom_ext.report import drawing, learned, tables
-from polycom_ext.report.results import Result, families
+from polycom_ext.report import learned, tables
+from polycom_ext.report.results import Family, Result, families
 from polycom_ext.report.rundir import read
 
 from .conftest import DENSE, MOE, RunMaker, coefficients, curve, metrics
@@ -187,11 +187,15 @@ def test_shapes_are_those_of_the_reference(make_run: RunMaker, activation: str) 
         assert x.mean().item() == pytest.approx(0, abs=1e-9)
 
 
+def names(family: Family) -> list[str]:
+    return [result.spec.entry.name for result in family.results]
+
+
 def test_an_activation_keeps_its_colour_in_every_family(make_run: RunMaker) -> None:
     first = families([read(make_run(name, name, metrics(4.3))) for name in ("swiglu", "polynorm")])[0]
     second = families([read(make_run("p", "polynorm", metrics(4.3), options={**DENSE, "lr": 1}))])[0]
-    assert drawing.looks(first.results)[1] == drawing.looks(second.results)[0]
-    assert len({look.color for look in drawing.looks(first.results)}) == 2
+    assert drawing.looks(names(first))[1] == drawing.looks(names(second))[0]
+    assert len({look.color for look in drawing.looks(names(first))}) == 2
 
 
 def test_smoothing_has_no_lag_and_does_not_hide_what_is_not_finite() -> None:
@@ -220,7 +224,7 @@ def test_the_first_descent_is_cut_from_the_frame() -> None:
 def test_every_activation_has_a_look_of_its_own(make_run: RunMaker) -> None:
     assert list(drawing._COLORS) == list(REGISTRY)
     results = [Result.of(read(make_run(name, name, {1: {"train/loss": 1.0}}))) for name in REGISTRY]
-    looks = drawing.looks(results)
+    looks = drawing.looks([result.spec.entry.name for result in results])
     assert len({look.color for look in looks}) == len({look.marker for look in looks}) == len(REGISTRY)
     colors = [one for one, _ in (*drawing._COLORS.values(), *drawing._SPARE)]
     markers = [one for _, one in (*drawing._COLORS.values(), *drawing._SPARE)]

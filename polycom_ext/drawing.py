@@ -18,7 +18,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from polycom_ext import activations
-from polycom_ext.report.results import Result
 from polycom_ext.runs.record import Series
 
 _COLORS = {
@@ -97,14 +96,16 @@ def style() -> Iterator[None]:
         yield
 
 
-def looks(results: Sequence[Result]) -> list[Look]:
-    """Colour and marker by activation, the same in every report; dashes tell runs of one activation apart."""
+def looks(names: Sequence[str]) -> list[Look]:
+    """How runs with these activations are drawn.
+
+    Colour and marker by the activation, the same in every report; dashes tell runs of one apart.
+    """
     others = [name for name in activations.names() if name not in _COLORS]
     palette = {**_COLORS, **dict(zip(others, cycle(_SPARE), strict=False))}
     drawn: dict[str, int] = {}
     made = []
-    for result in results:
-        name = result.spec.entry.name
+    for name in names:
         color, marker = palette[name]
         made.append(Look(color, marker, _DASHES[drawn.get(name, 0) % len(_DASHES)]))
         drawn[name] = drawn.get(name, 0) + 1

@@ -1,0 +1,138 @@
+"""The figures of studies, several checkpoints in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from polycom_ext.analysis.study import WEIGHTS, Study
+from polycom_ext.drawing import WIDTH, Look, Plot, legend, name_axes, save, style
+
+Studied = Sequence[tuple[str, Look, Study]]
+"""(label, look, study)"""
+COLUMNS = 4
+ACTIVITY = {"activation_rms": "rms of the activation", "ffn_rms": "rms of what the FFN adds"}
+
+
+def draw(studied: Studied, folder: Path, slug: str) -> list[Plot]:
+    """Write the figures as PNG files; those that need text only of the studies that have seen some.
+
+    `coefficients` draws what a report has from the runs' records.
+    """
+    seen = [one for one in studied if one[2].activity is not None]
+    with style():
+        plots = [_ranks(studied, folder / f"{slug}-effective-rank.png")]
+        if seen:
+            plots.append(_similarity(seen, folder / f"{slug}-similarity.png"))
+            plots.append(_activity(seen, folder / f"{slug}-activity.png"))
+    return plots
+
+
+def _panels(
+    titles: Sequence[str],
+    studied: Studied,
+    values: Callable[[Study, str], list[tuple[int, float]]],
+    ylabel: str,
+) -> tuple[Figure, list[Axes]]:
+    """A panel a title, over the layers; each checkpoint a line."""
+    columns = min(COLUMNS, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(WIDTH, 0.9 + 1.8 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+    for ax, title in zip(panels, titles, strict=False):
+        for _, look, study in studied:
+            points = values(study, title)
+            if points:
+                x, y = zip(*points, strict=True)
+                ax.plot(x, y, color=look.color, marker=look.marker, linestyle=look.dashes)
+        ax.set_title(title, loc="left")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    name_axes(panels, columns, len(titles), "layer")
+    figure.supylabel(ylabel, fontsize=8)
+    legend(figure, [label for label, _, _ in studied], [look for _, look, _ in studied])
+    return figure, panels
+
+
+def _ranks(studied: Studied, path: Path) -> Plot:
+    names = [name for name in WEIGHTS if any(name in study.full_rank for _, _, study in studied)]
+
+    def means(study: Study, name: str) -> list[tuple[int, float]]:
+        return [
+            (index, fmean(layer.effective_rank[name]))
+            for index, layer in enumerate(study.layers)
+            if name in layer.effective_rank
+        ]
+
+    figure, panels = _panels(names, studied, means, "effective rank")
+    for ax, name in zip(panels, names, strict=False):
+        most = max(study.full_rank.get(name, 0) for _, _, study in studied)
+        ax.axhline(most, color="#555555", linestyle=":", linewidth=0.9)
+    experts = any(len(layer.effective_rank[names[0]]) > 1 for _, _, s in studied for layer in s.layers)
+    of_experts = " Of experts the mean." if experts else ""
+    caption = (
+        "Of each weight of the FFNs: exp of the entropy of its singular values, by layer; dotted, the most "
+        f"that the shape allows.{of_experts} The paper's figure 6 in this model."
+    )
+    return save(figure, path, "Effective rank of the FFN's weights", caption)
+
+
+def coefficients(studied: Studied, path: Path) -> Plot | None:
+    """What the activations have learned, by layer; None where there is nothing to learn."""
+    having = [one for one in studied if any(layer.coefficients for layer in one[2].layers)]
+    if not having:
+        return None
+    names = sorted({name for _, _, study in having for layer in study.layers for name in layer.coefficients})
+
+    def series(study: Study, name: str) -> list[tuple[int, float]]:
+        layers = enumerate(study.layers)
+        return [(index, layer.coefficients[name]) for index, layer in layers if name in layer.coefficients]
+
+    with style():
+        figure, _ = _panels(names, having, series, "coefficient")
+        return save(figure, path, "Coefficients by layer", "Each panel has its own scale.")
+
+
+def _similarity(studied: Studied, path: Path) -> Plot:
+    columns = min(COLUMNS, len(studied))
+    rows = -(-len(studied) // columns)
+    figure = Figure(figsize=(WIDTH, 0.4 + (WIDTH / columns) * rows * 0.95), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    image = None
+    for ax, (label, _, study) in zip(panels, studied, strict=False):
+        assert study.activity is not None
+        image = ax.imshow(study.activity.similarity, vmin=0, vmax=1, cmap="viridis", origin="lower")
+        ax.set_title(label, loc="left")
+        ax.grid(visible=False)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    name_axes(panels, columns, len(studied), "after layer")
+    assert image is not None
+    figure.colorbar(image, ax=panels, shrink=0.8, label="cosine")
+    tokens = studied[0][2].activity
+    caption = (
+        "Mean cosine between a token's hidden states after any two layers, 0 being the embedding; below 0 "
+        f"as 0. Over {tokens.tokens if tokens else 0:,} tokens. The paper's figure 7 in this model."
+    )
+    return save(figure, path, "Similarity of hidden states", caption)
+
+
+def _activity(studied: Studied, path: Path) -> Plot:
+    titles = {"constant": "share of constant units", **ACTIVITY}
+    named = {title: name for name, title in titles.items()}
+
+    def series(study: Study, title: str) -> list[tuple[int, float]]:
+        return list(enumerate(getattr(study.activity, named[title])))
+
+    figure, panels = _panels(list(named), studied, series, "")
+    for ax in panels[: len(named)]:
+        ax.set_ylim(bottom=0, top=max(ax.get_ylim()[1], 0.01))
+    caption = (
+        "By layer. A unit is constant that gave the same number for every token, as one of a ReLU that is "
+        "never reached; of experts, among those that got two tokens or more."
+    )
+    return save(figure, path, "Units and sizes", caption)
