@@ -264,7 +264,7 @@ def test_a_run_that_fails_every_time_is_queued_in_between_and_given_up_after_max
 
     wait_until(is_started_again, "second attempt", seconds=120)
     assert {state for state, _ in seen} <= {"queued", "running"}
-    before = "; before that failed: the trainer of node 0"
+    before = "; before that failed: the trainer of node "
     assert [one for _, one in seen if one and f"job {job} is pending" in one and before in one], seen
     assert ended(job, record) == "FAILED"
     assert attempts(record) == [(None, None), (1, None)]

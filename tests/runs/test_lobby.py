@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import signal
 import socket
 import threading
@@ -167,6 +168,20 @@ def test_of_trainers_that_fail_by_one_another_the_first_is_blamed(nodes: Callabl
         verdicts = [one.result(SECONDS) for one in (first, second, third)]
     sentence = f"the trainer of node 1 ({HOST}) was killed by SIGKILL"
     assert verdicts == [Verdict(FAILED, sentence, 1, -signal.SIGKILL)] * 3
+
+
+def test_a_node_0_that_is_the_last_to_fail_knows_who_was_the_first(nodes: Callable[..., Nodes]) -> None:
+    met = nodes()
+    met.gather()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(met.guests[1].ended, End(1), met.endings[1])
+        for _ in range(20):  # less than others are waited for
+            met.host.attend(met.endings[0], 0.01)
+        verdict = met.host.ended(End(1), met.endings[0])
+        assert verdict is not None
+        met.host.leave(verdict)
+        assert other.result(SECONDS) == verdict
+    assert verdict.sentence == f"the trainer of node 1 ({platform.node()}) failed with exit status 1"
 
 
 def test_a_failed_trainer_ends_those_that_have_not_noticed(

@@ -115,12 +115,12 @@ class Host:
         """This node's trainer has ended; wait for the others', and say what became of all of them."""
         self._ends[0] = (end, time.monotonic())
         self._tell_signal(ending)
-        while self.verdict is None and not ending.is_impatient:
+        while True:
+            self.attend(ending, POLL_SECONDS)  # first: the last one to end may be this one
             present = [rank for rank, guest in self._guests.items() if not guest.gone]
-            if all(rank in self._ends for rank in present):
-                break
-            self.attend(ending, POLL_SECONDS)
-        return self.verdict
+            all_ended = all(rank in self._ends for rank in present)
+            if self.verdict is not None or ending.is_impatient or all_ended:
+                return self.verdict
 
     def leave(self, verdict: Verdict) -> None:
         """Tell the others how it has ended, and go once they have heard it."""
