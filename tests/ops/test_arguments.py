@@ -174,6 +174,8 @@ def _refusals() -> Iterator[tuple[str, Recipe, dict[str, Any], dict[str, Any], s
     forty = {"x": torch.ones(ROWS, 40).bfloat16()}
     sentence = "the width must be a multiple of 32"
     yield "width 40", Recipe.MX, forty, _buffers(Recipe.MX, 40)._asdict(), sentence
+    for number in (-1, len(Recipe)):
+        yield f"recipe {number}", Recipe.BLOCKS, {}, {"recipe": number}, f"there is no recipe {number}"
     for recipe in Recipe:
         right = _buffers(recipe)
         where = f"{recipe.name}, "

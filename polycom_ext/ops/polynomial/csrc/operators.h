@@ -103,7 +103,6 @@ inline Parameters make_parameters(const Inputs& inputs) {
   parameters.weight = weight.const_data_ptr<float>();
   parameters.bias = bias.const_data_ptr<float>();
   parameters.experts = int(bias.numel());
-  STD_TORCH_CHECK(parameters.experts >= 1, "polycom: bias must not be empty");
   STD_TORCH_CHECK(offsets.has_value() || parameters.experts == 1, "polycom: several sets of coefficients need offsets");
   if (offsets) {
     check_tensor(*offsets, "offsets", ScalarType::Int, x);

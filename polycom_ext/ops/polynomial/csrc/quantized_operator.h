@@ -27,6 +27,7 @@ Tensor quantized(const Inputs& inputs, Tensor data, Tensor scale_inv, OptionalTe
                   "polycom: quantized results are of bfloat16, of order ", QUANTIZED_ORDER, ", without pre_bias");
   STD_TORCH_CHECK(width % 8 == 0 && width <= MAX_QUANTIZED_WIDTH, "polycom: the width must be a multiple of 8, at most ",
                   MAX_QUANTIZED_WIDTH);
+  STD_TORCH_CHECK(recipe >= int(Recipe::TENSOR) && recipe <= int(Recipe::MX), "polycom: there is no recipe ", recipe);
   check_tensor(data, "data", ScalarType::Byte, x);
   check_size(data, "data", x.numel());
   STD_TORCH_CHECK(lies_at(x.const_data_ptr(), 16) && lies_at(data.const_data_ptr(), 8), "polycom: x or data is misaligned");
