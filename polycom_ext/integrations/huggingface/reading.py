@@ -54,15 +54,15 @@ def read(folder: Path) -> Model:
     readers, taken = dict[str, Callable[[], Any]](), set[str]()
     for name in shapes(config):
         named = theirs(own, name)
+        names = []
+        for expert in range(config["num_experts"] if "{expert}" in named else 1):
+            names.append(_placed(named.format(expert=expert), weights))
+            if names[-1] not in weights.files:
+                raise PolycomError(f"{folder} has nothing for {names[-1]}")
         if "{expert}" in named:
-            names = [named.format(expert=expert) for expert in range(config["num_experts"])]
             readers[name] = _stack(weights, names)
         else:
-            names = [_placed(named, weights)]
             readers[name] = _one(weights, names[0], coefficient=".act_fn." in name)
-        for one in names:
-            if one not in weights.files:
-                raise PolycomError(f"{folder} has nothing for {one}")
         taken.update(names)
     if config["tie_word_embeddings"]:
         taken.add("lm_head.weight")
@@ -119,6 +119,8 @@ def _configuration(
 def _rope(said: Mapping[str, Any], source: str) -> dict[str, Any]:
     """rope_theta, from where transformers 4 or 5 has it."""
     rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise PolycomError(f"{source} says {rope!r} of its rope, which makes no sense")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise PolycomError(f"{source} says rope_type {kind!r}, which the exchange format lacks")
@@ -131,7 +133,7 @@ def _of_the_authors(act: Any, weights: Weights, source: str) -> dict[str, Any]:
 
     config.json has no constants of it, which are those of the authors' code; the tensors tell the order.
     """
-    if act not in activations.REGISTRY or not activations.REGISTRY[act].learnable:
+    if not isinstance(act, str) or act not in activations.REGISTRY or not activations.find(act).learnable:
         raise PolycomError(f"{source} says hidden_act {act!r}, which no such model can be read with")
     activation = described(act)
     if "order" in activation:

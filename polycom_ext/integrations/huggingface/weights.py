@@ -51,7 +51,8 @@ class Weights:
         """Name -> file, as the index says and the files confirm."""
         path = self.folder / index
         try:
-            named: dict[str, str] = dict(json.loads(path.read_bytes())["weight_map"])
+            held_by = dict(json.loads(path.read_bytes())["weight_map"])
+            named = {name: str(file) for name, file in held_by.items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _unreadable(path, error) from None
         for file in sorted(set(named.values())):
