@@ -31,12 +31,12 @@ DEFAULT_FORMAT = "megatron"
 
 CHECKPOINT_GROUP = "polycom_ext.checkpoints"
 OUR_CHECKPOINTS = {
-    "megatron": "polycom_ext.integrations.megatron.conversion:CHECKPOINTS",
     "megatron-2023": "polycom_ext.integrations.megatron.released:CHECKPOINTS",
+    "megatron": "polycom_ext.integrations.megatron.conversion:CHECKPOINTS",
     "olmo": "polycom_ext.integrations.olmo.conversion:CHECKPOINTS",
     "hf": "polycom_ext.integrations.huggingface.conversion:CHECKPOINTS",
 }
-"""Forms of checkpoints -> what reads or writes them."""
+"""Forms of checkpoints -> what reads or writes them; asked in this order what a folder holds."""
 
 TASK_DATA_GROUP = "polycom_ext.task_data"
 OUR_TASK_DATA = {"olmo": "polycom_ext.integrations.olmo.task_data:TASKS"}

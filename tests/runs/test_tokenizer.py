@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from polycom_ext import cli
-from polycom_ext.checkpoints.model import Model
+from polycom_ext import cli, trainers
+from polycom_ext.checkpoints.constants import described
+from polycom_ext.checkpoints.forms import Options
+from polycom_ext.checkpoints.model import Model, shapes
 from polycom_ext.runs import document, spec, tokenizer
 from polycom_ext.runs.record import Record
 
@@ -52,6 +56,29 @@ def test_a_tokenizer_that_is_not_the_one_is_not_taken(change: str, words: Path, 
     if change == "another":
         words.write_text("{}")
     assert tokenizer.of_checkpoint(saved) == tokenizer.Tokenizer(None, 1)
+
+
+SMALL: dict[str, Any] = {
+    **{"vocab_size": 4, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 8},
+    **{"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-5},
+    **{"rope_theta": 1e4, "initializer_range": 0.02, "eos_token_id": 1, "activation": described("polynorm")},
+    **{"norm": {"kind": "rms", "affine": True, "bias": False}, "qk_norm": None, "clip_qkv": None},
+    **{"num_experts": 0, "num_experts_per_tok": 0, "norm_topk_prob": False},
+}
+
+
+@pytest.mark.parametrize("trainer", SPECS)
+def test_every_trainers_checkpoints_are_read_with_it(trainer: str, words: Path, tmp_path: Path) -> None:
+    checkpoint(tmp_path, trainer, words)
+    form = trainers.checkpoint_forms()[trainer]
+    tensors = {name: lambda shape=shape: torch.zeros(shape) for name, shape in shapes(SMALL).items()}
+    form.write(
+        Model(SMALL, tensors, "it"), Record(tmp_path / "run").checkpoints, Options(), lambda size: None
+    )
+    model = form.read(form.find(tmp_path / "run").path)
+    assert model.files == {"tokenizer.json": words}
+    assert model.config["eos_token_id"] == 1
 
 
 def test_what_the_checkpoint_says_itself_stays(words: Path, tmp_path: Path) -> None:

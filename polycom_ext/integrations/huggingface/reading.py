@@ -118,13 +118,15 @@ def _configuration(
 
 def _rope(said: Mapping[str, Any], source: str) -> dict[str, Any]:
     """rope_theta, from where transformers 4 or 5 has it."""
-    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise PolycomError(f"{source} says {rope!r} of its rope, which makes no sense")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise PolycomError(f"{source} says rope_type {kind!r}, which the exchange format lacks")
-    theta = rope.get("rope_theta", said.get("rope_theta"))
+    theta = said.get("rope_theta")
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = said.get(key) or {}
+        if not isinstance(rope, dict):
+            raise PolycomError(f"{source} says {key} {rope!r}, which makes no sense")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise PolycomError(f"{source} says rope_type {kind!r}, which the exchange format lacks")
+        theta = rope.get("rope_theta", theta)
     return {} if theta is None else {"rope_theta": theta}
 
 

@@ -7,6 +7,7 @@ the authors' code (`dense_model/megatron_patch/model/llama2`), in which an activ
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -60,8 +61,13 @@ class Checkpoints:
         if tracker.is_file():
             told = tracker.read_text().strip()
             folder = path / (f"iter_{int(told):07d}" if told.isdigit() else "release")
-        file = next((folder / name for name in FILES if (folder / name).is_file()), None)
-        return Found(folder) if file is not None and ROOT[:-1] in _model(inert.load(file), file) else None
+        for file in (folder / name for name in FILES):
+            with contextlib.suppress(
+                PolycomError
+            ):  # what is damaged may be a newer Megatron's, which can tell
+                if file.is_file() and ROOT[:-1] in _model(inert.load(file), file):
+                    return Found(folder)
+        return None
 
     def read(self, path: Path) -> Model:
         archive = Archive(next(path / name for name in FILES if (path / name).is_file()))

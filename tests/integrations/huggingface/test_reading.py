@@ -311,7 +311,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         "unknown activation 'polynone'",
     ),
     "another rope": (says(rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope_type 'linear'"),
-    "a rope of a word": (says(rope_scaling="linear"), "'linear' of its rope"),
+    "a rope of a word": (says(rope_scaling="linear"), "rope_scaling 'linear'"),
     "an index of numbers": (
         lambda copy: (copy / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": 5}})),
         "lacks 5, which",
