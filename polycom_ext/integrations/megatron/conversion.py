@@ -1,8 +1,8 @@
-"""Megatron's `torch_dist` checkpoints as models apart from Megatron, read and written without it.
+"""Megatron's checkpoints as models apart from it, without it: `torch_dist` read and written, `torch` read.
 
-Such a checkpoint holds whole tensors, whatever the layout of the run that saved it (tensor, pipeline, expert,
-data parallel, distributed optimizer); the blocks of a model are stacked along the first dimension where they
-are alike, and stand one by one where they are not. What the model is, its saved arguments say.
+One of torch_dist holds whole tensors, whatever the layout of the run that saved it (tensor, pipeline,
+expert, data parallel, distributed optimizer); the blocks of a model are stacked along the first dimension
+where they are alike, and stand one by one where they are not. What the model is, its saved arguments say.
 """
 
 from __future__ import annotations
@@ -11,73 +11,24 @@ import json
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from polycom_ext.activations import parse
 from polycom_ext.checkpoints import inert
 from polycom_ext.checkpoints.forms import Found, Options
-from polycom_ext.checkpoints.model import Concatenated, GroupedQKV, Model, Row
+from polycom_ext.checkpoints.model import Model, Row
 from polycom_ext.checkpoints.sharded import Folder, Writer
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import write_text
 from polycom_ext.integrations.megatron import architecture, saved
-from polycom_ext.integrations.megatron.saved import RELEASE, TRACKER
+from polycom_ext.integrations.megatron.legacy import Parts, of_core
+from polycom_ext.integrations.megatron.saved import PARTS, RELEASE, TRACKER
+from polycom_ext.integrations.megatron.table import AROUND, BLOCKS, EXPERTS, WITHOUT_STATE, block_rows
 from polycom_ext.runs import tokenizer
 from polycom_ext.runs.checkpoints import Damaged
 from polycom_ext.runs.record import Record
 
-QKV = GroupedQKV()
-ATTENTION = (
-    Row("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",)),
-    Row("self_attention.linear_qkv.layer_norm_bias", ("input_layernorm.bias",)),
-    Row("self_attention.linear_qkv.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), QKV),
-    Row("self_attention.linear_qkv.bias", tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), QKV),
-    Row("self_attention.q_layernorm.weight", ("self_attn.q_proj.norm.weight",)),
-    Row("self_attention.k_layernorm.weight", ("self_attn.k_proj.norm.weight",)),
-    Row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",)),
-    Row("self_attention.linear_proj.bias", ("self_attn.o_proj.bias",)),
-    Row("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",)),
-    Row("mlp.linear_fc1.layer_norm_bias", ("post_attention_layernorm.bias",)),
-)
-"""Of a block's names; a norm is a part of the layer after it."""
-ALONE = (
-    Row("input_layernorm.weight", ("input_layernorm.weight",)),
-    Row("input_layernorm.bias", ("input_layernorm.bias",)),
-)
-BEFORE_EXPERTS = (
-    Row("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",)),
-    Row("pre_mlp_layernorm.bias", ("post_attention_layernorm.bias",)),
-)
-"""Norms that are layers of their own. Before experts Transformer Engine has one; for the local layers it is a
-part of what follows."""
-DENSE = (
-    Row("mlp.linear_fc1.weight", ("mlp.up_proj.weight",)),
-    Row("mlp.linear_fc1.bias", ("mlp.up_proj.bias",)),
-    Row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",)),
-    Row("mlp.linear_fc2.bias", ("mlp.down_proj.bias",)),
-)
-ROUTER = (Row("mlp.router.weight", ("mlp.gate.weight",)),)
-EXPERTS = (
-    Row("mlp.experts.experts.linear_fc1.weight", ("mlp.experts.up_proj",)),
-    Row("mlp.experts.experts.linear_fc2.weight", ("mlp.experts.down_proj",)),
-)
-"""Each a piece an expert."""
-AROUND = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Row("decoder.final_layernorm.bias", ("model.norm.bias",)),
-    Row("output_layer.weight", ("lm_head.weight",)),
-)
-BLOCKS = "decoder.layers."
-ACTIVATION = {
-    False: ("mlp.activation_func.", "mlp.act_fn."),
-    True: ("mlp.experts.experts.activation_func.", "mlp.experts.act_fn."),
-}
-"""Whether there are experts -> where the coefficients stand."""
-WITHOUT_STATE = ("embedding.word_embeddings", "output_layer", "mlp.router")
-"""Layers with a weight of which no extra state is asked for; the coefficients' neither."""
 CONTENT = {"singleton_local_shards": False}
 """That the blocks are stacked."""
 BACKENDS = {
@@ -93,9 +44,14 @@ class Checkpoints:
     def find(self, path: Path) -> Found | None:
         if any((path / name).exists() for name in ("common.pt", "metadata.json")):
             return Found(path)
+        if any(path.glob(PARTS)):
+            return Found(path) if of_core(path) else None
         for folder in (path, Record(path).checkpoints):
             chosen = saved.newest(folder)
             listed = tuple(map(str, chosen.damaged))
+            there = [damaged.path for damaged in chosen.damaged] + ([chosen.path] if chosen.path else [])
+            if any(any(one.glob(PARTS)) and not of_core(one) for one in there):
+                continue
             if chosen.path is not None:
                 return Found(chosen.path, listed)
             if listed:
@@ -106,14 +62,8 @@ class Checkpoints:
         problem = saved.damage(path)
         if problem is not None:
             raise PolycomError(f"{Damaged(path, problem)}: name another checkpoint")
-        folder = Folder(path)
-        args = inert.load(path / "common.pt").get("args")
-        if args is None:
-            raise PolycomError(f"{path / 'common.pt'} holds no arguments, so nothing says what the model is")
-        embedding = folder.tensors.get("embedding.word_embeddings.weight")
-        if embedding is None:
-            raise PolycomError(f"{path} holds no embedding.word_embeddings.weight, so no language model")
-        config = architecture.configuration(args, embedding.shape[0], str(path))
+        folder = Parts(path) if any(path.glob(PARTS)) else Whole(path)
+        config = folder.config
         readers: dict[str, Callable[[], Any]] = {}
         for row, reader in _rows(folder, config):
             readers.update(row.read(reader, config))
@@ -125,8 +75,8 @@ class Checkpoints:
         arguments = architecture.arguments(model.config)
         (folder / RELEASE).mkdir()
         _write(model, folder / RELEASE, arguments, options, advance)
-        tokenizer = {} if options.tokenizer is None else {"tokenizer.json": options.tokenizer}
-        for name, path in {**model.files, **tokenizer}.items():
+        given = {} if options.tokenizer is None else {"tokenizer.json": options.tokenizer}
+        for name, path in {**model.files, **given}.items():
             shutil.copyfile(path, folder / name)
         write_text(folder / TRACKER, RELEASE)
 
@@ -134,10 +84,24 @@ class Checkpoints:
 CHECKPOINTS = Checkpoints()
 
 
-def _rows(folder: Folder, config: dict[str, Any]) -> Iterator[tuple[Row, Callable[[], Any]]]:
+class Whole(Folder):
+    """A folder of torch_dist, which knows its model."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        args = inert.load(path / "common.pt").get("args")
+        if args is None:
+            raise PolycomError(f"{path / 'common.pt'} holds no arguments, so nothing says what the model is")
+        embedding = self.tensors.get(AROUND[0].theirs)
+        if embedding is None:
+            raise PolycomError(f"{path} holds no {AROUND[0].theirs}, so no language model")
+        self.config = architecture.configuration(args, embedding.shape[0], str(path))
+
+
+def _rows(folder: Whole | Parts, config: dict[str, Any]) -> Iterator[tuple[Row, Callable[[], Any]]]:
     """Each row that the checkpoint has a tensor for, by whole names, with how to read that tensor."""
     around = {row.theirs: row for row in AROUND}
-    inside = {row.theirs: row for row in _block_rows(config)}
+    inside = {row.theirs: row for row in block_rows(config)}
     for name, stored in folder.tensors.items():
         if name in around:
             yield around[name], _reader(folder, name, ())
@@ -153,28 +117,8 @@ def _rows(folder: Folder, config: dict[str, Any]) -> Iterator[tuple[Row, Callabl
             yield whole, _reader(folder, name, (layer,) if match[1] is None else ())
 
 
-def _reader(folder: Folder, name: str, index: tuple[int, ...]) -> Callable[[], Any]:
+def _reader(folder: Whole | Parts, name: str, index: tuple[int, ...]) -> Callable[[], Any]:
     return lambda: folder.read(name, index)
-
-
-def _block_rows(config: Mapping[str, Any], written: bool = False) -> Iterator[Row]:
-    """Those that a block may have; or, of several for the same, those that are written."""
-    experts, gated = bool(config["num_experts"]), config["activation"]["gated"]
-    yield from ATTENTION
-    if not written:
-        yield from ALONE
-    if experts or not written:
-        yield from BEFORE_EXPERTS
-    for row in (*ROUTER, *EXPERTS) if experts else DENSE:
-        if gated and "up_proj" in row.ours[0]:
-            gate = row.ours[0].replace("up_proj", "gate_proj")
-            row = Row(row.theirs, (gate, *row.ours), Concatenated(-1 if row.theirs.endswith("bias") else -2))
-        yield row
-    theirs, ours = ACTIVATION[experts]
-    entry, _ = parse(config["activation"]["name"])
-    if entry.learnable:
-        for name in entry.load()(**{}).state_dict():
-            yield Row(theirs + name, (ours + name,))
 
 
 def _write(
@@ -213,7 +157,7 @@ def _written(model: Model) -> Iterator[tuple[Row, tuple[int, ...]]]:
     around = [row for row in AROUND if row.ours[0] in model.tensors]
     yield from ((row, ()) for row in around[:1])
     for layer in range(model.config["num_hidden_layers"]):
-        for row in _block_rows(model.config, written=True):
+        for row in block_rows(model.config, written=True):
             ours = tuple(f"model.layers.{layer}.{name}" for name in row.ours)
             if ours[0] in model.tensors:
                 yield Row(BLOCKS + row.theirs, ours, row.layout), (layer,)

@@ -132,17 +132,23 @@ def _problem_of_parts(folder: Path, parts: list[str]) -> str | None:
 
 
 def _parts(spec: Spec) -> list[str]:
-    """Upstream's `get_checkpoint_name` for the ranks of the spec's layout."""
+    """For the ranks of the spec's layout."""
     tensor, pipeline, expert = (
         checks.integer(spec, f"{kind}-model-parallel-size", 1) or 1
         for kind in ("tensor", "pipeline", "expert")
     )
     expert_tensor = checks.integer(spec, "expert-tensor-parallel-size", tensor) or tensor
+    sizes = tensor, pipeline, expert
     names = set()
     for rank in range(max(spec.world_size // pipeline, 1)):
         for stage in range(pipeline):
-            name = f"mp_rank_{rank % tensor:02d}"
-            name += f"_{stage:03d}" if pipeline > 1 else ""
-            name += f"_{rank // expert_tensor % expert:03d}" if expert > 1 else ""
-            names.add(name)
+            names.add(part((rank % tensor, stage, rank // expert_tensor % expert), sizes))
     return sorted(names)
+
+
+def part(rank: tuple[int, ...], sizes: tuple[int, ...]) -> str:
+    """Upstream's `get_checkpoint_name` of ranks of tensor, pipeline and expert parallelism of so many."""
+    (tensor, stage, expert), (_, stages, experts) = rank, sizes
+    name = f"mp_rank_{tensor:02d}"
+    name += f"_{stage:03d}" if stages > 1 else ""
+    return name + (f"_{expert:03d}" if experts > 1 else "")

@@ -39,6 +39,7 @@ MODELS: dict[str, list[str]] = {
     "layer norm": ["--polycom-activation", "polynorm", "--normalization", "LayerNorm"],
     "biases": ["--polycom-activation", "polynorm", BIASES],
     "gated": [*GATED, "--swiglu"],
+    "four layers": ["--polycom-activation", "polynorm", "--num-layers", "4"],
 }
 LAYOUTS: dict[str, tuple[int, list[str], str]] = {
     "TP2, PP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split(), "polynorm"),
@@ -68,10 +69,15 @@ def options(model: str) -> list[str]:
 
 
 def trained(
-    train: Trainer, model: str, folder: Path, layout: list[str] | None = None, processes: int = 1
+    train: Trainer,
+    model: str,
+    folder: Path,
+    layout: list[str] | None = None,
+    processes: int = 1,
+    form: str = "torch_dist",
 ) -> Path:
     """A checkpoint after two steps."""
-    saving = ["--save", str(folder), "--save-interval", "2", "--ckpt-format", "torch_dist"]
+    saving = ["--save", str(folder), "--save-interval", "2", "--ckpt-format", form]
     run = train.exactly(*options(model), *(layout or []), *saving, processes=processes, iterations=2)
     assert not any(run.statuses), run.log[-3000:]
     return folder / "iter_0000002"
