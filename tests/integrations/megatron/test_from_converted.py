@@ -48,7 +48,9 @@ def assert_goes_on(losses: Losses, model: str, checkpoint: Path, layout: str, fo
     assert cli.main(["convert", str(hf), str(onward), "--to", "megatron", "--shard-bytes", "20000"]) == 0
     straight = losses(model, checkpoint.parent, "one process", "--finetune")
     assert list(straight) == list(range(1, STEPS + 1))
-    assert losses(model, onward, layout) == pytest.approx(straight, rel=1e-6)
+    assert losses(model, folder / "own", layout, "--pretrained-checkpoint", str(onward)) == pytest.approx(
+        straight, rel=1e-6
+    )
 
 
 def test_training_goes_on_in_another_layout(train: Trainer, losses: Losses, tmp_path: Path) -> None:
