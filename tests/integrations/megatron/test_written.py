@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from polycom_ext import activations, cli
 from polycom_ext.checkpoints.constants import described
@@ -54,7 +56,7 @@ def made(kind: str, **more: Any) -> Model:
     config = {**PLAIN, **KINDS.get(kind, {}), **more}
     torch.manual_seed(0)
     tensors = {name: torch.randn(shape) for name, shape in shapes(config).items()}
-    return Model(config, {name: lambda tensor=tensor: tensor for name, tensor in tensors.items()}, kind)
+    return Model(config, {name: partial(tensors.__getitem__, name) for name in tensors}, kind)
 
 
 def written(model: Model, folder: Path, **options: Any) -> Model:
@@ -83,6 +85,7 @@ def test_torch_reads_what_was_written(tmp_path: Path) -> None:
     release = tmp_path / "megatron" / "release"
     name = "decoder.layers.mlp.linear_fc2.weight"
     about = FileSystemReader(release).read_metadata().state_dict_metadata[name]
+    assert isinstance(about, TensorStorageMetadata)
     assert (about.size, about.properties.dtype) == (torch.Size([3, 32, 48]), torch.float32)
     stack = {name: torch.empty(3, 32, 48)}
     torch.distributed.checkpoint.load(stack, checkpoint_id=release, no_dist=True)
