@@ -137,7 +137,8 @@ def _sizes(args: Any, path: Path) -> tuple[int, int, int]:
     tensor, pipeline, expert = (
         getattr(args, f"{kind}_model_parallel_size", None) or 1 for kind in ("tensor", "pipeline", "expert")
     )
-    if (getattr(args, "expert_tensor_parallel_size", None) or tensor) != tensor and args.num_experts:
+    experts = getattr(args, "num_experts", None)
+    if (getattr(args, "expert_tensor_parallel_size", None) or tensor) != tensor and experts:
         raise PolycomError(
             f"{path} is of --ckpt-format torch, whose files do not say of which rank of expert tensor "
             "parallelism they are: load it with Megatron and save it as torch_dist"

@@ -39,6 +39,7 @@ MODELS: dict[str, list[str]] = {
     "layer norm": ["--polycom-activation", "polynorm", "--normalization", "LayerNorm"],
     "biases": ["--polycom-activation", "polynorm", BIASES],
     "gated": [*GATED, "--swiglu"],
+    "ungated GELU": [],
     "four layers": ["--polycom-activation", "polynorm", "--num-layers", "4"],
 }
 LAYOUTS: dict[str, tuple[int, list[str], str]] = {
@@ -168,6 +169,7 @@ def test_a_damaged_checkpoint_is_refused(
         ("num_layers", 3, "has nothing for model.layers.2"),
         ("num_layers", 1, "holds model.layers.1"),
         ("kv_channels", 4, "have 96 rows, and 4 groups of 1 + 2 heads of 4 need 48"),
+        ("padded_vocab_size", 130, "has 128 embeddings, and its arguments say padded_vocab_size 130"),
         ("polycom_activation", "prelu", "the exchange format has no place"),
         ("polycom_activation", "polynone", "unknown activation 'polynone'"),
     ],
