@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from polycom_ext import upstream
+from polycom_ext.upstream import fetch, pins
 
 from ..zygotes.forked_ranks import Zygote
 
@@ -133,5 +134,15 @@ def tree() -> Path:
 def train(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     """Run the training entry on the patched Megatron."""
     trainer = Trainer(tree, tmp_path_factory.mktemp("runs"))
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture(scope="session")
+def train_unpatched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    """The same entry on Megatron as it was."""
+    folder = tmp_path_factory.mktemp("unpatched")
+    fetch.build(pins.get("megatron"), folder / "megatron")
+    trainer = Trainer(folder / "megatron", folder)
     yield trainer
     trainer.close()

@@ -1,7 +1,6 @@
 """Checkpoints: kill and resume, resharding, types, weight decay, and Megatron's own options."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from polycom_ext.integrations.megatron import coefficients
-from polycom_ext.upstream import fetch, pins
 
 from .conftest import Run, Trainer
 from .test_layouts import MOE_MODEL
@@ -131,16 +129,6 @@ def test_use_checkpoint_args_restores_the_activation(train: Trainer, tmp_path: P
     run = train(*saving(tmp_path), "--use-checkpoint-args", "--override-opt_param-scheduler", iterations=4)
     assert re.search(r"Setting polycom_activation to polynorm-2", run.log)
     assert set(run.metrics) == {3, 4}
-
-
-@pytest.fixture(scope="session")
-def train_unpatched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
-    """The same entry on Megatron as it was."""
-    folder = tmp_path_factory.mktemp("unpatched")
-    fetch.build(pins.get("megatron"), folder / "megatron")
-    trainer = Trainer(folder / "megatron", folder)
-    yield trainer
-    trainer.close()
 
 
 @pytest.mark.parametrize("options", [["--swiglu"], ["--swiglu", *MOE_MODEL]], ids=["dense", "MoE"])
