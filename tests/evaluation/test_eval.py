@@ -103,7 +103,7 @@ def test_several_processes_measure_the_same(model: Path, wheel: Path, ids: Any, 
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_hostile_names_are_names(
     ids: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
