@@ -109,10 +109,10 @@ def load_each(path: Path, overrides: Iterable[str] = (), each: Iterable[str] = (
         overrides: as `load` has them; of a key that is compared the one value to take.
         each: `key=a,b,c`, in place of what the file compares.
     """
-    overrides, each = list(overrides), [fields.parse_each(text) for text in each]
+    overrides, given = list(overrides), dict(map(fields.parse_each, each))
     mapping = fields.read(path, "run spec", overrides)
     name = mapping.setdefault("name", path.stem)
-    compared = dict(each) or fields.comparison(mapping, str(path))
+    compared = given or fields.comparison(mapping, str(path))
     mapping.pop("each", None)
     for text in overrides:  # as its name says, whether it is one of several or alone
         key, value = text.partition("=")[::2]
