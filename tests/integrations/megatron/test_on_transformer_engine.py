@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from polycom_ext import cli
+
 from ..transformer_engine.test_transformer_engine import WHEELS, unpack
 from .conftest import Trainer
 from .test_layouts import BIASED, DENSE, MLP_ACT, MOE, MOE_MODEL, SHARED_EXPERT_AND_MTP, Start, assert_same
@@ -111,6 +113,20 @@ def experts(on_te: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Start:
 def test_experts_one_after_the_other_are_the_local_ones(on_te: Trainer, train: Trainer) -> None:
     options = [*SHARED_EXPERT_AND_MTP, "--polycom-activation", "polynorm"]
     assert_same(on_te(*options, *ON_TE), train(*options))
+
+
+@pytest.mark.long
+def test_experts_of_local_layers_go_on_once_they_are_converted(
+    on_te: Trainer, train: Trainer, tmp_path: Path
+) -> None:
+    options = [*MOE_MODEL, "--polycom-activation", "polynorm"]
+    train(*options, "--save", str(tmp_path / "local"), "--save-interval", "2", iterations=2)
+    assert cli.main(["convert", str(tmp_path / "local"), str(tmp_path / "onward"), "--to", "megatron"]) == 0
+    load = [*options, "--load", str(tmp_path / "onward")]
+    default = ["--dist-ckpt-strictness", "assume_ok_unexpected"]
+    straight = train(*load, *default)
+    for layers in (ON_TE, GROUPED):
+        assert_same(on_te(*load, *layers, *default), straight)
 
 
 @pytest.mark.parametrize(
