@@ -50,8 +50,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "projections apart": {"block_type": "llama", **POLYNORM},
     "groups of blocks": {"block_group_size": 2, "n_layers": 4, **POLYNORM},
 }
-IN_TEST = ("polynorm",)
-"""The rest takes half a second each."""
+MARKS = {
+    **dict.fromkeys(MODELS, pytest.mark.long),
+    **dict.fromkeys(("gated experts", "OLMo 1", "biases", "groups of blocks"), pytest.mark.full),
+    "polynorm": (),
+}
+"""In `full` those with a row of the table or a rule of their own."""
 STOCK = {
     **{"swiglu": "llama", "OLMo 1": "olmo", "gated experts": "olmoe"},
     **dict.fromkeys(("gelu", "relu", "relu2", "silu", "mish"), "arcee"),
@@ -104,9 +108,7 @@ def transformers(folder: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in IN_TEST else pytest.mark.full) for name in MODELS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in MODELS])
 def test_a_model_is_the_same_in_transformers_and_back_in_olmo(name: str, tmp_path: Path) -> None:
     source = saved(tmp_path / "step2-unsharded", **MODELS[name])
     theirs = olmos(source)
@@ -129,8 +131,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "conversion.json"}
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["polynorm", "swiglu", "grouped queries, tied", "biases", "plain experts"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("plain experts", marks=pytest.mark.full),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("polynorm", "swiglu", "grouped queries, tied", "biases")
+        ),
+    ],
+)
 def test_a_model_is_the_same_by_way_of_megatrons_form(name: str, tmp_path: Path) -> None:
     changes = {**MOE, **POLYNORM, "attention_layer_norm": False} if name == "plain experts" else MODELS[name]
     source = saved(tmp_path / "step2-unsharded", **changes)

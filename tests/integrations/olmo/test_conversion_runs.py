@@ -21,7 +21,7 @@ from polycom_ext.integrations.olmo.conversion import CHECKPOINTS, STEP
 from .conftest import Run, Trainer
 from .test_conversion import convert, logits, olmos, saved, transformers
 
-FULL = pytest.mark.full
+FULL, LONG = pytest.mark.full, pytest.mark.long
 EXPERTS: dict[str, Any] = {"moe": True, "model": {"activation_type": "polynorm"}}
 DENSE: dict[str, Any] = {"model": {"activation_type": "polynorm"}}
 HYBRID = {"sharding_strategy": "HYBRID_SHARD", "hybrid_sharding_num_model_replicas": 2}
@@ -37,6 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "DDP": {"processes": 2, **DDP, **DENSE},
 }
 IN_TEST = "experts, FSDP"
+MARKS = {**dict.fromkeys(RUNS, LONG), "olmo_core": FULL, IN_TEST: ()}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def trained(train: Trainer) -> Callable[[str], Run]:
     return cache(lambda name: train(max_duration=4, **{**BOTH, **RUNS[name]}))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == IN_TEST else FULL) for name in RUNS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in RUNS])
 def test_logits_of_a_run_are_olmos_and_its_tokenizer_goes_along(
     trained: Callable[[str], Run],
     inputs: dict[str, Any],
@@ -149,8 +150,10 @@ def test_nothing_that_a_rank_has_pickled_is_run(
 RESET: dict[str, Any] = {"reset_optimizer_state": True, "reset_trainer_state": True}
 
 
-@FULL
-@pytest.mark.parametrize("name", ["experts, FSDP", "one process", "DDP"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(IN_TEST, marks=FULL), *(pytest.param(name, marks=LONG) for name in ("one process", "DDP"))],
+)
 def test_training_goes_on_from_what_was_converted(
     train: Trainer, trained: Callable[[str], Run], name: str, tmp_path: Path
 ) -> None:
@@ -166,7 +169,7 @@ def test_training_goes_on_from_what_was_converted(
     assert losses[0][4] < losses[0][1]
 
 
-@FULL
+@LONG
 def test_a_relu_model_trains_on_as_a_polyrelu_model(train: Trainer, olmo: None, tmp_path: Path) -> None:
     source = saved(tmp_path / "step2-unsharded", activation_type="relu", init_std=0.02)
     relu, upgraded = convert(source, tmp_path / "relu", "olmo"), tmp_path / "polyrelu"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from .conftest import MODEL
 from .test_conversion import MODELS, TOKENS, convert, logits, olmos, saved, transformers
 
-pytestmark = [pytest.mark.full, pytest.mark.usefixtures("olmo")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("olmo")]
 NATIVE = ("OLMo 1", "gelu", "swiglu", "relu")
 SETTINGS: dict[str, Any] = {**MODEL, "activation_type": "swiglu", "init_std": 0.2}
 
@@ -111,7 +111,7 @@ def test_upstreams_own_converter_gives_the_same_function_for_gelu(
 
 
 @pytest.mark.github
-@pytest.mark.parametrize("folder", ["OLMo 1", pytest.param("OLMo 1-written", marks=pytest.mark.long)])
+@pytest.mark.parametrize("folder", ["OLMo 1", "OLMo 1-written"])
 def test_upstreams_own_converter_gives_the_same_weights_for_swiglu(
     checkpoints: Path, unpatched: Path, branch_paths: list[Path], folder: str, tmp_path: Path
 ) -> None:

@@ -131,3 +131,17 @@ def test_fine_grained_activation_checkpointing_changes_nothing() -> None:
             each(tokens).logits.square().sum().backward()
         grads = zip(model.parameters(), checkpointed.parameters(), strict=True)
         assert all(torch.equal(p.grad, q.grad) for p, q in grads)
+
+
+def test_a_dense_configuration_is_saved_without_the_fields_that_only_a_patched_olmo_knows(
+    tmp_path: Any,
+) -> None:
+    from olmo.config import ModelConfig, TrainConfig
+
+    for block, fields in (("sequential", 0), ("llama", 0), ("moe", 10)):
+        one = config(block_type=block, moe_num_experts=5)
+        one.save(tmp_path / "model.yaml")
+        TrainConfig(model=one).save(tmp_path / "train.yaml")
+        for name in ("model.yaml", "train.yaml"):
+            assert (tmp_path / name).read_text().count("moe_") == fields
+        assert ModelConfig.load(tmp_path / "model.yaml").moe_num_experts == (5 if fields else 8)
