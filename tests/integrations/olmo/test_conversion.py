@@ -50,7 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "projections apart": {"block_type": "llama", **POLYNORM},
     "groups of blocks": {"block_group_size": 2, "n_layers": 4, **POLYNORM},
 }
-MARKS = {
+MARKS: dict[str, Any] = {
     **dict.fromkeys(MODELS, pytest.mark.long),
     **dict.fromkeys(("gated experts", "OLMo 1", "biases", "groups of blocks"), pytest.mark.full),
     "polynorm": (),

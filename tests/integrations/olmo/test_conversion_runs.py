@@ -37,7 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "DDP": {"processes": 2, **DDP, **DENSE},
 }
 IN_TEST = "experts, FSDP"
-MARKS = {**dict.fromkeys(RUNS, LONG), "olmo_core": FULL, IN_TEST: ()}
+MARKS: dict[str, Any] = {**dict.fromkeys(RUNS, LONG), "olmo_core": FULL, IN_TEST: ()}
 
 
 @pytest.fixture(scope="module")
