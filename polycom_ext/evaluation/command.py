@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-fewshot", type=arguments.count_or_none, metavar="N", help="examples (default: the task's)"
     )
     parser.add_argument(
+        "--max-length",
+        type=arguments.count,
+        metavar="N",
+        help="tokens of a prompt and its answer (default: the context); longer prompts lose their beginning",
+    )
+    parser.add_argument(
         "--batch-size", type=_batch_size, default="16", metavar="N", help="or `auto` (default: %(default)s)"
     )
     parser.add_argument(
@@ -163,7 +169,7 @@ def _refuse_shared(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("data", "limit", "num_fewshot", "batch_size", "window", "trust_remote_code")
+    names = ("data", "limit", "num_fewshot", "max_length", "batch_size", "window", "trust_remote_code")
     return {
         **{name: getattr(args, name) for name in names},
         "include": [os.path.abspath(path) for path in args.include_path],

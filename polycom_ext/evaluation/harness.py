@@ -143,8 +143,8 @@ def evaluate(
     return made
 
 
-def model(folder: Path, batch_size: str, trust_remote_code: bool) -> Any:
-    """lm-eval's model of a folder of Hugging Face, on as many processes as torchrun has started."""
+def model(folder: Path, plan: Mapping[str, Any]) -> Any:
+    """lm-eval's model of a folder, on as many processes as torchrun has started; as `worker.Plan` says."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
@@ -153,8 +153,7 @@ def model(folder: Path, batch_size: str, trust_remote_code: bool) -> Any:
             str(folder),
             device="cuda" if torch.cuda.is_available() else "cpu",
             backend="causal",
-            batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
+            **{name: plan[name] for name in ("batch_size", "max_length", "trust_remote_code")},
         )
     except Exception as error:  # transformers' and its parts' are of all kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__

