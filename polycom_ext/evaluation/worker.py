@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -87,8 +86,7 @@ def main() -> int:
     try:
         run(plan)
     except PolycomError as error:
-        if os.environ.get("RANK", "0") == "0":
-            write_text(Path(plan["refusal"]), str(error))
+        write_text(Path(plan["refusal"]), str(error))
         return 2
     return 0
 
