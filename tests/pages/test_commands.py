@@ -185,7 +185,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"pip install 'polycom-ext\[\w+\]'", known_to_pip),
     (r"polycom eval .*--tokens.*", of_a_training),
     (r"polycom eval .*", of_few_documents),
-    (r"polycom convert outputs/.*", of_a_training),
+    (r"polycom (analyze|convert) outputs/.*", of_a_training),
     (r"polycom (convert|upstream|data|status|report|doctor)( .*)?", as_written),
     (r"mkdir patches/megatron-next .*", with_a_pin),
     (r"git .*", as_written),
