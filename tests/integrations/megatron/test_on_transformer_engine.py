@@ -12,7 +12,17 @@ from polycom_ext import cli
 
 from ..transformer_engine.test_transformer_engine import WHEELS, unpack
 from .conftest import Trainer
-from .test_layouts import BIASED, DENSE, MLP_ACT, MOE, MOE_MODEL, SHARED_EXPERT_AND_MTP, Start, assert_same
+from .test_layouts import (
+    BIASED,
+    DENSE,
+    DENSE_MORE,
+    MLP_ACT,
+    MOE,
+    MOE_MODEL,
+    SHARED_EXPERT_AND_MTP,
+    Start,
+    assert_same,
+)
 from .test_layouts import start as start
 
 pytestmark = pytest.mark.full
@@ -39,13 +49,17 @@ def on_te(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
 
 
 @pytest.mark.parametrize(
-    "layout", ["one process", *(pytest.param(one, marks=pytest.mark.long) for one in ("TP2", "TP2+SP"))]
+    "layout",
+    [
+        "one process",
+        *(pytest.param(one, marks=pytest.mark.long) for one in ("TP2", "TP2+SP", "TP4", "TP2xPP2")),
+    ],
 )
 @pytest.mark.parametrize("layers", [ON_TE, FUSER], ids=["layers", "op fuser"])
 def test_dense(on_te: Trainer, start: Start, layers: list[str], layout: str) -> None:
     """From a checkpoint of the local layers; row sums are exact over the group, biases sharded."""
     options, straight = start("polynorm", BIASED)
-    processes, more = {**ONE, **DENSE}[layout]
+    processes, more = {**ONE, **DENSE, **DENSE_MORE}[layout]
     assert_same(on_te(*options, *layers, *more.split(), processes=processes), straight)
 
 
