@@ -47,9 +47,10 @@ def test_an_activation_that_differs_from_its_definition_is_told(monkeypatch: pyt
     ],
 )
 def test_a_torch_that_cannot_be_imported_is_told(installed: Installed, init: str, says: str) -> None:
-    """What it prints is not taken for what was found."""
+    """What it prints is not taken for what was found, and the reason is torch's, not the operations'."""
     installed({"torch/__init__.py": init})
-    told, _ = machine._torch()
+    told, operations = machine._torch()
+    assert operations == machine.Operations()
     assert told.version is None
     assert told.problem.startswith(says)
 
