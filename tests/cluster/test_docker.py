@@ -224,7 +224,6 @@ def test_a_containers_alpha_torch_and_its_list_of_versions_survive_the_installat
     image = build_on_alpha(target)
     said = docker("run", "--rm", image, "python3", "-c", script, listed.split()[0])
     assert said == f"2.11.0a0+x.nv26.02 /opt/torch/torch/__init__.py {listed} torch.Size([2, 8])\n"
-    assert f"upstream {target}" in docker("run", "--rm", image, "polycom", "doctor")
 
 
 def write_site(folder: Path, **container: Any) -> str:
