@@ -170,6 +170,16 @@ def test_the_terminal_gets_a_line_a_step_and_the_log_everything(
     assert (RUN / "log.txt").read_text().count("chatter") == 3
 
 
+def test_a_node_of_a_finished_run_does_nothing(
+    toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As where a job system starts its job again."""
+    assert main(["run", toy_spec(steps=1)]) == 0
+    assert main(["node", str(RUN)]) == 0
+    assert "already complete at step 1, nothing to do" in capfd.readouterr().out
+    assert len(json.loads((RUN / "versions.json").read_text())["attempts"]) == 1
+
+
 def test_two_runs_cannot_share_a_directory(
     toy_spec: Callable[..., str], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,4 +98,5 @@ def test_ctrl_c_ends_a_run_without_saving(toy_spec: Callable[..., str]) -> None:
         assert main(["run", spec]) == 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGINT, before)
+    assert last_attempt()["status"] not in (0, -signal.SIGKILL), "it has heard the signal, and ended by that"
     assert not (RUN / "checkpoints" / "step").exists()
