@@ -36,6 +36,17 @@ GROUPED = [*ON_TE, "--moe-grouped-gemm"]
 MOE_ACT = "--recompute-granularity selective --recompute-modules moe_act".split()
 
 ONE = {"one process": (1, "")}
+WHOLE_EXPERTS = {
+    "EP2": MOE["EP2"],
+    "TP2, ETP1, EP2": MOE["TP2, ETP1, EP2"],
+    "TP4, ETP1, EP4": (
+        4,
+        "--tensor-model-parallel-size 4 --sequence-parallel --expert-tensor-parallel-size 1 "
+        "--expert-model-parallel-size 4",
+    ),
+    "TP2xPP2, ETP1, EP2": (4, f"{MOE['TP2, ETP1, EP2'][1]} --pipeline-model-parallel-size 2"),
+}
+"""Upstream refuses biases of experts that are divided."""
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +186,10 @@ def test_in_fp8_grouped_experts_are_those_one_after_the_other(
 
 
 @pytest.mark.long
-def test_grouped_experts_with_biases(on_te: Trainer, experts: Start) -> None:
-    options, straight = experts("polynorm", [*BIASED, *MOE_MODEL, *GROUPED], MOE["EP2"][1], 2)
-    processes, more = MOE["TP2, ETP1, EP2"]
+@pytest.mark.parametrize("layout", WHOLE_EXPERTS)
+def test_grouped_experts_with_biases(on_te: Trainer, experts: Start, layout: str) -> None:
+    options, straight = experts("polynorm", [*BIASED, *MOE_MODEL, *GROUPED])
+    processes, more = WHOLE_EXPERTS[layout]
     assert_same(on_te(*options, *more.split(), processes=processes), straight)
 
 
