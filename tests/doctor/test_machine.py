@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -116,6 +117,8 @@ def test_what_is_asked_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (found.folders[0].purpose, found.folders[0].path) == ("runs", str(tmp_path / "runs"))
     assert (found.executable, found.package) == (sys.executable, polycom_ext.__version__)
     assert found.package_path == str(Path(polycom_ext.__file__).parent)
+    assert found.python == platform.python_version()
+    assert found.system == f"{platform.system()} {platform.release()}, {platform.machine()}"
     assert found.torch.problem == "no torch"
 
 
