@@ -50,7 +50,7 @@ def requirements(run: Run) -> Finding:
         from packaging.requirements import Requirement
 
         named = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
-    except (ImportError, metadata.PackageNotFoundError) as error:
+    except ImportError as error:  # of packaging, or PackageNotFoundError
         return Finding(
             "packages", Mark.MISSING, f"not compared with {extra}: {error}", "pip install packaging"
         )
