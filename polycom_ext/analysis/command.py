@@ -18,7 +18,7 @@ SEQUENCES, LENGTH = 4, 256
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the verb takes."""
     parser.add_argument(
-        "checkpoints",
+        "sources",
         nargs="+",
         type=Path,
         metavar="CHECKPOINT",
@@ -57,8 +57,8 @@ def main(args: argparse.Namespace) -> int:
         raise PolycomError(f"the analysis cannot go to {args.output}: it is a file, not a folder")
     if args.tokens is not None and importlib.util.find_spec("transformers") is None:
         raise MissingDependencyError("--tokens needs transformers: pip install 'polycom-ext[eval]'")
-    labels = _labels(args.checkpoints)
-    studies = [_studied(path, args) for path in args.checkpoints]
+    labels = _labels(args.sources)
+    studies = [_studied(path, args) for path in args.sources]
     args.output.mkdir(parents=True, exist_ok=True)
     drawn = looks([study.activation for study in studies])
     tables.write(list(zip(labels, studies, strict=True)), args.output)
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
     learned = plots.coefficients(studied, args.output / "analysis-coefficients.png")
     told = {label: study.as_json() for label, study in zip(labels, studies, strict=True)}
     (args.output / "studies.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    for path, study in zip(args.checkpoints, studies, strict=True):
+    for path, study in zip(args.sources, studies, strict=True):
         if Record(path).spec.is_file():
             Record(path).write_analysis(study.as_json())
     figures = ", ".join(plot.path.name for plot in (*made, learned) if plot)

@@ -29,7 +29,7 @@ LOG = "workers.txt"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoints",
+        "sources",
         nargs="+",
         type=Path,
         metavar="CKPT",
@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
     harness.check()
     tokens = _labelled(args.tokens)
     tasks = _tasks(args, bool(tokens))
-    checkpoints = [sources.find(path, _output(args, path)) for path in args.checkpoints]
+    checkpoints = [sources.find(path, _output(args, path)) for path in args.sources]
     _refuse_shared(checkpoints)
     plan = _plan(args)
     with ExitStack() as stack:
@@ -153,7 +153,7 @@ def _tasks(args: argparse.Namespace, others: bool) -> list[str]:
 
 
 def _output(args: argparse.Namespace, path: Path) -> Path | None:
-    if args.output is None or len(args.checkpoints) == 1:
+    if args.output is None or len(args.sources) == 1:
         folder: Path | None = args.output
         return folder
     return Path(args.output) / path.resolve().name

@@ -162,7 +162,12 @@ def test_a_site_in_the_pages_is_one(block: str, tmp_path: Path) -> None:
 def test_a_shell_reads_200_hostile_words_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [text for text in hostile.strings() if "\0" not in text and "\ud800" not in text]
     monkeypatch.chdir(tmp_path)
-    values = {"DIRECTORY": tmp_path, "SETUP": ["true", *words], "COMMAND": ["printf", r"%s\0", *words]}
+    values = {
+        "DIRECTORY": tmp_path,
+        "RECORD": tmp_path,
+        "SETUP": ["true", *words],
+        "COMMAND": ["printf", r"%s\0", *words],
+    }
     script = fill("node.sh", values, shell)
     ran = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
     assert ran.stdout.decode().split("\0") == [*words, ""]

@@ -121,7 +121,7 @@ AROUND = (
 BEGINNING: dict[str, Any] = {
     **{"epoch": 0, "global_step": 0, "world_size": 1},
     **{"global_train_examples_seen_this_epoch": 0, "global_train_tokens_seen": 0},
-    **{"checkpoints": [], "unsharded_checkpoints": [], "ephemeral_checkpoints": []},
+    **{f"{kind}checkpoints": list[str]() for kind in ("", "unsharded_", "ephemeral_")},
 }
 """The state of a trainer that has yet to begin: OLMo reads one even where it is told to take none of it."""
 TOKENIZER = "tokenizer.json"
