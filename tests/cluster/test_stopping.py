@@ -19,6 +19,8 @@ from polycom_ext.cli import main
 from ..runs.test_training import metrics, write_spec
 
 pytestmark = pytest.mark.cluster
+SLOW = {"global_batch_size": 96}
+"""Steps long enough for a signal to come between two of them."""
 NAMES = ("train/loss", "train/grad_norm", "train/learning_rate")
 
 
@@ -32,7 +34,7 @@ def losses(run_dir: Path) -> list[list[float]]:
 def straight(tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
     """What a run logs that nothing happens to."""
     folder = tmp_path_factory.mktemp("straight")
-    spec = write_spec(folder, "base-dense.yaml", "polynorm")
+    spec = write_spec(folder, "base-dense.yaml", "polynorm", **SLOW)
     assert main(["run", str(spec), "--output", str(folder / "run")]) == 0
     return losses(folder / "run")
 
@@ -58,12 +60,12 @@ def last_attempt(run_dir: Path) -> dict[str, Any]:
 def test_stopped_then_damaged_it_goes_on_from_the_checkpoint_before(
     tmp_path: Path, straight: list[list[float]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    spec, run_dir = write_spec(tmp_path, "base-dense.yaml", "polynorm"), tmp_path / "run"
+    spec, run_dir = write_spec(tmp_path, "base-dense.yaml", "polynorm", **SLOW), tmp_path / "run"
     tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     when(tracker.exists, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert main(["run", str(spec), "--output", str(run_dir)]) == 128 + signal.SIGTERM
     stopped = int(tracker.read_text())
-    assert 4 < stopped < 12, "not one of the interval"
+    assert 4 < stopped < 12, "neither the first of the interval nor the last"
     attempt = last_attempt(run_dir)
     assert (attempt["status"], attempt["signal"], attempt["complete"]) == (0, signal.SIGTERM, False)
     [shard] = (run_dir / "checkpoints" / f"iter_{stopped:07d}").glob("*.distcp")
@@ -72,7 +74,7 @@ def test_stopped_then_damaged_it_goes_on_from_the_checkpoint_before(
     assert main(["run", str(spec), "--output", str(run_dir)]) == 0
     assert f"iter_{stopped:07d} holds {shard.name} of" in capfd.readouterr().err
     assert (run_dir / "checkpoints" / "damaged" / f"iter_{stopped:07d}" / shard.name).exists()
-    assert last_attempt(run_dir)["from_step"] == (4 if stopped < 8 else 8)
+    assert last_attempt(run_dir)["from_step"] == (4 if stopped <= 8 else 8)
     assert losses(run_dir) == straight
 
 
@@ -80,8 +82,10 @@ def test_killed_while_it_writes_beside_training_it_goes_on_from_a_whole_one(
     tmp_path: Path, straight: list[list[float]]
 ) -> None:
     beside = {"async_save": True, "async_strategy": "mcore", "use_persistent_ckpt_worker": True}
-    spec, run_dir = write_spec(tmp_path, "base-dense.yaml", "polynorm", **beside), tmp_path / "run"
-    when((run_dir / "checkpoints" / "iter_0000008").exists, lambda: kill(run_dir))
+    spec, run_dir = write_spec(tmp_path, "base-dense.yaml", "polynorm", **SLOW, **beside), tmp_path / "run"
+    checkpoints = run_dir / "checkpoints"
+    saved, begun = checkpoints / "latest_checkpointed_iteration.txt", checkpoints / "iter_0000008"
+    when(lambda: saved.exists() and begun.exists(), lambda: kill(run_dir))  # steps are quicker than a save
     assert main(["run", str(spec), "--output", str(run_dir)]) == 1
     assert main(["run", str(spec), "--output", str(run_dir)]) == 0
     assert last_attempt(run_dir)["from_step"] in (4, 8)
@@ -106,7 +110,7 @@ def disk(disk_of: Callable[[str], Path]) -> Path:
 def test_a_disk_that_is_full_while_it_saves_leaves_the_checkpoint_before(
     tmp_path: Path, disk: Path, straight: list[list[float]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    spec, run_dir = write_spec(tmp_path, "base-dense.yaml", "polynorm"), disk / "run"
+    spec, run_dir = write_spec(tmp_path, "base-dense.yaml", "polynorm", **SLOW), disk / "run"
 
     def fill() -> None:
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
@@ -131,7 +135,7 @@ def test_a_run_that_ends_itself_before_its_last_step_is_not_complete_and_goes_on
     tmp_path: Path, straight: list[list[float]]
 ) -> None:
     """As `exit-duration-in-mins` ends it, which counts in minutes."""
-    spec, run_dir = write_spec(tmp_path, "base-dense.yaml", "polynorm"), tmp_path / "run"
+    spec, run_dir = write_spec(tmp_path, "base-dense.yaml", "polynorm", **SLOW), tmp_path / "run"
     assert main(["run", str(spec), "--output", str(run_dir), "--set", "megatron.exit-interval=6"]) == 0
     attempt = last_attempt(run_dir)
     assert (attempt["status"], attempt["complete"]) == (0, False)
