@@ -207,6 +207,13 @@ def test_the_extension_api_of_transformer_engine(installed: Installed, doors: tu
     assert (found.version, found.features, found.imported) == ("2.20.2", doors, True)
 
 
+def test_a_transformer_engine_without_operations_has_no_extension_api(installed: Installed) -> None:
+    files = {f"transformer_engine/{name}": "" for name in ("__init__.py", "pytorch.py")}
+    installed({**TORCH, **files}, "transformer_engine", "1.0")
+    found = machine.package("transformer_engine.pytorch")
+    assert (found.problem, found.features) == ("", ())
+
+
 def test_nvcc_is_compared_with_torchs_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
