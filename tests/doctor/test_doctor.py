@@ -322,6 +322,10 @@ REQUIRES = ("numpy", "PyYAML>=5", "tomli; python_version < '3.0'", "nothing-like
         (("PyYAML>=99; extra == 'other'",), None),
         (("early>=0.9; python_version < '2'",), None),
         (("alpha>2.11.0a0; extra == 'toy'",), "alpha 2.11.0a0 is not >2.11.0a0"),
+        (
+            ("no-one; extra == 'toy'", "no-two; extra == 'toy'"),
+            "no-one is not installed; no-two is not installed",
+        ),
         (("alpha>=2.10; extra == 'toy'",), None),  # which is how NVIDIA's containers number their torch
     ],
 )
