@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,3 +142,18 @@ def test_what_make_starts_keeps_the_bytecode_that_it_compiles() -> None:
         check=True,
     )
     assert told.stdout == "[]\n"
+
+
+PAGE = PACKAGE.parent / "docs" / "architecture.md"
+
+
+def test_the_page_on_architecture_names_every_room_and_its_floor() -> None:
+    page = PAGE.read_text()
+    named = {re.sub(r"/NAME/|\.py|/", "", name) for name in re.findall(r"`([\w./]+?)`", page)}
+    assert {room for floor in FLOORS for room in floor if not room.startswith("_")} <= named
+    block = re.search(r"\n\n((?:    .+\n)+)\nAn integration", page)
+    assert block
+    drawn = [{room.removesuffix("/NAME") for room in line.split(" · ")} for line in block[1].split("\n")[:-1]]
+    floors = [{room.strip() for room in line} for line in drawn]
+    shown = set.union(*floors)
+    assert floors == [kept for floor in reversed(FLOORS) if (kept := {*floor} & shown)]

@@ -93,7 +93,7 @@ def _studied(path: Path, args: argparse.Namespace) -> Any:
     model = checked(opened(path))
     tokens = None if args.tokens is None else _tokens(model.config, args)
     layers = model.config["num_hidden_layers"]
-    with progress(layers * (1 if tokens is None else 2), path.name) as bar:
+    with progress(layers * (1 if tokens is None else 2), path.name, "layers") as bar:
         return study(model, tokens, lambda: bar.update(1))
 
 

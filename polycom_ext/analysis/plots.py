@@ -58,6 +58,11 @@ def _panels(
     return figure, panels
 
 
+def _of(studied: Studied) -> str:
+    """Which checkpoints a figure is of: a run may have gone on since."""
+    return f"Of {', '.join(dict.fromkeys(Path(study.source).name for _, _, study in studied))}."
+
+
 def _ranks(studied: Studied, path: Path) -> Plot:
     names = [name for name in WEIGHTS if any(name in study.full_rank for _, _, study in studied)]
 
@@ -76,7 +81,7 @@ def _ranks(studied: Studied, path: Path) -> Plot:
     of_experts = " Of experts the mean." if experts else ""
     caption = (
         "Of each weight of the FFNs: exp of the entropy of its singular values, by layer; dotted, the most "
-        f"that the shape allows.{of_experts} The paper's figure 6 in this model."
+        f"that the shape allows.{of_experts} The paper's figure 6 in this model. {_of(studied)}"
     )
     return save(figure, path, "Effective rank of the FFN's weights", caption)
 
@@ -116,7 +121,8 @@ def _similarity(studied: Studied, path: Path) -> Plot:
     tokens = studied[0][2].activity
     caption = (
         "Mean cosine between a token's hidden states after any two layers, 0 being the embedding; below 0 "
-        f"as 0. Over {tokens.tokens if tokens else 0:,} tokens. The paper's figure 7 in this model."
+        f"as 0. Over {tokens.tokens if tokens else 0:,} tokens. The paper's figure 7 in this model. "
+        f"{_of(studied)}"
     )
     return save(figure, path, "Similarity of hidden states", caption)
 

@@ -102,7 +102,7 @@ def opened(source: Path) -> Model:
         found = form.find(source)
         if found is not None:
             for damaged in found.passed_over:
-                print(f"polycom convert: passed over: {damaged}", file=sys.stderr)
+                print(f"passed over: {damaged}", file=sys.stderr)
             return form.read(found.path)
     raise PolycomError(f"{source} holds no checkpoint that can be read here")
 
@@ -110,7 +110,7 @@ def opened(source: Path) -> Model:
 def _write(writer: Writes, model: Model, folder: Path, options: Options) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was interrupted
     folder.mkdir()
-    with progress(len(model.tensors), "converting") as bar:
+    with progress(len(model.tensors), "converting", "tensors") as bar:
         writer.write(model, folder, options, lambda size: bar.update(1))
     files = {
         str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()

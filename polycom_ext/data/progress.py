@@ -1,4 +1,4 @@
-"""The progress bar of everything that reads files here."""
+"""The progress bar of all that takes long here."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int, what: str) -> tqdm[Any]:
-    """A bar that counts bytes on stderr; in a log file it writes a line every ten seconds only."""
+def progress(total: int, what: str, unit: str = "B") -> tqdm[Any]:
+    """A bar on stderr that counts bytes, or what `unit` says; in a log file a line every ten seconds only."""
     mininterval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(
         total=total,
         desc=what,
-        unit="B",
-        unit_scale=True,
+        unit=unit if unit == "B" else f" {unit}",
+        unit_scale=unit == "B",
         leave=False,
         mininterval=mininterval,
         disable=total == 0,

@@ -27,7 +27,7 @@ def read(
     try:
         mapping = _inherited(path, kind, found, ())
         for override in overrides:
-            mapping = merge(mapping, _parse_override(override))
+            mapping = merge(mapping, nested(*parse_set(override)))
         _check_texts(mapping, str(path))
     except RecursionError:
         raise PolycomError(f"{kind} {path} is nested too deeply, or holds an anchor within itself") from None
@@ -74,14 +74,15 @@ def _inherited(
     return merge(_inherited(found(path.parent / str(base)), kind, found, (*above, resolved)), content)
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def parse_set(override: str) -> tuple[str, Any]:
+    """`key=value` -> the key and its value, read as YAML."""
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
         raise PolycomError(f"--set {override!r} must have the form key=value or key.sub=value")
     if parts[0] == "extends":
         raise PolycomError("--set cannot change `extends`; give the other file as CONFIG")
-    return nested(key, _value("--set", override, text))
+    return key, _value("--set", override, text)
 
 
 def _value(flag: str, given: str, text: str) -> Any:

@@ -111,19 +111,20 @@ def load_each(path: Path, overrides: Iterable[str] = (), each: Iterable[str] = (
     """
     overrides, given = list(overrides), dict(map(fields.parse_each, each))
     mapping = fields.read(path, "run spec", overrides)
-    name = mapping.setdefault("name", path.stem)
+    mapping.setdefault("name", path.stem)
+    name = fields.text(mapping, "name", str(path), "the name of the run")
     compared = given or fields.comparison(mapping, str(path))
     mapping.pop("each", None)
     for text in overrides:  # as its name says, whether it is one of several or alone
-        key, value = text.partition("=")[::2]
+        key = text.partition("=")[0]
         if key in compared:
-            compared[key] = fields.parse_each(f"{key}={value}")[1]
+            compared[key] = [fields.parse_set(text)[1]]
     specs = []
     for values in itertools.product(*compared.values()):
         chosen = mapping
         for key, value in zip(compared, values, strict=True):
             chosen = fields.merge(chosen, fields.nested(key, value))
-        chosen = {**chosen, "name": "-".join([str(name), *map(str, values)])}
+        chosen = {**chosen, "name": "-".join([name, *map(str, values)])}
         specs.append(from_mapping(chosen, str(path)))
     return specs
 

@@ -47,7 +47,7 @@ def arguments(spec: Spec) -> list[str]:
 
 if __name__ == "__main__":
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    os.environ |= {**rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("PORT", "0")}
+    os.environ |= {**rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     rehearsal.enable()
     from megatron.training import arguments as upstream
     from megatron.training import get_args, global_vars, initialize

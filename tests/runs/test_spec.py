@@ -238,3 +238,16 @@ def test_a_comparison_of_nothing_is_refused(tmp_path: Path, values: str) -> None
     path = write(tmp_path, "run.yaml", MINIMAL + f"each: {{activation: {values}}}\n")
     with pytest.raises(PolycomError, match=r"each\.activation must be a list of texts or numbers"):
         specs.load_each(path)
+
+
+def test_one_value_is_set_of_what_is_compared_not_several(tmp_path: Path) -> None:
+    path = write(tmp_path, "comparison.yaml", MINIMAL + "each: {megatron.seed: [1, 2]}\n")
+    assert specs.load(path, ["megatron.seed=3"]).name == "comparison-3"
+    with pytest.raises(PolycomError, match="name 'comparison-3,4' must be a plain folder name"):
+        specs.load_each(path, ["megatron.seed=3,4"])
+
+
+@pytest.mark.parametrize("name", ["true", "{a: 1}", "[a]", "''"])
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(PolycomError, match="name must be a text"):
+        specs.load(write(tmp_path, "run.yaml", MINIMAL + f"name: {name}\n"))

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError
-from polycom_ext.integrations.megatron.saved import TRACKER
+from polycom_ext.integrations.megatron.saved import RELEASE, TRACKER, tracked
 from polycom_ext.runs import record
 
 _KEY = re.compile(r"(?P<module>.+)\.activation_func\.(?P<parameter>.+)")
@@ -80,10 +80,10 @@ def _lengths(activation: str) -> dict[str, int]:
 def _iteration_directory(directory: Path) -> Path:
     latest = directory / TRACKER
     if latest.is_file():
-        iteration = latest.read_text().strip()
-        if not iteration.isdigit():
-            raise PolycomError(f"{latest} names {iteration!r}, not an iteration: give an iter_XXXXXXX folder")
-        directory = directory / f"iter_{int(iteration):07d}"
+        named = tracked(directory)
+        if named is None or named.name == RELEASE:
+            raise PolycomError(f"{latest} names no iteration: give an iter_XXXXXXX folder")
+        directory = named
     if not re.fullmatch(r"iter_\d+", directory.name) or not (directory / ".metadata").is_file():
         raise PolycomError(
             f"{directory} is not a torch_dist checkpoint of Megatron (an iter_XXXXXXX folder "

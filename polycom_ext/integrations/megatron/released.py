@@ -19,7 +19,7 @@ from polycom_ext.checkpoints.constants import described
 from polycom_ext.checkpoints.forms import Found
 from polycom_ext.checkpoints.model import Concatenated, GroupedQKV, Model, Row
 from polycom_ext.errors import PolycomError
-from polycom_ext.integrations.megatron.saved import TRACKER
+from polycom_ext.integrations.megatron import saved
 
 FILES = ("mp_rank_00/model_optim_rng.pt", "mp_rank_00/model_rng.pt")
 """The second beside a distributed optimizer."""
@@ -57,10 +57,7 @@ class Checkpoints:
     """Reads them."""
 
     def find(self, path: Path) -> Found | None:
-        folder, tracker = path, path / TRACKER
-        if tracker.is_file():
-            told = tracker.read_text().strip()
-            folder = path / (f"iter_{int(told):07d}" if told.isdigit() else "release")
+        folder = saved.tracked(path) or path
         for file in (folder / name for name in FILES):
             with contextlib.suppress(
                 PolycomError

@@ -48,13 +48,23 @@ def choice(spec: Spec, checkpoints: Path) -> Choice:
 
 def newest(checkpoints: Path) -> Choice:
     """As `choice`, where no spec says in which form the checkpoints are, or whether there are any."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if (checkpoints / TRACKER).read_text(encoding="utf-8").strip() == RELEASE:
-            folder = checkpoints / RELEASE
-            return choose([(0, folder, damage(folder))])
+    folder = tracked(checkpoints)
+    if folder == checkpoints / RELEASE:
+        return choose([(0, folder, damage(folder))])
     named, _ = _tracked(checkpoints)
     folders = [(step, path) for step, path in _folders(checkpoints) if named is None or step <= named]
     return choose((step, path, damage(path)) for step, path in folders)
+
+
+def tracked(checkpoints: Path) -> Path | None:
+    """The folder that the tracker names, whether it is there or not; None where it names none."""
+    iteration, _ = _tracked(checkpoints)
+    if iteration is not None:
+        return checkpoints / f"iter_{iteration:07d}"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if (checkpoints / TRACKER).read_text(encoding="utf-8").strip() == RELEASE:
+            return checkpoints / RELEASE
+    return None
 
 
 def damage(folder: Path) -> str | None:
