@@ -9,13 +9,10 @@ OPERATIONS := $(VENV)/.operations
 CLUSTER_READY := $(VENV)/.cluster
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 
-DENSE := swiglu gelu relu polyrelu polynorm
-MOE := swiglu polynorm
-DEMO := $(DENSE:%=configs/tiny/dense-%.yaml) $(MOE:%=configs/tiny/moe-%.yaml)
-DEMO_RUNS := $(DEMO:configs/tiny/%.yaml=outputs/tiny-%)
+DEMO := configs/tiny/dense.yaml configs/tiny/moe.yaml
+DEMO_RUNS := outputs/tiny-dense-* outputs/tiny-moe-*
 REPORT := report $(DEMO_RUNS) --output outputs/report --title "PolyCom rehearsal on Megatron-LM"
 DATA := build/demo
-OLMO_DEMO := $(foreach kind,dense moe,$(MOE:%=configs/tiny/olmo-$(kind)-%.yaml))
 OLMO_DATA := build/demo-olmo
 
 export OMP_NUM_THREADS ?= 1
@@ -68,9 +65,8 @@ demo-olmo: $(READY)
 	$(BIN)/polycom data prepare $(OLMO_DATA)/train.jsonl --format olmo --output $(OLMO_DATA)/train --train-tokenizer 2048
 	$(BIN)/polycom data prepare $(OLMO_DATA)/valid.jsonl --format olmo --output $(OLMO_DATA)/valid \
 		--tokenizer $(OLMO_DATA)/train.tokenizer.json
-	$(BIN)/polycom run $(OLMO_DEMO)
-	$(BIN)/polycom report $(OLMO_DEMO:configs/tiny/%.yaml=outputs/tiny-%) --output outputs/report-olmo \
-		--title "PolyCom rehearsal on OLMo"
+	$(BIN)/polycom run configs/tiny/olmo-dense.yaml configs/tiny/olmo-moe.yaml
+	$(BIN)/polycom report outputs/tiny-olmo-* --output outputs/report-olmo --title "PolyCom rehearsal on OLMo"
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -23,8 +23,8 @@ FAST = (
     ["--help"],
     *([verb, "--help"] for verb in cli.VERBS if verb != "report"),
     ["upstream", "list"],
-    ["run", "configs/tiny/dense-polynorm.yaml", "--dry-run"],
-    ["run", "configs/tiny/olmo-moe-polynorm.yaml", "--dry-run"],
+    ["run", "configs/tiny/dense.yaml", "--dry-run"],
+    ["run", "configs/tiny/olmo-moe.yaml", "--dry-run"],
 )
 
 

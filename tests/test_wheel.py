@@ -137,7 +137,9 @@ def test_an_installed_polycom_does_what_a_checkout_does(environment: Path, tmp_p
     assert (tmp_path / "home" / "polycom" / "upstream" / "megatron" / "megatron" / "core").is_dir()
     short = ["train-iters=4", "eval-iters=1", "eval-interval=4", "lr-warmup-iters=1", "lr-decay-iters=4"]
     sets = [part for one in short for part in ("--set", f"megatron.{one}")]
-    said = run([polycom, "run", "configs/tiny/dense-polynorm.yaml", *sets], tmp_path, **home)
+    said = run(
+        [polycom, "run", "configs/tiny/dense.yaml", "--set", "activation=polynorm", *sets], tmp_path, **home
+    )
     assert "finished in" in said
     run([polycom, "report", "outputs/tiny-dense-polynorm", "--output", "report"], tmp_path, **home)
     assert "PolyNorm" in (tmp_path / "report" / "index.html").read_text()

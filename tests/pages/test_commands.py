@@ -118,10 +118,11 @@ def shortened(place: Place, command: str) -> None:
 
 def of_a_training(place: Place, command: str) -> None:
     """The run is one of two steps, in a directory that no other page has."""
-    [name] = re.findall(r"outputs/tiny-(\S+)", command)
+    [(config, activation)] = re.findall(r"outputs/tiny-(\w+)-(\w+)", command)
+    begun = f"outputs/begun-{config}-{activation}"
     sets = " ".join(f"--set megatron.{option}" for option in SHORT["megatron"].split())
-    place.run(f"polycom run configs/tiny/{name}.yaml --output outputs/begun-{name} {sets}")
-    place.run(command.replace(f"outputs/tiny-{name}", f"outputs/begun-{name}"))
+    place.run(f"polycom run configs/tiny/{config}.yaml --set activation={activation} --output {begun} {sets}")
+    place.run(command.replace(f"outputs/tiny-{config}-{activation}", begun))
 
 
 def of_few_documents(place: Place, command: str) -> None:

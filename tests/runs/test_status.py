@@ -306,7 +306,7 @@ def test_a_run_is_told_of_without_its_trainer_and_without_torch(run: Record) -> 
     assert found.untold is not None
     assert "unknown trainer 'gone'" in found.untold
     configs = Path(__file__).parents[2] / "configs" / "tiny"
-    for name in ("dense-polynorm", "olmo-moe-polynorm"):
+    for name in ("dense", "olmo-moe"):
         main(["run", str(configs / f"{name}.yaml"), "--dry-run"])
     code = (
         "import sys; from polycom_ext.cli import main; main(['status', 'outputs/small']); "

@@ -18,7 +18,7 @@ from polycom_ext.runs.record import Record
 
 CONFIGS = Path(spec.__file__).parents[2] / "configs" / "tiny"
 DATA = {"megatron": "megatron.train-data-path=[{}]", "olmo": "olmo.data.paths=[{}.npy]"}
-SPECS = {"megatron": "dense-polynorm.yaml", "olmo": "olmo-dense-polynorm.yaml"}
+SPECS = {"megatron": "dense.yaml", "olmo": "olmo-dense.yaml"}
 
 
 @pytest.fixture
@@ -38,7 +38,9 @@ def checkpoint(folder: Path, trainer: str, words: Path) -> Path:
     assert cli.main([*prepared, "--tokenizer", str(words), "--format", trainer]) == 0
     record = Record(folder / "run")
     record.checkpoints.mkdir(parents=True)
-    resolved = spec.load(CONFIGS / SPECS[trainer], [DATA[trainer].format(folder / "data.v1")])
+    resolved = spec.load(
+        CONFIGS / SPECS[trainer], ["activation=polynorm", DATA[trainer].format(folder / "data.v1")]
+    )
     record.spec.write_text(document.dump(resolved.as_mapping()))
     return record.checkpoints / "step5"
 

@@ -23,7 +23,7 @@ from polycom_ext.integrations.megatron.adapter import MegatronAdapter
 from polycom_ext.runs import document, plan
 from polycom_ext.runs.adapter import Needs
 from polycom_ext.runs.site import Site
-from polycom_ext.runs.spec import Spec, load
+from polycom_ext.runs.spec import Spec, load_each
 
 from .test_damage import save
 
@@ -35,7 +35,7 @@ PER_TOKEN = {
     "tensor_model_parallel_size": 2,
     "calculate_per_token_loss": True,
 }
-SPECS = sorted([*TINY.glob("dense-*.yaml"), *TINY.glob("moe-*.yaml")])
+KINDS = ("dense", "moe")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -419,7 +419,7 @@ def test_a_missing_data_file_is_exit_status_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["run", str(TINY / "dense-polynorm.yaml")]) == 2
+    assert main(["run", str(TINY / "dense.yaml"), "--set", "activation=polynorm"]) == 2
     error = capfd.readouterr().err
     assert error.startswith(
         "polycom run: tiny-dense-polynorm: megatron.train-data-path: build/demo/train.bin and"
@@ -449,17 +449,17 @@ def test_the_run_is_complete_at_its_last_iteration(tmp_path: Path) -> None:
         assert trainer.is_complete(spec, tmp_path) is complete
 
 
-@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
-def test_a_tiny_spec_is_valid_and_says_where_its_numbers_come_from(path: Path) -> None:
-    spec = load(path)
-    MegatronAdapter().validate(spec)
-    assert spec.name == f"tiny-{path.stem}"
-    assert spec.sources
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tiny_spec_is_valid_and_says_where_its_numbers_come_from(kind: str) -> None:
+    for spec in load_each(TINY / f"{kind}.yaml"):
+        MegatronAdapter().validate(spec)
+        assert spec.name == f"tiny-{kind}-{spec.activation}"
+        assert spec.sources
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_tiny_specs_of_a_kind_differ_in_their_activation_only(kind: str) -> None:
-    specs = [load(path) for path in SPECS if path.stem.startswith(kind)]
+    specs = load_each(TINY / f"{kind}.yaml")
     assert len(specs) >= 2
     alike = {json.dumps({**spec.as_mapping(), "name": "", "activation": ""}) for spec in specs}
     assert len(alike) == 1
@@ -482,7 +482,7 @@ def test_a_tracker_alone_is_no_start_from_scratch(tmp_path: Path, capfd: pytest.
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     options = ["--set", "megatron.train-data-path=null", "--set", "megatron.valid-data-path=null"]
     options += ["--set", "megatron.mock-data=true", "--output", str(run_dir)]
-    assert main(["run", str(TINY / "dense-polynorm.yaml"), *options]) == 2
+    assert main(["run", str(TINY / "dense.yaml"), "--set", "activation=polynorm", *options]) == 2
     error = capfd.readouterr().err
     assert f"{tracker} names iteration 8, whose folder is not there, and no checkpoint is there" in error
     assert error.count("\n") == 1
@@ -524,6 +524,6 @@ def test_a_tree_that_several_runs_share_is_brought_to_its_state_once(
     """Of activations that need its patches; to compare a tree with its series takes hundreds of processes."""
     brought: list[str] = []
     monkeypatch.setattr(upstream, "ensure_applied", brought.append)
-    specs = [load(TINY / f"{name}.yaml") for name in ("dense-polynorm", "dense-polyrelu", "moe-polynorm")]
+    specs = [spec for kind in KINDS for spec in load_each(TINY / f"{kind}.yaml")]
     plan.prepare_trees([plan.planned(spec, None, tmp_path, Site()) for spec in specs])
     assert brought == ["megatron"]

@@ -13,12 +13,12 @@ from polycom_ext.integrations.olmo import options as olmo_options
 from polycom_ext.integrations.olmo import tokens as olmo_tokens
 from polycom_ext.integrations.olmo.adapter import OLMoAdapter
 from polycom_ext.runs.adapter import Needs, trees
-from polycom_ext.runs.spec import Spec, load
+from polycom_ext.runs.spec import Spec, load, load_each
 
 from .test_damage import save
 
-TINY = sorted((Path(__file__).parents[3] / "configs" / "tiny").glob("olmo-*-*.yaml"))
-TINY = [path for path in TINY if "base" not in path.name]
+TINY = Path(__file__).parents[3] / "configs" / "tiny"
+KINDS = ("dense", "moe")
 
 
 def make(activation: str = "polynorm", width: int | None = 768, processes: int = 1, **options: Any) -> Spec:
@@ -149,22 +149,23 @@ def test_a_specs_values_may_refer_as_olmos_do_and_the_runs_own_do_not(olmo: None
     assert cfg.save_folder == str(run_dir / "checkpoints")
 
 
-@pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
-def test_tiny_specs_are_valid(path: Path, tree: Path) -> None:
-    spec = load(path)
-    OLMoAdapter().validate(spec)
-    assert spec.name == f"tiny-{path.stem}"
-    assert OLMoAdapter().total_steps(spec)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_specs_are_valid(kind: str, tree: Path) -> None:
+    for spec in load_each(TINY / f"olmo-{kind}.yaml"):
+        OLMoAdapter().validate(spec)
+        assert spec.name == f"tiny-olmo-{kind}-{spec.activation}"
+        assert OLMoAdapter().total_steps(spec)
 
 
 def test_gated_and_ungated_tiny_models_have_equal_parameters(olmo: None, tmp_path: Path) -> None:
     from olmo.model import OLMo
 
-    for kind in ("dense", "moe"):
-        counts = []
-        for activation in ("swiglu", "polynorm"):
-            spec = load(next(path for path in TINY if path.stem == f"olmo-{kind}-{activation}"))
-            counts.append(OLMo(given(spec, tmp_path).model).num_params())
+    for kind in KINDS:
+        specs = {spec.activation: spec for spec in load_each(TINY / f"olmo-{kind}.yaml")}
+        counts = [
+            OLMo(given(specs[activation], tmp_path).model).num_params()
+            for activation in ("swiglu", "polynorm")
+        ]
         assert counts[1] - counts[0] == 4 * 4, "four coefficients in each of four layers"
 
 
