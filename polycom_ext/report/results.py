@@ -1,4 +1,4 @@
-"""The numbers of a report: one result a run, and families of runs that differ only in their activation."""
+"""The numbers of a report: one result a run, and families of runs that differ in activation and seed."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Family:
-    """Runs that differ only in their activation, in the registry's order: the first is the baseline."""
+    """Runs that differ in activation and seed alone, in the registry's order: the first is the baseline."""
 
     results: list[Result]
     title: str
@@ -221,7 +221,7 @@ def common_steps(result: Result, baseline: Result) -> list[int]:
 
 
 def families(runs: Sequence[Run]) -> list[Family]:
-    """Group runs by everything in their specs but the activation; dense models first."""
+    """Group runs by everything in their specs but activation and seed; dense models first."""
     groups: dict[str, list[Result]] = {}
     keys: dict[str, dict[str, Any]] = {}
     for result in map(Result.of, runs):
@@ -241,14 +241,15 @@ def families(runs: Sequence[Run]) -> list[Family]:
 
 
 def _settings(result: Result) -> dict[str, Any]:
-    """The spec, flattened, without its name, its activation and paths through a folder of that name."""
-    mapping = result.spec.as_mapping()
-    for key in ("name", "activation", "sources"):
-        mapping.pop(key, None)
+    """The spec, flattened, without its name, activation and seed, and paths through a folder of that name."""
+    trainer = adapter.find(result.spec.trainer)
+    left_out = ("name", "activation", "sources", f"{trainer.section}.{trainer.seed}")
     return {
         key: value
-        for key, value in _flatten(mapping).items()
-        if not (isinstance(value, str) and result.run.name in PurePath(value).parts)
+        for key, value in _flatten(result.spec.as_mapping()).items()
+        if key.partition(".")[0] not in left_out
+        and key not in left_out
+        and not (isinstance(value, str) and result.run.name in PurePath(value).parts)
     }
 
 

@@ -39,6 +39,8 @@ class Facts:
     """Ungated width, per expert where there are experts."""
     data: tuple[str, ...]
     """Token files, or what stands for them."""
+    seed: int | None = None
+    """Of initial weights and data order."""
 
     @property
     def kind(self) -> str:
@@ -72,6 +74,8 @@ class Adapter(Protocol):
     """What `trainer` is in a spec."""
     section: str
     """The spec's section of upstream's own options."""
+    seed: str
+    """The option in it that is `Facts.seed`; nothing where there is none."""
     upstreams: Mapping[str, Upstream]
     """What `upstream` may be in a spec -> the pinned version, the default first; empty if none is pinned."""
 

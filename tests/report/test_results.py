@@ -50,6 +50,19 @@ def test_runs_that_differ_only_in_activation_are_one_family_with_the_baseline_fi
     assert found[2].facts.kind == "moe"
 
 
+@pytest.mark.parametrize("trainer", ["megatron", "olmo"])
+def test_runs_of_several_seeds_are_one_family(trainer: str, make_run: RunMaker) -> None:
+    def made(name: str, activation: str, seed: int | None, **options: object) -> Path:
+        options = options if seed is None else {"seed": seed, **options}
+        section = {"megatron": None, trainer: options}
+        return make_run(name, activation, metrics(4.3), options={}, trainer=trainer, **section)
+
+    runs = [made(f"{name}-{seed}", name, seed) for name in ("relu", "gelu") for seed in (1, 2, None)]
+    (family,) = grouped(*runs)
+    assert [one.facts.seed for one in family.results] == [1, 2, None] * 2
+    assert len(grouped(*runs, made("other", "relu", 1, data_seed=2))) == 2
+
+
 def test_a_title_that_occurs_twice_gets_the_run_s_name(make_run: RunMaker) -> None:
     (family,) = grouped(make_run("one", "polynorm", metrics(4.3)), make_run("two", "polynorm", metrics(4.4)))
     assert [one.label for one in family.results] == ["PolyNorm · one", "PolyNorm · two"]

@@ -33,6 +33,7 @@ class MegatronAdapter:
     """Runs `polycom_ext.integrations.megatron.pretrain` on Megatron-LM's own training loop."""
 
     name = section = "megatron"
+    seed = "seed"
     upstreams: Mapping[str, Upstream] = {"megatron": Upstream("Megatron-LM", ("megatron",))}
 
     def needs_patches(self, spec: Spec) -> bool:
@@ -103,6 +104,7 @@ class MegatronAdapter:
             batch=integer(given.get("global-batch-size")),
             ffn_width=spec.ffn_width,
             data=("mock data",) if given.get("mock-data") else tuple(blends.training(given)),
+            seed=integer(given.get(self.seed)),
         )
 
     def total_steps(self, spec: Spec) -> int | None:

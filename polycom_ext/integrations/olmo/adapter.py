@@ -59,6 +59,7 @@ class OLMoAdapter:
 
     name = "olmo"
     section = SECTION
+    seed = "seed"
     upstreams: Mapping[str, Upstream] = {
         "olmo": Upstream("OLMo", ("olmo",)),
         "olmo-moe": Upstream("OLMo, MoE branch", ("olmo-moe", "megablocks", "olmo")),
@@ -188,6 +189,7 @@ class OLMoAdapter:
             batch=integer(spec.options.get("global_train_batch_size")),
             ffn_width=spec.ffn_width,
             data=tuple(map(str, _section(spec, "data").get("paths") or ())),
+            seed=integer(spec.options.get(self.seed)),
         )
 
     def total_steps(self, spec: Spec) -> int | None:

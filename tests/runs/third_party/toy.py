@@ -18,6 +18,7 @@ from polycom_ext.runs.spec import Spec
 
 class ToyAdapter:
     name = section = "toy"
+    seed = ""
     upstreams: Mapping[str, Upstream] = {}
 
     def needs_patches(self, spec: Spec) -> bool:
