@@ -1,4 +1,4 @@
-"""`polycom analyze CHECKPOINT …`: the paper's figures 6 and 7, coefficients and idle units."""
+"""`polycom analyze CHECKPOINT …`: the paper's figures 6 and 7, coefficients, shapes and dead units."""
 
 from __future__ import annotations
 
@@ -65,12 +65,13 @@ def main(args: argparse.Namespace) -> int:
     studied = list(zip(labels, drawn, studies, strict=True))
     made = plots.draw(studied, args.output, "analysis")
     learned = plots.coefficients(studied, args.output / "analysis-coefficients.png")
+    shapes = plots.shapes(studied, args.output / "analysis-shapes.png")
     told = {label: study.as_json() for label, study in zip(labels, studies, strict=True)}
     (args.output / "studies.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     for path, study in zip(args.sources, studies, strict=True):
         if Record(path).spec.is_file():
             Record(path).write_analysis(study.as_json())
-    figures = ", ".join(plot.path.name for plot in (*made, learned) if plot)
+    figures = ", ".join(plot.path.name for plot in (*made, learned, shapes) if plot)
     print(f"{args.output}: {figures}, and their numbers as CSV")
     return 0
 
@@ -85,6 +86,7 @@ def _labels(paths: list[Path]) -> list[str]:
 
 
 def _studied(path: Path, args: argparse.Namespace) -> Any:
+    from polycom_ext.analysis.history import over_training
     from polycom_ext.analysis.study import study
     from polycom_ext.checkpoints.command import opened
     from polycom_ext.checkpoints.model import checked
@@ -92,9 +94,10 @@ def _studied(path: Path, args: argparse.Namespace) -> Any:
 
     model = checked(opened(path))
     tokens = None if args.tokens is None else _tokens(model.config, args)
+    history = over_training(path)
     layers = model.config["num_hidden_layers"]
     with progress(layers * (1 if tokens is None else 2), path.name, "layers") as bar:
-        return study(model, tokens, lambda: bar.update(1))
+        return study(model, tokens, lambda: bar.update(1), history)
 
 
 def _tokens(config: dict[str, Any], args: argparse.Namespace) -> Any:

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 
+import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from polycom_ext.analysis.study import WEIGHTS, Study
-from polycom_ext.drawing import WIDTH, Look, Plot, legend, name_axes, save, style
+from polycom_ext.drawing import WIDTH, Look, Plot, count_steps, legend, name_axes, save, style
+from polycom_ext.runs.record import mean
 
 Studied = Sequence[tuple[str, Look, Study]]
 """(label, look, study)"""
 COLUMNS = 4
-ACTIVITY = {"activation_rms": "rms of the activation", "ffn_rms": "rms of what the FFN adds"}
+ACTIVITY = {
+    "constant": "share of dead units",
+    "activation_rms": "rms of the activation",
+    "ffn_rms": "rms of what the FFN adds",
+    "hidden_rms": "rms of the hidden states",
+}
 
 
 def draw(studied: Studied, folder: Path, slug: str) -> list[Plot]:
     """Write the figures as PNG files; those that need text only of the studies that have seen some.
 
-    `coefficients` draws what a report has from the runs' records.
+    `coefficients` and `shapes` draw what a report has from the runs' records.
     """
     seen = [one for one in studied if one[2].activity is not None]
+    trained = [one for one in studied if one[2].history]
     with style():
         plots = [_ranks(studied, folder / f"{slug}-effective-rank.png")]
+        if trained:
+            plots.append(_history(trained, folder / f"{slug}-coefficients-over-training.png"))
         if seen:
             plots.append(_similarity(seen, folder / f"{slug}-similarity.png"))
             plots.append(_activity(seen, folder / f"{slug}-activity.png"))
@@ -68,7 +79,7 @@ def _ranks(studied: Studied, path: Path) -> Plot:
 
     def means(study: Study, name: str) -> list[tuple[int, float]]:
         return [
-            (index, fmean(layer.effective_rank[name]))
+            (index, mean(layer.effective_rank[name]))
             for index, layer in enumerate(study.layers)
             if name in layer.effective_rank
         ]
@@ -102,6 +113,69 @@ def coefficients(studied: Studied, path: Path) -> Plot | None:
         return save(figure, path, "Coefficients by layer", "Each panel has its own scale.")
 
 
+def shapes(studied: Studied, path: Path) -> Plot | None:
+    """The functions that the activations are, a panel a checkpoint; None where all are gated."""
+    having = [one for one in studied if any(one[2].shapes)]
+    if not having:
+        return None
+    columns = min(COLUMNS, len(having))
+    rows = -(-len(having) // columns)
+    depth = max(len(study.shapes) for _, _, study in having)
+    colors = matplotlib.colormaps["viridis"].resampled(max(depth, 2))
+    with style():
+        figure = Figure(figsize=(WIDTH, 0.5 + 2.1 * rows), layout="constrained")
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for ax, (label, _, study) in zip(panels, having, strict=False):
+            for index, shape in enumerate(study.shapes):
+                if shape is not None:
+                    ax.plot(shape.x, shape.y, color=colors(index), linewidth=1.1)
+            ax.set_title(label, loc="left")
+        name_axes(panels, columns, len(having), "x")
+        figure.supylabel("y(x)", fontsize=8)
+        norm = BoundaryNorm([index - 0.5 for index in range(max(depth, 2) + 1)], colors.N)
+        bar = figure.colorbar(ScalarMappable(norm, colors), ax=panels, shrink=0.8, label="layer")
+        bar.ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        bar.ax.minorticks_off()
+        caption = (
+            "One curve a layer, over the numbers of one row of its inputs: with text the row of which the "
+            "rms is the median of all, else the quantiles of the standard normal distribution."
+        )
+        return save(figure, path, "Shapes of the activations", caption)
+
+
+def _history(studied: Studied, path: Path) -> Plot:
+    """A panel a coefficient, over the steps: thin its value in each layer, thick their mean."""
+    moments = [moment for _, _, study in studied for moment in study.history]
+    names = sorted({name for moment in moments for layer in moment.layers for name in layer})
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(WIDTH, 0.7 + 1.7 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+    for ax, name in zip(panels, names, strict=False):
+        for _, look, study in studied:
+            steps = [moment.step for moment in study.history if all(name in layer for layer in moment.layers)]
+            values = [
+                [layer[name] for layer in moment.layers] for moment in study.history if moment.step in steps
+            ]
+            if not steps:
+                continue
+            ax.plot(steps, values, color=look.color, linewidth=0.5, alpha=0.35)
+            ax.plot(
+                steps,
+                [mean(of) for of in values],
+                color=look.color,
+                marker=look.marker,
+                linestyle=look.dashes,
+            )
+        ax.set_title(name, loc="left")
+        count_steps(ax, 4)
+    name_axes(panels, columns, len(names), "training step")
+    figure.supylabel("coefficient", fontsize=8)
+    legend(figure, [label for label, _, _ in studied], [look for _, look, _ in studied])
+    caption = "At each checkpoint of a run that is there: thin in each layer, thick their mean."
+    return save(figure, path, "Coefficients over training", caption)
+
+
 def _similarity(studied: Studied, path: Path) -> Plot:
     columns = min(COLUMNS, len(studied))
     rows = -(-len(studied) // columns)
@@ -128,8 +202,7 @@ def _similarity(studied: Studied, path: Path) -> Plot:
 
 
 def _activity(studied: Studied, path: Path) -> Plot:
-    titles = {"constant": "share of constant units", **ACTIVITY}
-    named = {title: name for name, title in titles.items()}
+    named = {title: name for name, title in ACTIVITY.items()}
 
     def series(study: Study, title: str) -> list[tuple[int, float]]:
         return list(enumerate(getattr(study.activity, named[title])))
@@ -138,7 +211,7 @@ def _activity(studied: Studied, path: Path) -> Plot:
     for ax in panels[: len(named)]:
         ax.set_ylim(bottom=0, top=max(ax.get_ylim()[1], 0.01))
     caption = (
-        "By layer. A unit is constant that gave the same number for every token, as one of a ReLU that is "
+        "By layer. A unit is dead that gave the same number for every token, as one of a ReLU that is "
         "never reached; of experts, among those that got two tokens or more."
     )
     return save(figure, path, "Units and sizes", caption)

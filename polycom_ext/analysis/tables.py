@@ -13,7 +13,10 @@ Rows = Iterable[tuple[Any, ...]]
 
 
 def write(studies: Sequence[tuple[str, Study]], folder: Path) -> None:
-    """effective-rank.csv and coefficients.csv; of text similarity.csv and activity.csv."""
+    """effective-rank.csv, coefficients.csv and shapes.csv; of text similarity.csv and activity.csv.
+
+    And of runs of several checkpoints coefficients-over-training.csv.
+    """
     _write(
         folder / "effective-rank.csv",
         ("checkpoint", "layer", "weight", "expert", "effective_rank", "full_rank"),
@@ -35,6 +38,29 @@ def write(studies: Sequence[tuple[str, Study]], folder: Path) -> None:
             for name, value in layer.coefficients.items()
         ),
     )
+    _write(
+        folder / "shapes.csv",
+        ("checkpoint", "layer", "rms_of_row", "x", "y"),
+        (
+            (label, index, shape.rms, x, y)
+            for label, study in studies
+            for index, shape in enumerate(study.shapes)
+            if shape is not None
+            for x, y in zip(shape.x, shape.y, strict=True)
+        ),
+    )
+    if any(study.history for _, study in studies):
+        _write(
+            folder / "coefficients-over-training.csv",
+            ("checkpoint", "step", "layer", "coefficient", "value"),
+            (
+                (label, moment.step, index, name, value)
+                for label, study in studies
+                for moment in study.history
+                for index, layer in enumerate(moment.layers)
+                for name, value in layer.items()
+            ),
+        )
     seen = [(label, study.activity) for label, study in studies if study.activity is not None]
     if not seen:
         return
@@ -50,12 +76,18 @@ def write(studies: Sequence[tuple[str, Study]], folder: Path) -> None:
     )
     _write(
         folder / "activity.csv",
-        ("checkpoint", "layer", "constant_units", "activation_rms", "ffn_rms"),
+        ("checkpoint", "layer", "constant_units", "activation_rms", "ffn_rms", "hidden_rms"),
         (
             (label, index, *values)
             for label, activity in seen
             for index, values in enumerate(
-                zip(activity.constant, activity.activation_rms, activity.ffn_rms, strict=True)
+                zip(
+                    activity.constant,
+                    activity.activation_rms,
+                    activity.ffn_rms,
+                    activity.hidden_rms,
+                    strict=True,
+                )
             )
         ),
     )

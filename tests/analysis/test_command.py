@@ -81,6 +81,7 @@ def test_layers_that_do_nothing_leave_all_states_alike(tmp_path: Path, text: Pat
         "analysis-activity.png",
         "analysis-coefficients.png",
         "analysis-effective-rank.png",
+        "analysis-shapes.png",
         "analysis-similarity.png",
     ]
     for name in figures:
@@ -171,3 +172,19 @@ def test_kinds_of_models_are_all_studied(tmp_path: Path) -> None:
         made(kind).save_pretrained(tmp_path / "all" / kind)
     folders = [str(tmp_path / "all" / kind) for kind in KINDS]
     assert main(["analyze", *folders, "--output", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("kind", ["polynorm", "gated-experts"])
+def test_a_model_has_the_same_study_in_every_form_of_checkpoints(
+    tmp_path: Path, text: Path, kind: str
+) -> None:
+    made(kind).save_pretrained(tmp_path / "hf")
+    for form in ("megatron", "olmo"):
+        assert main(["convert", str(tmp_path / "hf"), str(tmp_path / form), "--to", form]) == 0
+    folders = [str(tmp_path / form) for form in ("hf", "megatron", "olmo")]
+    command = ["analyze", *folders, "--tokens", str(text), "--length", "16"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    told = json.loads((tmp_path / "out" / "studies.json").read_text())
+    hf, megatron, olmo = ({**told[form], "source": ""} for form in ("hf", "megatron", "olmo"))
+    assert hf["activity"]["tokens"] == 64
+    assert hf == megatron == olmo

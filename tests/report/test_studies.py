@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from polycom_ext.analysis.history import Moment
+from polycom_ext.analysis.shapes import Shape
 from polycom_ext.analysis.study import Activity, Layer, Study
 from polycom_ext.cli import main
 from polycom_ext.runs.record import Record
@@ -13,11 +15,12 @@ from polycom_ext.runs.record import Record
 from .conftest import RunMaker, metrics
 
 RANKS, STATES = "Effective rank of the FFN&#39;s weights", "Similarity of hidden states"
+TRAINING = "Coefficients over training"
 
 
-def study(activity: Activity | None = None) -> Study:
-    layers = [Layer({"up": [100.0 + layer], "down": [90.0]}, {"a₁": 0.3}) for layer in range(2)]
-    return Study("somewhere", "polynorm", {"up": 192, "down": 192}, layers, activity)
+def study(activity: Activity | None = None, history: list[Moment] | None = None) -> Study:
+    layers = [Layer({"up": [100.0 + layer], "down": [90.0]}, {"a₁": 0.3}, None) for layer in range(2)]
+    return Study("somewhere", "polynorm", {"up": 192, "down": 192}, layers, activity, history or [])
 
 
 def test_the_report_has_the_figures_of_runs_that_were_analyzed(make_run: RunMaker, tmp_path: Path) -> None:
@@ -32,7 +35,13 @@ def test_the_report_has_the_figures_of_runs_that_were_analyzed(make_run: RunMake
     assert RANKS in page
     assert STATES not in page
     seen = Activity(
-        64, [[1.0, 0.5, 0.2], [0.5, 1.0, 0.6], [0.2, 0.6, 1.0]], [0.0, 0.1], [0.7, 0.8], [0.1, 0.2]
+        tokens=64,
+        similarity=[[1.0, 0.5, 0.2], [0.5, 1.0, 0.6], [0.2, 0.6, 1.0]],
+        constant=[0.0, 0.1],
+        activation_rms=[0.7, 0.8],
+        ffn_rms=[0.1, 0.2],
+        hidden_rms=[1.0, 1.1],
+        shapes=[Shape(1.0, [-1.0, 1.0], [0.0, 1.0]), None],
     )
     Record(runs[1]).write_analysis(study(seen).as_json())
     assert main([*command, str(tmp_path / "text")]) == 0
@@ -40,6 +49,11 @@ def test_the_report_has_the_figures_of_runs_that_were_analyzed(make_run: RunMake
     assert RANKS in page
     assert STATES in page
     assert "Over 64 tokens" in page
+    assert TRAINING not in page
+    moments = [Moment(step, [{"a₁": 0.3 + step / 1e4}] * 2) for step in (200, 400)]
+    Record(runs[1]).write_analysis(study(seen, moments).as_json())
+    assert main([*command, str(tmp_path / "training")]) == 0
+    assert TRAINING in (tmp_path / "training" / "index.html").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"layers": [{}], "activity": null}'])

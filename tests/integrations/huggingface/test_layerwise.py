@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytest.importorskip("transformers")
 
+from polycom_ext.analysis.study import study
 from polycom_ext.checkpoints.command import opened
 from polycom_ext.checkpoints.model import Model
 from polycom_ext.integrations.huggingface import layerwise
@@ -53,10 +56,12 @@ def test_the_sizes_are_those_of_the_activation_and_of_what_the_ffn_adds(tmp_path
     mlp = model.model.layers[0].mlp
     mlp.act_fn.register_forward_hook(lambda *given: seen.update(activation=given[2]))
     mlp.register_forward_hook(lambda *given: seen.update(ffn=given[2]))
+    model.model.layers[0].register_forward_hook(lambda *given: seen.update(hidden=given[2]))
     with torch.inference_mode():
         model(tokens())
     [found] = layerwise.layers(saved(model, tmp_path), tokens())
-    for name, value in (("activation", found.activation_rms), ("ffn", found.ffn_rms)):
+    sizes = {"activation": found.activation_rms, "ffn": found.ffn_rms, "hidden": found.hidden_rms}
+    for name, value in sizes.items():
         assert value == pytest.approx(float(seen[name].square().mean().sqrt()), rel=1e-5)
 
 
@@ -70,3 +75,58 @@ def test_experts_count_the_units_of_those_that_got_tokens(tmp_path: Path) -> Non
         sparse.experts.up_proj[:, :24].zero_()
     [found] = layerwise.layers(saved(model, tmp_path), tokens())
     assert 0.5 <= found.constant < 1.0
+
+
+@pytest.mark.parametrize("kind", ["polynorm", "olmoe"])
+def test_the_row_is_the_one_of_median_rms_with_what_the_activation_made_of_it(
+    kind: str, tmp_path: Path
+) -> None:
+    """Of experts, each of which has a median row, the one nearest to the median of all."""
+    model = made(kind, num_hidden_layers=1)
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    mlp = model.model.layers[0].mlp
+    act_fn = mlp.experts.act_fn if kind == "olmoe" else mlp.act_fn
+    act_fn.register_forward_hook(lambda *given: parts.append((given[1][0].flatten(0, -2), given[2])))
+    with torch.inference_mode():
+        model(tokens())
+    sizes = [rows.square().mean(dim=-1).sqrt() for rows, _ in parts]
+    middle = torch.cat(sizes).median()
+    medians = torch.stack([size.median() for size in sizes])
+    part = int((medians - middle).abs().argmin())
+    row = int((sizes[part] == medians[part]).nonzero())
+    [found] = layerwise.layers(saved(model, tmp_path), tokens())
+    assert found.row is not None
+    torch.testing.assert_close(found.row[0], parts[part][0][row])
+    torch.testing.assert_close(found.row[1], parts[part][1].flatten(0, -2)[row])
+
+
+def test_a_gated_activation_has_no_row(tmp_path: Path) -> None:
+    model = made("swiglu")
+    assert [layer.row for layer in layerwise.layers(saved(model, tmp_path), tokens())] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gated-experts"])
+def test_the_weights_of_one_block_are_in_memory_at_a_time(kind: str, tmp_path: Path) -> None:
+    """Measured: the bytes of all storages that were read and are still held by somebody, at each reading."""
+    model = saved(made(kind, num_hidden_layers=5), tmp_path)
+    read: list[tuple[StorageWeakRef, int]] = []
+    peak = 0
+
+    def counted(name: str) -> Callable[[], torch.Tensor]:
+        def reader() -> torch.Tensor:
+            nonlocal peak
+            tensor = model.tensors[name]().clone()
+            read.append((StorageWeakRef(tensor.untyped_storage()), tensor.nbytes))
+            peak = max(peak, sum(size for storage, size in read if not storage.expired()))
+            return tensor
+
+        return reader
+
+    watched = Model(model.config, {name: counted(name) for name in model.tensors}, model.source)
+    block = sum(model.tensors[name]().nbytes for name in model.tensors if name.startswith("model.layers.0."))
+    assert [layer.hidden.shape for layer in layerwise.layers(watched, tokens())] == [(2, 12, 32)] * 5
+    assert peak == block
+    peak = 0
+    largest = max(model.tensors[name]().nbytes for name in model.tensors if ".mlp." in name)
+    study(watched, None, lambda: None)
+    assert peak <= 2 * largest
