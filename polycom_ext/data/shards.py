@@ -191,12 +191,15 @@ def _start_worker(job: Job) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _worker = job, Encoder(job.tokenizer, job.eos)
 
 
-def _end_with_parent() -> None:
-    """Without this, the workers of a parent killed by SIGKILL would wait for work for ever."""
+def end_with_parent() -> None:
+    """Wait for the end of the process that started this one, to end too.
+
+    Without this, the workers of a parent killed by SIGKILL would wait for work for ever.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -35,6 +35,10 @@ BATCH_BYTES, BATCH_ROWS = 16 << 20, 1024
 """Rows of a Parquet file that are held at a time: so many bytes of an average row group, so many at most."""
 
 
+class DamagedError(PolycomError):
+    """A file that is not what its name says, or not whole."""
+
+
 class BadDocument(Exception):
     """A record that gives no tokens; the message says why, the record says where."""
 
@@ -167,7 +171,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             if isinstance(error, OSError) and error.strerror:
                 raise cannot_read(path, error) from None
-            raise PolycomError(f"{path} is damaged or not {compression} ({error}); fetch it again") from None
+            raise DamagedError(f"{path} is damaged or not {compression} ({error}); fetch it again") from None
 
 
 def _decompressed(stored: BinaryIO, compression: str | None) -> BinaryIO:
@@ -302,7 +306,7 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[Record]:
         if isinstance(error, OSError) and error.strerror:
             raise cannot_read(path, error) from None
         reason = str(error).partition("\n")[0]
-        raise PolycomError(f"{path} is damaged or not a Parquet file ({reason}); fetch it again") from None
+        raise DamagedError(f"{path} is damaged or not a Parquet file ({reason}); fetch it again") from None
 
 
 def _check_column(path: Path, columns: pa.Schema, text_key: str) -> None:

@@ -12,6 +12,7 @@ All numbers are little-endian.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polycom_ext.data import token_files
-from polycom_ext.data.formats import TokenFormat, Tokens, write_tokens
+from polycom_ext.data.formats import Mixture, TokenFormat, Tokens, write_tokens
 from polycom_ext.data.token_files import Model, TokenFile
 from polycom_ext.errors import PolycomError
 
@@ -72,12 +73,22 @@ def read(prefix: str, vocab_size: int) -> npt.NDArray[Any]:
     return np.memmap(indexed.path, np.dtype(indexed.dtype).newbyteorder("<"), mode="r")
 
 
+def blend(mixture: Mixture) -> dict[str, str]:
+    """The file for `--per-split-data-args-path`."""
+    splits = {
+        split: [word for prefix, weight in parts for word in (f"{weight:.9g}", prefix)] or None
+        for split, parts in mixture.items()
+    }
+    return {"blend.json": json.dumps({**splits, "test": None}, indent=1) + "\n"}
+
+
 INDEXED = TokenFormat(
     summary="indexed dataset, PREFIX.bin and .idx",
     files={".bin": write_tokens, ".idx": write_index},
     dtype=token_dtype,
     read=read,
     shared=1,
+    mix=blend,
 )
 
 
