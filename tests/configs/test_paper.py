@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -61,6 +62,38 @@ def test_every_number_says_where_it_comes_from(name: str) -> None:
     [spec, *_] = load_each(CONFIGS / f"{name}.yaml")
     assert "our choice" in json.dumps(spec.sources)
     assert "paper" in json.dumps(spec.sources)
+
+
+SMALL = {
+    "dense": [name for name in PAPER if "moe" not in name],
+    "dense-larger": ["dense-1b/table-1"],
+    "moe": [name for name in PAPER if "moe" in name],
+}
+"""What `make ablations` trains -> whose comparisons these are at a size for a CPU."""
+
+
+def test_make_ablations_trains_them_all() -> None:
+    assert {path.stem for path in (CONFIGS / "ablations" / "tiny").glob("*.yaml")} == {"base", *SMALL}
+    assert {name for names in SMALL.values() for name in names} == {*PAPER}
+
+
+@pytest.mark.parametrize("small", SMALL)
+def test_each_activation_that_the_paper_compares_has_its_small_run_under_three_seeds(small: str) -> None:
+    specs = load_each(CONFIGS / "ablations" / "tiny" / f"{small}.yaml")
+    compared = {spec.activation for name in SMALL[small] for spec in load_each(CONFIGS / f"{name}.yaml")}
+    runs = {(spec.activation, spec.options["seed"]) for spec in specs}
+    assert runs == {*itertools.product(compared, (1, 2, 3))}
+    assert len(specs) == len(runs), "each is trained once"
+    unlike = {"name": "", "activation": "", "megatron": {}}
+    [_] = {
+        json.dumps({**spec.as_mapping(), **unlike, "options": {**spec.options, "seed": 0}}) for spec in specs
+    }
+
+
+@pytest.mark.parametrize("small", SMALL)
+def test_the_small_runs_can_start(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(CONFIGS / "ablations" / "tiny" / f"{small}.yaml"), "--dry-run"]) == 0
+    assert "--lr 4.0e-3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if "ablations" not in name])
