@@ -408,6 +408,16 @@ def test_checkpointing_and_autocast(path: str) -> None:
         assert torch.equal(gradient(actual), gradient(wanted))
 
 
+def test_the_linear_layer_behind_can_be_checkpointed_too(path: str) -> None:
+    inputs = linear_inputs()[:5]
+    expected = leaves(*inputs)
+    function: Callable[..., Tensor] = functional.poly_norm_linear
+    checkpoint(function, *inputs, use_reentrant=False).sum().backward()
+    function(*expected).sum().backward()
+    for actual, wanted in zip(inputs, expected, strict=True):
+        assert torch.equal(gradient(actual), gradient(wanted))
+
+
 @pytest.mark.parametrize("path", GPU, indirect=True)
 def test_cuda_graphs(path: str) -> None:
     module = PolyNorm(device="cuda")

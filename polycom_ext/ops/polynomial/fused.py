@@ -54,11 +54,12 @@ class _ThenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        linear_weight, linear_bias = ctx.saved_tensors[-2:]
+        saved = ctx.saved_tensors  # once: under activation checkpointing a second time is an error
+        linear_weight, linear_bias = saved[-2:]
         if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
-            return _by_formula(ctx, grad, (linear_weight, linear_bias))
+            return _by_formula(ctx, _kept(ctx, saved)[0], grad, (linear_weight, linear_bias))
         *_, needs_weight, needs_bias = ctx.needs_input_grad
-        found, y = _gradients(ctx, grad @ linear_weight, needs_weight)
+        found, y = _gradients(ctx, *_kept(ctx, saved), grad @ linear_weight, needs_weight)
         return *found, grad.T @ y if needs_weight else None, grad.sum(dim=0) if needs_bias else None
 
 
@@ -81,7 +82,7 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, scales = _kept(ctx)
+        inputs, scales = _kept(ctx, ctx.saved_tensors)
         return None, *_sharded_gradients(inputs, scales, grad_y.contiguous(), ctx.group)
 
 
@@ -116,21 +117,23 @@ def _keep(ctx: Any, inputs: Inputs, scales: Tensor, *more: Tensor) -> None:
     ctx.options = inputs.options
 
 
-def _kept(ctx: Any) -> tuple[Inputs, Tensor]:
-    *tensors, scales = ctx.saved_tensors[:7]
+def _kept(ctx: Any, saved: tuple[Any, ...]) -> tuple[Inputs, Tensor]:
+    *tensors, scales = saved[:7]
     return Inputs.of(tensors, ctx.options), scales
 
 
 def _backward(ctx: Any, grad_y: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """As autograd calls it; the second output of polycom::polynomial, the scales, has no gradient."""
+    inputs, scales = _kept(ctx, ctx.saved_tensors)
     if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
-        return _by_formula(ctx, grad_y)
-    return _gradients(ctx, grad_y, False)[0]
+        return _by_formula(ctx, inputs, grad_y)
+    return _gradients(ctx, inputs, scales, grad_y, False)[0]
 
 
-def _gradients(ctx: Any, grad_y: Tensor, recompute: bool) -> tuple[tuple[Tensor | None, ...], Tensor]:
+def _gradients(
+    ctx: Any, inputs: Inputs, scales: Tensor, grad_y: Tensor, recompute: bool
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
     """The gradient of every input, and y if it is to be recomputed."""
-    inputs, scales = _kept(ctx)
     grad_y = grad_y.reshape(-1, inputs.x.shape[-1]).contiguous()
     with _below_autograd():
         *found, y = _ops.polynomial_backward(*_as_rows(inputs), grad_y, scales, recompute)
@@ -157,10 +160,9 @@ def _of_inputs(
 
 
 def _by_formula(
-    ctx: Any, grad_output: Tensor, linear: tuple[Tensor, Tensor | None] | None = None
+    ctx: Any, inputs: Inputs, grad_output: Tensor, linear: tuple[Tensor, Tensor | None] | None = None
 ) -> tuple[Tensor | None, ...]:
     """The gradient of every input, and of a linear layer behind, in a form that can be differentiated."""
-    inputs, _ = _kept(ctx)
 
     def formula(*values: Any) -> Tensor:
         *tensors, _, _, _, _ = values[:9]
