@@ -33,6 +33,7 @@ CHECKPOINT_GROUP = "polycom_ext.checkpoints"
 OUR_CHECKPOINTS = {
     "megatron-2023": "polycom_ext.integrations.megatron.released:CHECKPOINTS",
     "megatron": "polycom_ext.integrations.megatron.conversion:CHECKPOINTS",
+    "megatron-torch": "polycom_ext.integrations.megatron.conversion:BY_RANK",
     "olmo": "polycom_ext.integrations.olmo.conversion:CHECKPOINTS",
     "hf": "polycom_ext.integrations.huggingface.conversion:CHECKPOINTS",
 }

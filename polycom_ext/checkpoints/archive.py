@@ -1,7 +1,8 @@
-"""A file of torch.save, read without running what its pickle names and a tensor at a time."""
+"""A file of torch.save, read without running what its pickle names, and written, a tensor at a time."""
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,33 @@ class Archive:
         if len(data) != length:
             raise PolycomError(f"{self.path} cannot be read: {record} ends after {len(data)} bytes")
         return data
+
+
+class Waiting:
+    """Tensors that wait in a folder for the file of torch.save that will hold them, none in memory.
+
+    The folder is there, with what waits in it, until the end of the `with`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The same numbers, on the disk."""
+        import torch
+
+        file = str(self._folder / f"{self._count}")
+        self._count += 1
+        mapped = torch.from_file(file, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        return mapped.view(tensor.shape).copy_(tensor)
+
+    def __enter__(self) -> Waiting:
+        self._folder.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder)
 
 
 def _rebuilt(said: Any, path: Path) -> tuple[Any, ...]:

@@ -6,11 +6,12 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from polycom_ext import arguments, trainers
 from polycom_ext._version import __version__
-from polycom_ext.checkpoints.forms import Options, Reads, Writes
+from polycom_ext.checkpoints.forms import Options, Ranks, Reads, Writes, WritesByRank
 from polycom_ext.checkpoints.model import Model, checked
 from polycom_ext.checkpoints.upgrade import upgraded
 from polycom_ext.data.progress import progress
@@ -47,11 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"size of a file of weights, what has to fit in memory (default: {Options.shard_bytes})",
     )
+    for kind in asdict(Ranks()):
+        parser.add_argument(
+            f"--{kind}-parallel",
+            type=arguments.count,
+            default=1,
+            metavar="N",
+            help=f"ranks of {kind} parallelism, for the forms of a file a rank: {', '.join(_by_rank())}",
+        )
 
 
 def main(args: argparse.Namespace) -> int:
     """Convert, and say what of what."""
-    options = Options(args.dtype, args.shard_bytes, args.tokenizer)
+    ranks = Ranks(args.tensor_parallel, args.pipeline_parallel, args.expert_parallel)
+    options = Options(args.dtype, args.shard_bytes, args.tokenizer, ranks)
     model = convert(args.source, args.target, args.to, options, args.activation)
     print(f"{args.target}: {model.config['activation']['name']} of {model.source}")
     return 0
@@ -66,6 +76,11 @@ def convert(source: Path, target: Path, to: str, options: Options, activation: s
     exists, and as what reads and writes.
     """
     writer = _writer(to)
+    if options.ranks != Ranks() and to not in _by_rank():
+        raise PolycomError(
+            f"--to {to} is read in any layout of ranks: --tensor-parallel, --pipeline-parallel and "
+            f"--expert-parallel are for {', '.join(_by_rank())}"
+        )
     if target.exists():
         raise PolycomError(f"{target} exists, and nothing is written over: name another folder")
     if options.tokenizer is not None and not options.tokenizer.is_file():
@@ -91,6 +106,10 @@ def _writer(name: str) -> Writes:
 
 def _writers() -> dict[str, Writes]:
     return {name: form for name, form in trainers.checkpoint_forms().items() if isinstance(form, Writes)}
+
+
+def _by_rank() -> list[str]:
+    return [name for name, form in _writers().items() if isinstance(form, WritesByRank)]
 
 
 def opened(source: Path) -> Model:

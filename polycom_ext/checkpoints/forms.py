@@ -11,6 +11,15 @@ from polycom_ext.checkpoints.model import Model
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """How many processes share a model, by the kind of parallelism."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+
+
+@dataclass(frozen=True)
 class Options:
     """What a user may wish of what is written."""
 
@@ -20,6 +29,8 @@ class Options:
     """What a file of weights may hold, but for a single tensor that is larger."""
     tokenizer: Path | None = None
     """A tokenizer.json to go with it."""
+    ranks: Ranks = Ranks()
+    """For which a form of a file a rank is written."""
 
 
 @dataclass(frozen=True)
@@ -51,3 +62,10 @@ class Writes(Protocol):
 
     def write(self, model: Model, folder: Path, options: Options, advance: Callable[[int], object]) -> None:
         """Write a model into an empty folder; `advance` is told the bytes of each tensor."""
+
+
+@runtime_checkable
+class WritesByRank(Writes, Protocol):
+    """A form whose files are those of ranks, so that `Options.ranks` makes a difference."""
+
+    by_rank: bool

@@ -22,7 +22,7 @@ cli.main(["convert", "--help"])
 def test_what_it_can_do_is_told_without_the_packages_of_any_form() -> None:
     said = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     listed = " ".join(said.stdout.split()).partition("the form to write: ")[2].partition(" --")[0]
-    assert set(listed.split(", ")) == {"megatron", "olmo", "hf"}, said
+    assert set(listed.split(", ")) == {"megatron", "megatron-torch", "olmo", "hf"}, said
 
 
 @pytest.mark.parametrize("named", [b"", b"\xff", "²".encode(), b"-1", b"release", b"7", b"../up"])

@@ -1,4 +1,4 @@
-"""Megatron's checkpoints as models apart from it, without it: `torch_dist` read and written, `torch` read.
+"""Megatron's checkpoints as models apart from it, without it: `torch_dist` and `torch`, read and written.
 
 One of torch_dist holds whole tensors, whatever the layout of the run that saved it (tensor, pipeline,
 expert, data parallel, distributed optimizer); the blocks of a model are stacked along the first dimension
@@ -21,7 +21,7 @@ from polycom_ext.checkpoints.model import Model, Row
 from polycom_ext.checkpoints.sharded import Folder, Writer
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import write_text
-from polycom_ext.integrations.megatron import architecture, saved
+from polycom_ext.integrations.megatron import architecture, legacy_writer, saved
 from polycom_ext.integrations.megatron.legacy import Parts, of_core
 from polycom_ext.integrations.megatron.saved import PARTS, RELEASE, TRACKER
 from polycom_ext.integrations.megatron.table import AROUND, BLOCKS, EXPERTS, WITHOUT_STATE, block_rows
@@ -72,16 +72,20 @@ class Checkpoints:
         return tokenizer.added(Model(config, readers, str(path)), path)
 
     def write(self, model: Model, folder: Path, options: Options, advance: Callable[[int], object]) -> None:
-        arguments = architecture.arguments(model.config)
-        (folder / RELEASE).mkdir()
-        _write(model, folder / RELEASE, arguments, options, advance)
-        given = {} if options.tokenizer is None else {"tokenizer.json": options.tokenizer}
-        for name, path in {**model.files, **given}.items():
-            shutil.copyfile(path, folder / name)
-        write_text(folder / TRACKER, RELEASE)
+        _write(model, folder, options, advance, _torch_dist)
+
+
+class ByRank:
+    """Writes `torch`, in files of ranks, which load in the layout that they were written for."""
+
+    by_rank = True
+
+    def write(self, model: Model, folder: Path, options: Options, advance: Callable[[int], object]) -> None:
+        _write(model, folder, options, advance, legacy_writer.write)
 
 
 CHECKPOINTS = Checkpoints()
+BY_RANK = ByRank()
 
 
 class Whole(Folder):
@@ -122,6 +126,23 @@ def _reader(folder: Whole | Parts, name: str, index: tuple[int, ...]) -> Callabl
 
 
 def _write(
+    model: Model,
+    folder: Path,
+    options: Options,
+    advance: Callable[[int], object],
+    weights: Callable[[Model, Path, Namespace, Options, Callable[[int], object]], None],
+) -> None:
+    """A folder for `--load`: the weights as a release, what goes with them, and the tracker."""
+    arguments = architecture.arguments(model.config)
+    (folder / RELEASE).mkdir()
+    weights(model, folder / RELEASE, arguments, options, advance)
+    given = {} if options.tokenizer is None else {"tokenizer.json": options.tokenizer}
+    for name, path in {**model.files, **given}.items():
+        shutil.copyfile(path, folder / name)
+    write_text(folder / TRACKER, RELEASE)
+
+
+def _torch_dist(
     model: Model, folder: Path, arguments: Namespace, options: Options, advance: Callable[[int], object]
 ) -> None:
     """A folder of torch_dist for any layout, for the local layers and for Transformer Engine's."""

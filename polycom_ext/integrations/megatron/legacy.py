@@ -38,7 +38,7 @@ _SAID_AGAIN = re.compile(r"_extra_state\d*$|^mlp\.experts\.local_experts\.\d+\.a
 class Stored:
     """A tensor: for each expert, or once, where its parts on the ranks of tensor parallelism are."""
 
-    parts: dict[int, list[tuple[Archive, Any]]] = field(default_factory=dict)
+    parts: dict[int, dict[int, tuple[Archive, Any]]] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
     """No stack of blocks."""
 
@@ -60,7 +60,7 @@ class Parts:
         embedding = self.tensors.get(AROUND[0].theirs)
         if embedding is None:
             raise PolycomError(f"{path} holds no {AROUND[0].theirs}, so no language model of Megatron's core")
-        vocabulary = sum(archive.tensor(said).shape[0] for archive, said in embedding.parts[0])
+        vocabulary = sum(archive.tensor(said).shape[0] for archive, said in embedding.parts[0].values())
         self.config = architecture.configuration(args, vocabulary, str(path))
         inside = {row.theirs: row for row in block_rows(self.config)}
         self._rows: dict[str, Row] = {**{row.theirs: row for row in AROUND}, **inside}
@@ -83,7 +83,7 @@ class Parts:
                         place = f"{BLOCKS}{layers + int(match[1])}.{inner}" if match else inner
                         stored = self.tensors.setdefault(place, Stored())
                         at = 0 if number is None else e * (experts // len(expert)) + number
-                        stored.parts.setdefault(at, []).append((archive, said))
+                        stored.parts.setdefault(at, {})[t] = archive, said
                 layers += here
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
@@ -92,7 +92,7 @@ class Parts:
 
         row = self._rows[re.sub(rf"^{re.escape(BLOCKS)}\d+\.", "", name)]
         parts = self.tensors[name].parts
-        whole = [self._joined(row, parts[expert]) for expert in sorted(parts)]
+        whole = [self._joined(row, list(parts[expert].values())) for expert in sorted(parts)]
         return torch.stack(whole) if row.theirs in _BY_EXPERT else whole[0]
 
     def _joined(self, row: Row, parts: list[tuple[Archive, Any]]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from polycom_ext.checkpoints.archive import Waiting
 from polycom_ext.checkpoints.forms import Found, Options
 from polycom_ext.checkpoints.model import Concatenated, Model, Row, shapes
 from polycom_ext.errors import PolycomError
@@ -215,23 +216,19 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> dict[str, Path]:
 
 
 def _write_weights(model: Model, folder: Path, options: Options, advance: Callable[[int], object]) -> None:
-    """One file of all tensors, which wait on the disk until it is written: one at a time is in memory."""
+    """One file of all tensors."""
     import torch
 
     state: dict[str, Tensor] = {}
-    waiting = folder / "weights"
-    waiting.mkdir()
-    for row in rows_of(model.config):
-        if row.ours[0] not in model.tensors:
-            continue
-        tensor = row.write(model.tensors, model.config)
-        if options.dtype is not None and ".act." not in row.theirs:
-            tensor = tensor.to(getattr(torch, options.dtype))
-        file = str(waiting / f"{len(state)}")
-        mapped = torch.from_file(file, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        state[row.theirs] = mapped.view(tensor.shape).copy_(tensor)
-        for _ in row.ours:
-            advance(tensor.nbytes // len(row.ours))
-    torch.save(state, folder / "model.pt")
+    with Waiting(folder / "weights") as waiting:
+        for row in rows_of(model.config):
+            if row.ours[0] not in model.tensors:
+                continue
+            tensor = row.write(model.tensors, model.config)
+            if options.dtype is not None and ".act." not in row.theirs:
+                tensor = tensor.to(getattr(torch, options.dtype))
+            state[row.theirs] = waiting.add(tensor)
+            for _ in row.ours:
+                advance(tensor.nbytes // len(row.ours))
+        torch.save(state, folder / "model.pt")
     torch.save(BEGINNING, folder / "train.pt")
-    shutil.rmtree(waiting)

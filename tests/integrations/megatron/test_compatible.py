@@ -43,3 +43,17 @@ def test_unpatched_upstream_and_ours_load_each_others(
     assert losses(train_unpatched, tmp_path / "onward", *TP2, processes=2) == pytest.approx(
         straight, rel=1e-6
     )
+
+
+@pytest.mark.long
+def test_unpatched_upstream_loads_what_is_written_for_ranks(
+    train: Trainer, train_unpatched: Trainer, tmp_path: Path
+) -> None:
+    trained(train, "gated", tmp_path / "ours")
+    source, target = str(tmp_path / "ours"), str(tmp_path / "onward")
+    assert cli.main(["convert", source, target, "--to", "megatron-torch", "--tensor-parallel", "2"]) == 0
+    start = [*options("gated"), "--load"]
+    straight = train.exactly(*start, source, "--finetune", *STRICTNESS, iterations=STEPS)
+    onto = [target, "--ckpt-format", "torch", *TP2]
+    onward = train_unpatched.exactly(*start, *onto, processes=2, iterations=STEPS)
+    assert onward.series("train/loss") == pytest.approx(straight.series("train/loss"), rel=1e-6)

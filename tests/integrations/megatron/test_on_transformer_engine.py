@@ -49,6 +49,11 @@ WHOLE_EXPERTS = {
 """Upstream refuses biases of experts that are divided."""
 
 
+LENIENT = "--dist-ckpt-strictness assume_ok_unexpected".split()
+DENSE_MODEL = ["--polycom-activation", "polynorm"]
+EXPERTS_MODEL = [*MOE_MODEL, *DENSE_MODEL]
+
+
 @pytest.fixture(scope="module")
 def on_te(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     """Train with Transformer Engine at hand."""
@@ -219,3 +224,21 @@ def test_swiglu_s_grouped_experts_count_in_the_norm_where_asked(on_te: Trainer, 
     processes, more = MOE["ETP2"]
     options, straight = experts("swiglu", [*MOE_MODEL, *GROUPED])
     assert_same(on_te(*options, *more.split(), IN_NORM, processes=processes), straight)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [(DENSE_MODEL, ON_TE), (EXPERTS_MODEL, ON_TE), (EXPERTS_MODEL, GROUPED)],
+    ids=["dense", "experts", "grouped experts"],
+)
+def test_what_is_written_for_ranks_is_for_these_layers_too(
+    on_te: Trainer, train: Trainer, options: list[str], layers: list[str], tmp_path: Path
+) -> None:
+    saving = ["--save", str(tmp_path / "trained"), "--save-interval", "2"]
+    train(*options, *saving, iterations=2)
+    source, target = str(tmp_path / "trained"), str(tmp_path / "onward")
+    assert cli.main(["convert", source, target, "--to", "megatron-torch"]) == 0
+    straight = train(*options, "--load", source, "--finetune", *LENIENT, iterations=3)
+    onward = on_te(*options, *layers, "--load", target, "--ckpt-format", "torch", iterations=3)
+    assert onward.series("train/loss") == pytest.approx(straight.series("train/loss"), rel=1e-5)
