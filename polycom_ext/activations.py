@@ -46,6 +46,20 @@ class Activation:
     """Is a polynomial, whose order a spec may give."""
     normalizes: bool = False
     """Reads whole rows: a row sharded over ranks needs a reduction."""
+    scalars: int = 0
+    """Parameters beside a polynomial's coefficients."""
+    takes_variants: bool = False
+    """Its module does: FC1's bias and a router's weight are part of its one pass (`functional.py`)."""
+    keeps_input: bool = True
+    """Backward reads x, and not the result, which the next layer keeps anyway."""
+
+    def parameters(self, order: int | None) -> int:
+        """How many numbers are learned, of an order where it is a polynomial."""
+        return self.scalars + (order + 1 if order is not None else 0)
+
+    def row_sums(self, order: int | None) -> int:
+        """How many sums of each row are kept for backward, and reduced where rows are sharded."""
+        return order or 0 if self.normalizes else 0
 
     def load(self) -> Callable[..., Any]:
         """The module's class, or the function; raises PolycomError where it cannot be imported."""
@@ -60,21 +74,22 @@ class Activation:
 _MODULES = "polycom_ext.modules"
 _FUNCTIONS = "polycom_ext.functional"
 _POLYNOMIAL = {"learnable": True, "ordered": True}
+_NORMALIZED = {**_POLYNOMIAL, "normalizes": True, "takes_variants": True}
 _ENTRIES = (
     Activation("swiglu", "SwiGLU", f"{_MODULES}:SwiGLU", gated=True),
     Activation("gelu", "GELU", "torch.nn:GELU"),
-    Activation("relu", "ReLU", "torch.nn:ReLU"),
+    Activation("relu", "ReLU", "torch.nn:ReLU", keeps_input=False),
     Activation("relu2", "ReLU²", f"{_MODULES}:SquaredReLU"),
     Activation("silu", "SiLU", "torch.nn:SiLU"),
     Activation("mish", "Mish", f"{_FUNCTIONS}:mish"),
     Activation("hardswish", "HardSwish", f"{_FUNCTIONS}:hardswish"),
-    Activation("prelu", "PReLU", f"{_MODULES}:PReLU", learnable=True),
-    Activation("swish", "Swish-β", f"{_MODULES}:Swish", learnable=True),
-    Activation("xielu", "xIELU", f"{_MODULES}:XIELU", learnable=True),
-    Activation("polyrelu", "PolyReLU", f"{_MODULES}:PolyReLU", **_POLYNOMIAL),
-    Activation("polyprelu", "PolyPReLU", f"{_MODULES}:PolyPReLU", **_POLYNOMIAL),
-    Activation("polynorm", "PolyNorm", f"{_MODULES}:PolyNorm", normalizes=True, **_POLYNOMIAL),
-    Activation("polyrelunorm", "PolyReLUNorm", f"{_MODULES}:PolyReLUNorm", normalizes=True, **_POLYNOMIAL),
+    Activation("prelu", "PReLU", f"{_MODULES}:PReLU", learnable=True, scalars=1),
+    Activation("swish", "Swish-β", f"{_MODULES}:Swish", learnable=True, scalars=1),
+    Activation("xielu", "xIELU", f"{_MODULES}:XIELU", learnable=True, scalars=2),
+    Activation("polyrelu", "PolyReLU", f"{_MODULES}:PolyReLU", takes_variants=True, **_POLYNOMIAL),
+    Activation("polyprelu", "PolyPReLU", f"{_MODULES}:PolyPReLU", scalars=1, **_POLYNOMIAL),
+    Activation("polynorm", "PolyNorm", f"{_MODULES}:PolyNorm", **_NORMALIZED),
+    Activation("polyrelunorm", "PolyReLUNorm", f"{_MODULES}:PolyReLUNorm", **_NORMALIZED),
 )
 
 REGISTRY: dict[str, Activation] = {entry.name: entry for entry in _ENTRIES}
