@@ -27,3 +27,23 @@ def peak_flops(name: str) -> float | None:
     if SLICE.fullmatch(model):
         return None
     return next((1e12 * tflops for pattern, tflops in TFLOPS.items() if re.fullmatch(pattern, model)), None)
+
+
+GIB = {
+    r"A100.*40GB.*": 40.0,
+    r"A100.*80GB.*": 80.0,
+    r"H100 PCIe": 80.0,
+    r"H100 NVL": 94.0,
+    r"H100( \d+GB HBM3)?": 80.0,
+    r"H200.*": 141.0,
+    r"B200": 180.0,
+}
+"""A pattern of the driver's name -> its memory, of datasheets, of which the driver keeps up to 2 % back."""
+
+
+def memory(name: str) -> float | None:
+    """Bytes of a GPU's memory, by its name as `peak_flops` takes it; None where none is published here."""
+    model = name.removeprefix("NVIDIA ")
+    if SLICE.fullmatch(model):
+        return None
+    return next((2**30 * gib for pattern, gib in GIB.items() if re.fullmatch(pattern, model)), None)

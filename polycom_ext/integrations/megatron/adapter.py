@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
-from polycom_ext.integrations.megatron import blends, checks, model, options, saved, tokens
+from polycom_ext.integrations.megatron import blends, checks, layout, model, options, saved, tokens
 from polycom_ext.integrations.megatron.native import FLAGS, PATCHED
+from polycom_ext.integrations.megatron.sizes import Sizes
 from polycom_ext.runs import entry
 from polycom_ext.runs.adapter import Facts, Needs, Upstream, chosen_tree, integer
+from polycom_ext.runs.layout import Layout
 from polycom_ext.runs.record import Record
 from polycom_ext.runs.spec import Spec
 
@@ -122,6 +125,22 @@ class MegatronAdapter:
     def is_complete(self, spec: Spec, run_dir: Path) -> bool:
         latest, total = self.latest_step(spec, run_dir), self.total_steps(spec)
         return latest is not None and total is not None and latest >= total
+
+    def layout(self, spec: Spec) -> Layout:
+        checks.check(spec, _resolved(spec))
+        return layout.lay_out(Sizes(spec, _resolved(spec)))
+
+    def alternatives(self, spec: Spec) -> Iterator[tuple[str, ...]]:
+        def possible(changes: dict[str, Any]) -> bool:
+            other = replace(spec, options={**spec.options, **changes})
+            kept = {name: value for name, value in other.options.items() if value is not None}
+            try:
+                checks.check(replace(other, options=kept), _resolved(replace(other, options=kept)))
+            except PolycomError:
+                return False
+            return True
+
+        return layout.alternatives(Sizes(spec, _resolved(spec)), possible)
 
     def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
         from polycom_ext.integrations.megatron.coefficients import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import yaml
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
-from polycom_ext.integrations.olmo import options, saved, tokens
+from polycom_ext.integrations.olmo import layout, options, saved, tokens
 from polycom_ext.integrations.olmo.native import NATIVE
 from polycom_ext.runs import document
 from polycom_ext.runs.adapter import Facts, Needs, Upstream, chosen_tree, integer, trees
+from polycom_ext.runs.layout import Layout
 from polycom_ext.runs.record import Record
 from polycom_ext.runs.spec import Spec
 
@@ -212,6 +213,12 @@ class OLMoAdapter:
         if latest is None or total is None or latest < total:
             return False
         return not spec.entry.learnable or _written_step(run_dir) == latest
+
+    def layout(self, spec: Spec) -> Layout:
+        return layout.lay_out(layout.Sizes(spec, spec.options))
+
+    def alternatives(self, spec: Spec) -> Iterator[tuple[str, ...]]:
+        return layout.alternatives(layout.Sizes(spec, spec.options))
 
     def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
         return None  # the entry gathers them from its ranks
