@@ -24,6 +24,10 @@ VERBS = {
     "eval": ("polycom_ext.evaluation.command", "tasks of lm-eval, and losses on token files, of checkpoints"),
     "logs": ("polycom_ext.runs.logs_command", "what a run's trainer and its job have said"),
     "node": ("polycom_ext.runs.node", "execute a planned run on this node of it"),
+    "plan": (
+        "polycom_ext.planning.command",
+        "parameters, memory, traffic and time of a run before it starts",
+    ),
     "report": ("polycom_ext.report.command", "tables and plots of finished runs"),
     "run": ("polycom_ext.runs.command", "start or resume a training run"),
     "status": ("polycom_ext.runs.status_command", "how runs stand: step, loss, time left, state"),

@@ -29,7 +29,7 @@ FLOORS = (
     ("runs",),
     ("drawing", "evaluation"),
     ("integrations", "doctor"),
-    ("analysis",),
+    ("analysis", "planning"),
     ("report",),
     ("cli",),
 )
