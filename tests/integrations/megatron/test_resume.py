@@ -12,6 +12,11 @@ from .test_layouts import MOE_MODEL
 OPTIMIZERS = {
     "optimizer": (1, ""),
     "DP2, distributed optimizer": (2, "--use-distributed-optimizer"),
+    # The second and the fourth rank's share of the coefficients' bucket holds none: there are two of 64 places.
+    "DP4, distributed optimizer, one layer": (
+        4,
+        "--use-distributed-optimizer --num-layers 1 --global-batch-size 8",
+    ),
     "TP2": (2, "--tensor-model-parallel-size 2"),
     "MoE, EP2": (2, " ".join([*MOE_MODEL, "--expert-model-parallel-size 2"])),
     "MoE, EP2, distributed optimizer": (
@@ -28,10 +33,9 @@ ACTIVATIONS = {
 
 # What a rank holds and how it is saved changes with the optimizer, the type and the format; loss scaling adds
 # nothing where parameters are split otherwise, and the activation only the names and number of coefficients.
-SPLIT = [
-    optimizer for optimizer in OPTIMIZERS if optimizer not in ("optimizer", "DP2, distributed optimizer")
-]
+SPLIT = ["TP2", "MoE, EP2", "MoE, EP2, distributed optimizer"]
 MATRIX = [
+    ("DP4, distributed optimizer, one layer", "bf16", "torch_dist", "polynorm"),
     *product(("optimizer", "DP2, distributed optimizer"), TYPES, FORMATS, ["polynorm"]),
     *product(SPLIT, ("fp32", "bf16"), FORMATS, ["polynorm"]),
     *product(
@@ -42,6 +46,7 @@ QUICK = [
     ("optimizer", "bf16", "torch_dist", "polynorm"),  # float32 coefficients beside bf16 weights
     ("DP2, distributed optimizer", "bf16", "torch_dist", "polynorm"),
     ("DP2, distributed optimizer", "bf16", "torch", "polynorm"),
+    ("DP4, distributed optimizer, one layer", "bf16", "torch_dist", "polynorm"),
     ("MoE, EP2", "bf16", "torch_dist", "polynorm"),  # two optimizers, chained
 ]
 
