@@ -59,6 +59,7 @@ ablations: demo-data
 	$(BIN)/polycom run $(ABLATIONS) --output outputs/ablations --jobs 2
 	$(BIN)/polycom report outputs/ablations/* --output outputs/report-ablations \
 		--title "Figure 5, Table 1 and the mixture of experts, rehearsed under three seeds"
+	$(BIN)/python benchmarks/ablations.py outputs/ablations outputs/report-ablations --output build/ablations
 
 # What needs transformers, which would double the time that each of the demo's runs takes to start: six of the paper's
 # tasks, fifty documents each, from the data of OLMo's wheel, and what the models' layers make of a text.

@@ -1,0 +1,94 @@
+"""What `make ablations` has found, in Markdown beside the report's CSV files.
+
+    python benchmarks/ablations.py RUNS REPORT --output FOLDER
+
+RUNS is the folder of the runs, REPORT that of their report; FOLDER gets README.md, results.csv, groups.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+HEAD = ("activation", "seeds", "validation loss", "minus the first row's", "speedup in tokens")
+CSV_FILES = ("groups.csv", "results.csv")
+
+Row = dict[str, str]
+
+
+def table(rows: list[Row], runs: list[Row]) -> list[str]:
+    """The activations of a family: mean ± standard deviation over their seeds."""
+    lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    for row in rows:
+        cells = [
+            row["group"],
+            row["seeds"],
+            spread(row, "validation_loss", 3),
+            "" if row is rows[0] else spread(row, "validation_loss_minus_baseline", 3),
+            "" if row is rows[0] else spread(row, "speedup_in_tokens", 2) or reached(row, runs),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def spread(row: Row, name: str, digits: int) -> str:
+    """Nothing where a seed has no number; a single seed has no deviation."""
+    middle, deviation = row[f"{name}_mean"], row[f"{name}_std"]
+    if not middle:
+        return ""
+    return f"{float(middle):.{digits}f}" + (f" ± {float(deviation):.{digits}f}" if deviation else "")
+
+
+def reached(row: Row, runs: list[Row]) -> str:
+    """Of a loss to which not every seed came."""
+    same = [one for one in runs if (one["family"], one["group"]) == (row["family"], row["group"])]
+    values = [float(one["speedup_in_tokens"]) for one in same if one["speedup_in_tokens"]]
+    return f"{mean(values):.2f}, {len(values)} of {len(same)} seeds" if values else "not reached"
+
+
+def conditions(runs: Path) -> Iterator[str]:
+    """Date, machine and versions, from the records of the runs."""
+    told: list[dict[str, Any]] = [json.loads(path.read_text()) for path in runs.glob("*/versions.json")]
+    attempts = [attempt for one in told for attempt in one["attempts"]]
+    first, last = min(one["started"] for one in attempts), max(one.get("ended", "") for one in attempts)
+    upstreams = {f"{name} {tree['version']}" for one in told for name, tree in one["upstreams"].items()}
+    versions = sorted({f"torch {one['torch']}" for one in told} | upstreams)
+    commits = sorted({one["commit"][:12] for one in told})
+    yield f"{len(told)} runs, {first[:16]} to {last[:16]} UTC, {processor()}, one thread each;"
+    yield f"{', '.join(versions)}, commit {', '.join(commits)}."
+
+
+def processor() -> str:
+    """By its name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    rows, runs = (list(csv.DictReader((arguments.report / name).open(newline=""))) for name in CSV_FILES)
+    lines = ["# Figure 5, Table 1 and the mixture of experts, rehearsed", "", *conditions(arguments.runs)]
+    for family in dict.fromkeys(row["family"] for row in rows):
+        lines += ["", f"## {family}", "", *table([row for row in rows if row["family"] == family], runs)]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "README.md").write_text("\n".join(lines) + "\n")
+    for name in CSV_FILES:
+        shutil.copy(arguments.report / name, arguments.output / name)
+
+
+if __name__ == "__main__":
+    main()
