@@ -54,7 +54,7 @@ demo: demo-data
 	$(BIN)/polycom analyze $(DEMO_RUNS) --output outputs/analysis
 	$(BIN)/polycom $(REPORT)
 
-# The paper's comparisons, each run under three seeds; an hour on two cores. Again after an interruption: what has ended stays.
+# The paper's comparisons, each run under three seeds. Given again after an interruption, what has ended stays.
 ablations: demo-data
 	$(BIN)/polycom run $(ABLATIONS) --output outputs/ablations --jobs 2
 	$(BIN)/polycom report outputs/ablations/* --output outputs/report-ablations \
