@@ -23,7 +23,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         from polycom_ext.report.page import write_report
     except ImportError as error:
-        if error.name not in ("jinja2", "matplotlib"):
+        if error.name not in ("jinja2", "matplotlib", "pandas"):
             raise
         raise MissingDependencyError(
             f"a report needs {error.name}: pip install 'polycom-ext[report]'"

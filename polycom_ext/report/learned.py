@@ -23,7 +23,8 @@ from polycom_ext.modules import coefficients
 from polycom_ext.report.results import Result
 from polycom_ext.runs.record import Record, mean, parameters
 
-Learned = Sequence[tuple[Result, Look]]
+Learned = Sequence[tuple[str, Look, Result]]
+"""(label, look, run)"""
 RANGE = 3.0
 """The shapes are drawn for x from -RANGE to RANGE."""
 DEFAULT_ROW = 4096
@@ -44,14 +45,14 @@ def by_layer(result: Result) -> list[tuple[int, dict[str, float]]]:
 
 def coefficient_plot(learned: Learned, path: Path) -> Plot:
     """One panel a coefficient, over the layers; the initial value as a dotted line."""
-    names = sorted({name for result, _ in learned for _, values in by_layer(result) for name in values})
+    names = sorted({name for _, _, result in learned for _, values in by_layer(result) for name in values})
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(WIDTH, 0.7 + 1.7 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
     several = False
     for ax, name in zip(panels, names, strict=False):
-        for result, look in learned:
+        for _, look, result in learned:
             points = [(layer, values[name]) for layer, values in by_layer(result) if name in values]
             if not points:
                 continue
@@ -67,8 +68,8 @@ def coefficient_plot(learned: Learned, path: Path) -> Plot:
     name_axes(panels, columns, len(names), "layer")
     figure.supylabel("coefficient", fontsize=8)
     start = Line2D([], [], color="#555555", linestyle=":", linewidth=0.9, label="at the start")
-    legend(figure, [result.label for result, _ in learned], [look for _, look in learned], [start])
-    notes = dict.fromkeys(getattr(_module(result), "note", "") for result, _ in learned)
+    legend(figure, [label for label, _, _ in learned], [look for _, look, _ in learned], [start])
+    notes = dict.fromkeys(getattr(_module(result), "note", "") for _, _, result in learned)
     said = ["Each panel has its own scale.", *notes]
     if several:
         said.append("Small points: several sets in one layer; lines: their mean.")
@@ -84,14 +85,14 @@ def shape_plot(learned: Learned, path: Path) -> Plot:
     rows = -(-len(learned) // columns)
     figure = Figure(figsize=(WIDTH, 0.3 + 2.5 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    depth = 1 + max(layer for result, _ in learned for layer, _ in by_layer(result))
+    depth = 1 + max(layer for _, _, result in learned for layer, _ in by_layer(result))
     colors = matplotlib.colormaps["viridis"].resampled(max(depth, 2))
-    for ax, (result, look) in zip(panels, learned, strict=False):
+    for ax, (label, look, result) in zip(panels, learned, strict=False):
         assert result.run.coefficients is not None
         for (number, _), layer in zip(by_layer(result), result.run.coefficients["layers"], strict=True):
             ax.plot(*shape(result, layer), color=colors(number), linewidth=1.2)
         ax.plot(*shape(result), color="black", linestyle="--", linewidth=1.1)
-        ax.set_title(result.label, loc="left", color=look.color, fontweight="bold")
+        ax.set_title(label, loc="left", color=look.color, fontweight="bold")
         ax.set_xlim(-RANGE, RANGE)
         ax.set_xlabel("x, a row of standard-normal values" if result.spec.entry.normalizes else "x")
     panels[0].set_ylabel("y(x)")
@@ -106,7 +107,7 @@ def shape_plot(learned: Learned, path: Path) -> Plot:
     start = Line2D([], [], color="black", linestyle="--", linewidth=1.1, label="at the start of training")
     figure.legend(handles=[start], loc="outside lower center")
     caption = f"After {_steps(learned)} steps, one curve a layer."
-    if any(result.spec.entry.normalizes for result, _ in learned):
+    if any(result.spec.entry.normalizes for _, _, result in learned):
         caption += (
             " An activation that normalises acts on a whole row: it is shown on one row of the FFN's width, "
             "the quantiles of the standard normal distribution."
@@ -129,7 +130,9 @@ def shape(result: Result, layer: dict[str, Any] | None = None) -> tuple[Tensor, 
 
 
 def _steps(learned: Learned) -> str:
-    steps = sorted({int(result.run.coefficients["step"]) for result, _ in learned if result.run.coefficients})
+    steps = sorted(
+        {int(result.run.coefficients["step"]) for _, _, result in learned if result.run.coefficients}
+    )
     return " and ".join(map(str, steps))
 
 

@@ -1,216 +1,229 @@
-"""The figures of one family: losses, perplexity, texts and tasks, learned coefficients, learned shapes."""
+"""The figures of one family: curves, as figures.yaml names them, final values, what was learned."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from polycom_ext import activations, drawing
 from polycom_ext.analysis import plots as studies
 from polycom_ext.analysis.study import Study
-from polycom_ext.drawing import (
-    WIDTH,
-    Look,
-    Plot,
-    count_steps,
-    cut,
-    label_ends,
-    legend,
-    looks,
-    name_axes,
-    save,
-    smooth,
-    style,
-)
+from polycom_ext.display import printable
+from polycom_ext.drawing import WIDTH, Look, Plot
 from polycom_ext.evaluation import published
+from polycom_ext.report.families import Family, Group
 from polycom_ext.report.learned import coefficient_plot, shape_plot
-from polycom_ext.report.results import Family, Result, last, perplexity
+from polycom_ext.report.results import Result
+from polycom_ext.report.rundir import DAMAGE
+from polycom_ext.report.tables import speedups
 from polycom_ext.runs.record import Series
 
-STEP = "training step"
+_DATA: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("figures.yaml").read_text(encoding="utf-8"))
+FEW = 3
+"""So many panels stand in a row, and the last one's curves are named at their ends; more have a legend."""
+
+Drawn = list[tuple[Group, Look]]
+Having = list[tuple[str, Look, Result]]
 
 
-def draw(family: Family, folder: Path) -> list[Plot]:
-    """Write the figures of a family as PNG files; those for which nothing was logged are left out."""
-    with style():
-        drawn = looks([result.spec.entry.name for result in family.results])
-        plots = [_losses(family, drawn, folder)]
-        if any(result.validation for result in family.results):
-            plots.append(_perplexity(family, drawn, folder))
-        if any(len(result.losses) > 1 for result in family.results):
-            plots.append(
-                _small_multiples(
-                    family,
-                    drawn,
-                    folder / f"{family.slug}-validation.png",
-                    lambda result: result.losses,
-                    "validation loss (nats/token)",
-                    "Validation loss by text",
-                )
-            )
-        if any(result.accuracies for result in family.results):
-            plots.append(
-                _small_multiples(
-                    family,
-                    drawn,
-                    folder / f"{family.slug}-accuracy.png",
-                    lambda result: result.accuracies,
-                    "accuracy (%)",
-                    "Downstream accuracy by task",
-                )
-            )
-        learned = [
-            (result, look)
-            for result, look in zip(family.results, drawn, strict=True)
-            if result.run.coefficients and result.run.coefficients.get("layers")
-        ]
-        if learned:
-            plots.append(coefficient_plot(learned, folder / f"{family.slug}-coefficients.png"))
-            plots.append(shape_plot(learned, folder / f"{family.slug}-shapes.png"))
-    studied = [
-        (result.label, look, Study.from_json(result.run.analysis))
-        for result, look in zip(family.results, drawn, strict=True)
-        if result.run.analysis is not None
-    ]
-    return [*plots, *(studies.draw(studied, folder, family.slug) if studied else [])]
+def draw(family: Family, folder: Path) -> tuple[list[Plot], list[str]]:
+    """Write the figures of a family as PNG files; those for which nothing was logged are left out.
+
+    Returns them, and a sentence for each run whose record holds what cannot be drawn.
+    """
+    looks = drawing.looks([group.first.spec.entry.name for group in family.groups])
+    drawn = list(zip(family.groups, looks, strict=True))
+    seen: set[tuple[str, ...]] = set()
+    problems: list[str] = []
+
+    def sound(figure: Callable[[Having], list[Plot]], having: Having, kept: str) -> list[Plot]:
+        """The figures, without the runs of which none can be made."""
+        try:
+            return figure(having) if having else []
+        except DAMAGE as error:
+            left = [one for one in having if len(having) > 1 and sound(figure, [one], kept)]
+            if 0 < len(left) < len(having):
+                return sound(figure, left, kept)
+            paths = ", ".join(str(one.run.path) for _, _, one in having)
+            problems.append(f"{paths}: no figure can be made of its {kept}: {error}")
+            return []
+
+    def first(kept: str) -> Having:
+        """Of each group the first run that has it."""
+        having: dict[str, tuple[str, Look, Result]] = {}
+        for group, look in drawn:
+            for one in group.results:
+                if (told := getattr(one.run, kept)) is not None and told.get("layers") != []:
+                    having.setdefault(group.label, (group.label, look, one))
+        return list(having.values())
+
+    with drawing.style():
+        plots = [_curves(entry, family, drawn, seen, folder) for entry in _DATA["figures"]]
+        plots.append(_finals(family, drawn, folder))
+        for name, figure in (("coefficients", coefficient_plot), ("shapes", shape_plot)):
+            one = partial(_one, figure, folder / f"{family.slug}-{name}.png")
+            plots += sound(one, first("coefficients"), "coefficients")
+    plots += sound(partial(_studies, folder, family.slug), first("analysis"), "analysis")
+    return [plot for plot in plots if plot], list(dict.fromkeys(problems))
 
 
-def _losses(family: Family, drawn: Sequence[Look], folder: Path) -> Plot:
-    validated = any(result.validation for result in family.results)
-    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
-    axes = figure.subplots(1, 2 if validated else 1, sharey=True, squeeze=False)[0]
-    curves, windows, ends = [], set(), []
-    for result, look in zip(family.results, drawn, strict=True):
-        smoothed, window = smooth(result.train)
-        windows.add(window)
-        curves += [smoothed, result.validation]
-        axes[0].plot(*_points(result.train), color=look.color, alpha=0.16, linewidth=0.5)
-        axes[0].plot(*_points(smoothed), color=look.color, linestyle=look.dashes)
-        _mark_divergence(axes[0], smoothed, look)
-        if validated:
-            axes[1].plot(
-                *_points(result.validation), color=look.color, linestyle=look.dashes, marker=look.marker
-            )
-        end = _end(result.validation) or _end(smoothed)
-        if end:
-            ends.append((*end, _annotated(result), look))
-    limits = cut(curves)
-    for ax, title in zip(axes, ("training", "validation"), strict=False):
-        ax.set_xlabel(STEP)
-        ax.set_title(title, loc="left")
-        count_steps(ax, 5)
-    if limits:
-        axes[0].set_ylim(*limits)
-    axes[0].set_ylabel("cross-entropy loss (nats/token)")
-    axes[-1].set_xlim(left=axes[0].get_xlim()[0])
-    label_ends(figure, axes[-1], ends)
-    window = max(windows)
-    caption = (
-        f"{'Left: training' if validated else 'Training'} loss"
-        + (f", thin as logged, thick the centred mean of {window} values" if window > 1 else " as logged")
-        + (". Right: loss on the validation text" if validated else "")
-        + (". The first steps lie above the frame" if limits else "")
-        + _divergences(family)
-        + "."
-    )
-    return save(figure, folder / f"{family.slug}-loss.png", "Loss", caption)
+def _one(figure: Callable[[Having, Path], Plot], path: Path, having: Having) -> list[Plot]:
+    return [figure(having, path)]
 
 
-def _perplexity(family: Family, drawn: Sequence[Look], folder: Path) -> Plot:
-    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
-    ax = figure.subplots()
-    curves, ends = [], []
-    for result, look in zip(family.results, drawn, strict=True):
-        curve = {step: perplexity(loss) for step, loss in result.validation.items()}
-        curves.append(curve)
-        ax.plot(*_points(curve), color=look.color, linestyle=look.dashes, marker=look.marker)
-        end = _end(curve)
-        if end:
-            final = last(curve)
-            value = f"{final:.1f}" if final is not None and math.isfinite(final) else "not finite"
-            ends.append((*end, f"{_annotated(result)}  {value}", look))
-    limits = cut(curves)
-    if limits:
-        ax.set_ylim(*limits)
-    ax.set_xlabel(STEP)
-    ax.set_ylabel("validation perplexity, exp(loss)")
-    count_steps(ax, 8)
-    label_ends(figure, ax, ends)
-    caption = (
-        "exp of the validation loss"
-        + (" (mean over the texts)" if any(len(result.losses) > 1 for result in family.results) else "")
-        + ", in the units of this tokenizer"
-        + ("; the first points lie above the frame" if limits else "")
-        + "."
-    )
-    return save(figure, folder / f"{family.slug}-perplexity.png", "Validation perplexity", caption)
+def _studies(folder: Path, slug: str, having: Having) -> list[Plot]:
+    told = [(label, look, Study.from_json(one.run.analysis or {})) for label, look, one in having]
+    return studies.draw(told, folder, slug)
 
 
-def _small_multiples(
-    family: Family,
-    drawn: Sequence[Look],
-    path: Path,
-    panels: Callable[[Result], dict[str, Series]],
-    ylabel: str,
-    title: str,
-) -> Plot:
-    names = sorted({name for result in family.results for name in panels(result)})
-    columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(WIDTH, 0.6 + 1.55 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
-    for ax, name in zip(grid, names, strict=False):
-        curves = [panels(result).get(name, {}) for result in family.results]
-        for curve, look in zip(curves, drawn, strict=True):
-            ax.plot(
-                *_points(curve), color=look.color, linestyle=look.dashes, marker=look.marker, markersize=2.6
-            )
-        limits = cut(curves) if "loss" in ylabel else None
+def _curves(
+    entry: dict[str, Any], family: Family, drawn: Drawn, seen: set[tuple[str, ...]], folder: Path
+) -> Plot | None:
+    """One of figures.yaml; None where it is of other runs, or shows nothing that was not yet seen."""
+    wanted = {activations.parse(name) for name in entry.get("activations", ())}
+    chosen = [one for one in drawn if not wanted or activations.parse(one[0].first.spec.activation) in wanted]
+    groups, x = [group for group, _ in chosen], entry.get("x", "tokens")
+    if entry.get("kind", family.facts.kind) != family.facts.kind or len(chosen) < len(wanted):
+        return None
+    names = list(dict.fromkeys(name for group in groups for one in group.counted for name in one.curves))
+    every = {
+        f"{kind}s": sorted(one for one in names if one.startswith(f"{kind}/")) for kind in ("text", "task")
+    }
+    panels = [one for panel in entry["panels"] for one in every.get(panel, [panel]) if one in names]
+    shown = {(panel, x, *(group.label for group in groups)) for panel in panels}
+    untimed = x == "hours" and not all(len(one.hours) for group in groups for one in group.counted)
+    if untimed or shown <= seen or ("needs" in entry and len(every[entry["needs"]]) < 2):
+        return None
+    seen |= shown
+    few = len(panels) <= FEW
+    columns = len(panels) if few else 4
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(WIDTH, 3.1 if few else 0.6 + 1.55 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    scale, axis = _axis(groups, x)
+    lines: dict[str, dict[str, Series]] = {panel: {} for panel in panels}
+    window, outside = 1, False
+    for ax, panel in zip(grid, panels, strict=False):
+        for group, look in chosen:
+            smoothed = smooth(group.frame(panel)) if panel == "train" else (group.frame(panel), 1)
+            window = max(window, smoothed[1])
+            places = group.along(smoothed[0].index, x) * scale
+            lines[panel][group.label] = _line(ax, group, look, panel, places, smoothed[0])
+        limits = None if "task" in panel or panel == "accuracy" else drawing.cut(list(lines[panel].values()))
         if limits:
             ax.set_ylim(*limits)
-        ax.set_title(published.titles().get(name, name), loc="left", fontsize=7.5)
-        count_steps(ax, 4)
-    name_axes(grid, columns, len(names), STEP)
-    figure.supylabel(ylabel, fontsize=8)
-    legend(figure, [result.label for result in family.results], drawn)
-    return save(figure, path, title, f"{title}, as evaluated during training.")
+            outside = True
+        ax.set_title(_DATA["labels"].get(panel) or _title(panel), loc="left", fontsize=8 if few else 7.5)
+        drawing.count_steps(ax, 4 if columns > 2 else 5)
+    drawing.name_axes(grid, columns, len(panels), axis)
+    ends = {label: list(line.items())[-1] for label, line in lines[panels[-1]].items() if line}
+    if few and len(ends) == len(chosen):
+        named = [(*ends[group.label], _annotated(group), look) for group, look in chosen]
+        drawing.label_ends(figure, grid[len(panels) - 1], named)
+    else:
+        drawing.legend(figure, [_annotated(group) for group in groups], [look for _, look in chosen])
+    path = folder / f"{family.slug}-{entry['name']}.png"
+    return drawing.save(figure, path, entry["title"], _caption(entry, family, groups, window, outside))
 
 
-def _points(series: Series) -> tuple[list[int], list[float]]:
-    """Infinite values are drawn as gaps, as NaN is."""
-    return list(series), [value if math.isfinite(value) else math.nan for value in series.values()]
+def _axis(groups: Sequence[Group], x: str) -> tuple[float, str]:
+    """What the axis is scaled by, and its name."""
+    facts = groups[0].first.facts
+    if x == "tokens":
+        return 1.0, _DATA["axes"]["tokens" if facts.tokens(1) else "steps"]
+    longest = max(one.hours.iloc[-1] for group in groups for one in group.counted)
+    units = _DATA["axes"]["time"]
+    scale, name = next((unit for unit in units if longest * unit[0] >= 2), units[-1])
+    return scale, f"training time, {name}"
 
 
-def _end(series: Series) -> tuple[float, float] | None:
-    finite = [(float(step), value) for step, value in series.items() if math.isfinite(value)]
-    return finite[-1] if finite else None
+def _line(ax: Axes, group: Group, look: Look, panel: str, places: np.ndarray, frame: pd.DataFrame) -> Series:
+    """Draw a group's curve, its spread, a cross where it stops being finite; returns what is finite."""
+    finite = frame.replace([np.inf, -np.inf], np.nan)
+    middle = finite.mean(axis=1, skipna=False)
+    if panel == "train" and frame.shape[1] == 1:
+        logged = group.frame(panel).iloc[:, 0].replace(np.inf, np.nan)
+        ax.plot(places, logged, color=look.color, alpha=0.16, linewidth=0.5)
+    marker = "" if panel == "train" else look.marker
+    ax.plot(places, middle, color=look.color, linestyle=look.dashes, marker=marker, markersize=2.8)
+    if frame.shape[1] > 1:
+        spread = finite.std(axis=1)
+        ax.fill_between(places, middle - spread, middle + spread, color=look.color, alpha=0.15, linewidth=0)
+    broken = middle.isna().to_numpy()
+    if panel == "train" and broken.any() and (last := int(broken.argmax())):
+        ax.plot(
+            places[last - 1], middle.iloc[last - 1], "x", color=look.color, markersize=7, markeredgewidth=1.6
+        )
+    return {at: value for at, value in zip(places.tolist(), middle.tolist(), strict=True) if value == value}
 
 
-def _annotated(result: Result) -> str:
-    if result.diverged_at is not None:
-        return f"{result.label} (not finite from {result.diverged_at})"
-    return f"{result.label} (to step {result.run.step})" if result.unfinished else result.label
+def smooth(frame: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """Centred mean over a twentieth of the values (no lag); what is not finite is left out of it and stays.
+
+    Returns the smoothed curves and the number of values in a mean.
+    """
+    window = max(1, len(frame) // 20) | 1
+    finite = frame.replace([np.inf, -np.inf], np.nan)
+    return finite.rolling(window, center=True, min_periods=1).mean().where(finite.notna()), window
 
 
-def _mark_divergence(ax: Axes, series: Series, look: Look) -> None:
-    """A cross at the last finite value before the first one that is not."""
-    end = None
-    for step, value in series.items():
-        if not math.isfinite(value):
-            if end:
-                ax.plot(
-                    *end, color=look.color, marker="x", markersize=7, markeredgewidth=1.6, linestyle="none"
-                )
-            return
-        end = (step, value)
+def _title(panel: str) -> str:
+    label = panel.partition("/")[2]
+    title = printable(published.titles().get(label, label))
+    return title if len(title) <= 30 else f"{title[:29]}…"
 
 
-def _divergences(family: Family) -> str:
-    """The same for the caption."""
-    parts = [
-        f"{one.label} from step {one.diverged_at}" for one in family.results if one.diverged_at is not None
-    ]
-    return f". A cross: the loss is not a finite number ({', '.join(parts)})" if parts else ""
+def _annotated(group: Group) -> str:
+    return group.label + "".join(f" ({remark})" for remark in group.remarks[:1])
+
+
+def _caption(entry: dict[str, Any], family: Family, groups: list[Group], window: int, outside: bool) -> str:
+    """What a figure of curves is of, and how it was drawn."""
+    timed, crosses = (
+        "x" in entry,
+        [f"{one.label} {said}" for one in groups for said in one.remarks if "finite" in said],
+    )
+    several = any(len(one.counted) > 1 for one in groups)
+    said = {
+        entry.get("of", ""): "of" in entry,
+        f"training loss: the centred mean of {window} values": window > 1,
+        "lines: the mean of the seeds; shaded: one sample standard deviation to either side": several,
+        "the first points lie above the frame": outside,
+        "time: the sum of the steps' own, without evaluation and saving": timed,
+        f"it does not compare activations: {family.untimely}": timed and bool(family.untimely),
+        f"a cross: the loss is not a finite number ({', '.join(crosses)})": bool(crosses),
+    }
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text, holds in said.items() if holds)
+
+
+def _finals(family: Family, drawn: Drawn, folder: Path) -> Plot | None:
+    """Final validation losses and effective speedups, a point a seed; None where nothing compares."""
+    losses = {group.label: group.final("validation") for group in family.groups}
+    losses = {label: values for label, values in losses.items() if len(values) and np.isfinite(values).all()}
+    if len(losses) < 2:
+        return None
+    places = {label: place for place, label in enumerate(sorted(losses, key=lambda one: -losses[one].mean()))}
+    columns = {"final validation loss": losses, "effective speedup": speedups(family, "tokens")}
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.24 * len(losses)), layout="constrained")
+    for ax, (title, values) in zip(figure.subplots(1, 2, sharey=True), columns.items(), strict=True):
+        for group, look in drawn:
+            points = values[group.label].dropna() if group.label in values.keys() & places else pd.Series()
+            place = places.get(group.label, 0)
+            ax.plot(points, [place] * len(points), look.marker, color=look.color, alpha=0.55)
+            if len(points) > 1:
+                bar = {"fmt": "|", "color": look.color, "markersize": 9, "capsize": 2}
+                ax.errorbar(points.mean(), place, xerr=points.std(), **bar)
+        ax.set_yticks(list(places.values()), list(places))
+        ax.set_title(title, loc="left")
+    caption = _DATA["finals"].format(baseline=family.baseline.label)
+    return drawing.save(
+        figure, folder / f"{family.slug}-final.png", "Final validation loss and speedup", caption
+    )

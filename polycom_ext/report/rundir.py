@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,18 @@ from typing import Any
 from polycom_ext.errors import PolycomError
 from polycom_ext.runs.record import Record, Series, read_metrics
 from polycom_ext.runs.secrets import is_secret, reference
+
+DAMAGE = (
+    OSError,
+    PolycomError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What is raised where a record holds something else than it should."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +43,8 @@ class Run:
     """When the trainer was started and ended, and with what exit status."""
     command: str
     last_logged: datetime
-    unreadable_lines: int
-    """Lines of metrics.jsonl that hold no record."""
+    problems: list[str]
+    """What of it is damaged, and left out: sentences."""
 
     @property
     def step(self) -> int:
@@ -40,7 +53,10 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    """Read a run directory. Raises PolycomError where it is none, or where nothing was logged."""
+    """Read a run directory; what is damaged of what a report can do without is left out, and said.
+
+    Raises PolycomError where it is none, or where nothing was logged.
+    """
     record = Record(path)
     spec = record.read_spec()
     logged = read_metrics(record.metrics)
@@ -48,23 +64,39 @@ def read(path: Path) -> Run:
         raise PolycomError(
             f"run {path} never logged a metric, so there is nothing to report: see its {record.log.name}"
         )
+    problems: list[str] = []
+
+    def whole(part: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return part()
+        except DAMAGE as error:
+            problems.append(str(error))
+            return otherwise
+
     script = record.command
-    command = script.read_text(encoding="utf-8", errors="replace").strip() if script.is_file() else ""
+    command = (
+        whole(lambda: script.read_text(encoding="utf-8", errors="replace").strip(), "")
+        if script.exists()
+        else ""
+    )
     spec, command = _without_secrets(spec, command)
-    versions = record.read_versions()
+    versions = whole(record.read_versions, {})
+    if logged.unreadable_lines:
+        lines = "1 line" if logged.unreadable_lines == 1 else f"{logged.unreadable_lines} lines"
+        problems.append(f"{record.metrics}: {lines} that cannot be read left out")
     return Run(
         path=path,
         name=str(spec.get("name") or path.name),
         spec=spec,
         metrics=logged.series,
-        coefficients=record.read_coefficients(),
-        evaluation=record.read_evaluation(),
-        analysis=record.read_analysis(),
+        coefficients=whole(record.read_coefficients, None),
+        evaluation=whole(record.read_evaluation, None),
+        analysis=whole(record.read_analysis, None),
         versions={key: value for key, value in versions.items() if key != "attempts"},
-        attempts=versions.get("attempts", []),
+        attempts=whole(record.attempts, []) if "attempts" in versions else [],
         command=command,
         last_logged=datetime.fromtimestamp(record.metrics.stat().st_mtime),
-        unreadable_lines=logged.unreadable_lines,
+        problems=problems,
     )
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from polycom_ext.report.results import Family, Result, common_steps
+import numpy as np
+import pandas as pd
+
+from polycom_ext.report.families import Family, Group
 
 REHEARSAL = "a rehearsal that does not reproduce the paper"
 _KINDS = {"dense": "the dense model", "moe": "the mixture of experts"}
 
 
 def summarize(families: Sequence[Family]) -> str:
-    """The best run of the first family of each kind against that family's baseline.
+    """The best activation of the first family of each kind against that family's baseline.
 
     For example: "PolyNorm ended at validation loss 4.30 against SwiGLU's 4.58 after 400 steps; a
     rehearsal that does not reproduce the paper."
@@ -24,10 +27,10 @@ def summarize(families: Sequence[Family]) -> str:
         _clause(family) + (f" in {_KINDS[kind]}" if len(first) > 1 else "") for kind, family in first.items()
     ]
     diverged = [
-        f"{one.label} diverged at step {one.diverged_at}"
+        f"{group.label} diverged at step {min(steps)}"
         for family in families
-        for one in family.results
-        if one.diverged_at is not None
+        for group in family.groups
+        if (steps := [one.diverged_at for one in group.results if one.diverged_at is not None])
     ]
     parts = [", and ".join(clauses), *diverged]
     if any(family.rehearsal for family in families):
@@ -36,43 +39,43 @@ def summarize(families: Sequence[Family]) -> str:
 
 
 def _clause(family: Family) -> str:
-    baseline = family.baseline
-    rivals = [
-        (one.validation[step], step, one)
-        for one in family.results[1:]
-        if (step := max(_finite_steps(one, baseline), default=None)) is not None
-    ]
-    if not rivals:
-        return "; ".join(_alone(one) for one in family.results)
-    furthest = max(step for _, step, _ in rivals)
-    loss, step, best = min((rival for rival in rivals if rival[1] == furthest), key=lambda rival: rival[0])
-    other = baseline.validation[step]
-    winner, loser = (best, baseline) if loss <= other else (baseline, best)
-    low, high = sorted((loss, other))
-    digits = 2 if high - low >= 0.01 else 4
-    verb = "ended" if step == winner.target else "stood"
+    curves = {group.label: _finite(group) for group in family.groups}
+    base = curves.pop(family.baseline.label)
+    common = {label: sorted(set(curve.index) & set(base.index)) for label, curve in curves.items()}
+    step = max((steps[-1] for steps in common.values() if steps), default=None)
+    if step is None:
+        return "; ".join(map(_alone, family.groups))
+    rivals = [group for group in family.groups[1:] if common[group.label][-1:] == [step]]
+    best = min(rivals, key=lambda group: curves[group.label][step])
+    loss, other = curves[best.label][step], base[step]
+    winner, loser = (best, family.baseline) if loss <= other else (family.baseline, best)
+    digits = 2 if abs(loss - other) >= 0.01 else 4
+    seeds = [len(group.counted) for group in (winner, loser)]
+    said = f", the mean of {seeds[0]} seeds" if seeds[0] == seeds[1] > 1 else ""
     return (
-        f"{winner.label} {verb} at validation loss {low:.{digits}f} "
-        f"against {loser.label}'s {high:.{digits}f} after {_steps(step, winner)}"
+        f"{winner.label} {'ended' if step == winner.first.target else 'stood'} at validation loss "
+        f"{min(loss, other):.{digits}f} against {loser.label}'s {max(loss, other):.{digits}f} "
+        f"after {_steps(step, winner)}{said}"
     )
 
 
-def _finite_steps(result: Result, baseline: Result) -> list[int]:
-    return [
-        step
-        for step in common_steps(result, baseline)
-        if math.isfinite(result.validation[step]) and math.isfinite(baseline.validation[step])
-    ]
+def _finite(group: Group) -> pd.Series:
+    mean = group.frame("validation").mean(axis=1)
+    return mean[np.isfinite(mean)]
 
 
-def _alone(result: Result) -> str:
+def _alone(group: Group) -> str:
     """Where there is nothing to compare with."""
-    for name, loss in (("validation", result.validation_loss), ("training", result.train_loss)):
-        if loss is not None and math.isfinite(loss):
-            return f"{result.label} reached {name} loss {loss:.2f} after {_steps(result.run.step, result)}"
-    return f"{result.label} logged no finite loss in {_steps(result.run.step, result)}"
+    step = max(one.run.step for one in group.counted)
+    for name, losses in (
+        ("validation", group.final("validation")),
+        ("training", group.numbers("train_loss")),
+    ):
+        if len(losses) and math.isfinite(loss := losses.mean()):
+            return f"{group.label} reached {name} loss {loss:.2f} after {_steps(step, group)}"
+    return f"{group.label} logged no finite loss in {_steps(step, group)}"
 
 
-def _steps(step: int, result: Result) -> str:
-    count = f"{step} of {result.target}" if result.target is not None and step < result.target else str(step)
-    return f"{count} steps"
+def _steps(step: int, group: Group) -> str:
+    target = group.first.target
+    return f"{step} of {target} steps" if target is not None and step < target else f"{step} steps"

@@ -1,183 +1,232 @@
-"""The tables of a report: differences, values by text or task beside the paper's, and results.csv."""
+"""The tables of a report: speedups, differences, values by text or task beside the paper's, CSV files."""
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from polycom_ext import activations
 from polycom_ext.evaluation import published
-from polycom_ext.report.results import Family, Result, common_steps, last
-from polycom_ext.runs.record import Series, mean
+from polycom_ext.report.families import Family
 
 DIFFERENCE_STEPS = 8
 """Columns of the table of differences, at most."""
+TRAINED = "measured while training"
+EVALUATED = {"task": "lm-eval, by polycom eval", "text": "token files, by polycom eval"}
+METRICS = {"task": "accuracy", "text": "loss"}
+"""What a curve is of -> the metric of the paper's table."""
+MEAN = "Mean"
 
-EVALUATED = {"accuracy": "lm-eval, by polycom eval", "loss": "token files, by polycom eval"}
-"""Metric -> what is said of its numbers that no trainer has measured."""
+Cells = list[tuple[pd.Series, pd.Series]]
+"""Of each column the values by seed, and their differences from the first row's."""
 
-Values = list[float | None]
+
+def speedups(family: Family, x: str) -> dict[str, pd.Series]:
+    """Where the baseline ended, over where a run first came to its final validation loss (mean of seeds).
+
+    Args:
+        x: what is compared, `tokens` or `hours`; between two evaluations a run's loss is a straight line.
+
+    Returns: by seed for each group, the baseline among them; NaN for what never came there.
+    """
+    base = family.baseline.frame("validation").mean(axis=1)
+    spent = family.baseline.along(base.index[-1:], x)
+    if not len(spent) or not math.isfinite(spent[0] + base.iloc[-1]):
+        return {}
+    made = {}
+    for group in family.groups:
+        frame = group.frame("validation")
+        places = group.along(frame.index, x)
+        reached = {seed: _reached(places, curve.to_numpy(), base.iloc[-1]) for seed, curve in frame.items()}
+        made[group.label] = spent[0] / pd.Series(reached, dtype=float)
+    return made
+
+
+def _reached(places: np.ndarray, losses: np.ndarray, loss: float) -> float:
+    at = int(np.argmax(losses <= loss)) if (losses <= loss).any() else -1
+    if at < 1 or not math.isfinite(losses[at - 1]):
+        return math.nan if at < 0 else float(places[at])
+    return float(np.interp(-loss, -losses[at - 1 : at + 1], places[at - 1 : at + 1]))
+
+
+def differences(family: Family) -> pd.DataFrame:
+    """Validation loss minus the baseline's of the same seed: a row a group and seed, a column a step."""
+    base = family.baseline.frame("validation")
+    rows = {
+        (group.label, seed): curve
+        for group in family.groups[1:]
+        for seed, curve in group.frame("validation").sub(base).dropna(axis=1, how="all").items()
+    }
+    frame = pd.DataFrame(rows).T.dropna(axis=1, how="all")
+    count = min(DIFFERENCE_STEPS, frame.shape[1])
+    return frame.iloc[:, [math.ceil((one + 1) * frame.shape[1] / count) - 1 for one in range(count)]]
+
+
+def of(frame: pd.DataFrame, label: str, column: Any = None) -> pd.Series:
+    """The values of a group in one column of `differences`, the last unless it is named, by seed."""
+    if label not in frame.index:
+        return pd.Series(dtype=float)
+    return frame.loc[label][frame.columns[-1] if column is None else column].dropna()
 
 
 @dataclass(frozen=True)
-class Differences:
-    """Validation loss minus the baseline's, at steps at which both were evaluated."""
-
-    steps: list[int]
-    rows: list[tuple[Result, Values]]
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """Texts or tasks down; the measured runs, then the paper's activations, across."""
+class Scores:
+    """Runs down, first those measured here, then the paper's; texts or tasks across, and their mean."""
 
     table: published.Table | None
-    groups: list[tuple[str, list[Result]]]
-    """How the numbers were measured, and the runs of which: the columns, one group after the other."""
-    names: list[str]
-    """Activations of the paper's table that are also here."""
-    rows: list[tuple[str, Values, Values]]
-    means: tuple[Values, Values]
-    """Of the measured rows, where a run has them all, and of the paper's: the same rows if it has any."""
-    mean_note: str
-    """Which rows the means are of, where that is not plain."""
+    columns: list[str]
+    blocks: list[tuple[str, list[tuple[str, Cells]]]]
+    """How a block's numbers came about, and its rows."""
+    paper: bool
+    """Whether the last block is the paper's."""
+    note: str
+    """Which columns the means are of, where that is not plain."""
 
 
-def differences(family: Family) -> Differences | None:
-    """None where no run shares a validation step with the baseline."""
-    others = family.results[1:]
-    steps = sorted({step for result in others for step in common_steps(result, family.baseline)})
-    if not steps:
-        return None
-    count = min(DIFFERENCE_STEPS, len(steps))
-    chosen = [steps[math.ceil((index + 1) * len(steps) / count) - 1] for index in range(count)]
-    return Differences(
-        chosen, [(one, [difference(one, family.baseline, step) for step in chosen]) for one in others]
-    )
+def scores(family: Family, kind: str) -> Scores | None:
+    """Last values by `text` or `task`; None where a table would say nothing more.
 
-
-def difference(result: Result, baseline: Result, step: int) -> float | None:
-    """Validation loss minus the baseline's at one step; None where one of them was not evaluated."""
-    if step not in result.validation or step not in baseline.validation:
-        return None
-    return result.validation[step] - baseline.validation[step]
-
-
-def side_by_side(family: Family, metric: str) -> SideBySide | None:
-    """Last values of `loss` by text or `accuracy` by task; None where a table would say nothing more.
-
-    What was measured while training and what `polycom eval` measured stand in columns of their own.
+    What was measured while training and what `polycom eval` measured stand in blocks of their own.
     """
-    trained = [
-        {label: last(series) for label, series in _measured(one, metric).items()} for one in family.results
-    ]
-    evaluated: list[dict[str, float | None]] = [{**one.evaluated[metric]} for one in family.results]
-    ways = [("measured while training", trained), (EVALUATED[metric], evaluated)]
-    ways = [(title, ends) for title, ends in ways if any(ends)]
-    if len(ways) == 1 and any(trained):
-        ways = [("measured here", trained)]
-    ends = [end for _, one in ways for end in one]
-    labels = sorted({label for end in ends for label in end})
-    table = family.published.table(metric)
-    columns = table.columns if table else {}
-    titles = published.titles()
-    alone = metric == "loss" and len(labels) == 1 and labels[0] not in columns
-    if not labels or (alone and not any(evaluated)):
+    ways: dict[str, dict[str, pd.DataFrame]] = {TRAINED: {}, EVALUATED[kind]: {}}
+    for group in family.groups:
+        names = [name for name in group.first.curves if name.startswith(f"{kind}/")]
+        ways[TRAINED][group.label] = pd.DataFrame({name[5:]: group.final(name) for name in names})
+        evaluated = {str(one.facts.seed): one.evaluated[kind] for one in group.counted}
+        ways[EVALUATED[kind]][group.label] = pd.DataFrame(evaluated).T
+    ways = {way: frames for way, frames in ways.items() if any(frame.size for frame in frames.values())}
+    labels = sorted({str(label) for frames in ways.values() for frame in frames.values() for label in frame})
+    table = family.published.table(METRICS[kind])
+    columns = list(table.columns) if table else []
+    alone = kind == "text" and len(labels) == 1 and labels[0] not in columns
+    if not labels or (alone and EVALUATED[kind] not in ways):
         return None
-    labels.sort(key=lambda label: list(columns).index(label) if label in columns else len(columns))
-    rows = table.rows if table else {}
-    names = list(dict.fromkeys(one.in_paper for one in family.results if one.in_paper in rows))
-    body = [
+    labels.sort(key=lambda label: columns.index(label) if label in columns else len(columns))
+    in_paper = dict.fromkeys(group.first.in_paper for group in family.groups)
+    rows = {name: table.rows[name] for name in in_paper if table and name in table.rows}
+    shared = [label for label in labels if label in columns] if rows else []
+    blocks = [(way, _cells(frames, labels, shared or labels)) for way, frames in ways.items()]
+    whole, note = len(shared) == len(columns), ""
+    if table and rows:
+        paper = {name: pd.DataFrame([row], index=["paper"]) for name, row in rows.items()}
+        cells = _cells(paper, labels, shared, table.average if whole else {})
+        blocks.append(("", [(activations.find(name).title, row) for name, row in cells]))
+        if shared and (not whole or len(shared) < len(labels)):
+            rest = "" if whole else f"; the paper's table has {len(columns)}"
+            note = f"of the {len(shared)} that both have{rest}"
+    titles = published.titles()
+    return Scores(table, [titles.get(one, one) for one in labels] + [MEAN], blocks, bool(rows), note)
+
+
+def _cells(
+    frames: Mapping[str, pd.DataFrame],
+    labels: list[str],
+    averaged: list[str],
+    given: Mapping[str, float] = {},
+) -> list[tuple[str, Cells]]:
+    """Frames of seeds and labels as rows of a table; `given` are the means that were published."""
+    whole = {name: frame.reindex(columns=labels).astype(float) for name, frame in frames.items()}
+    for name, frame in whole.items():
+        mean = frame[averaged].mean(axis=1, skipna=False) if averaged else math.nan
+        frame[MEAN] = given.get(name, mean)
+    base = next(iter(whole.values()))
+    return [
         (
-            titles.get(label, label),
-            [end.get(label) for end in ends],
-            [rows[name].get(label) for name in names],
+            name,
+            [
+                (frame[one].dropna(), (frame[one] - base[one])[: None if index else 0].dropna())
+                for one in frame
+            ],
         )
-        for label in labels
+        for index, (name, frame) in enumerate(whole.items())
     ]
-    shared = [label for label in labels if label in columns] if names else []
-    measured = [_mean([end.get(label) for label in shared or labels]) for end in ends]
-    averages: Values = [None for _ in names]
-    note = ""
-    if table and shared:
-        whole = len(shared) == len(columns)
-        averages = [
-            table.average[name] if whole else _mean([rows[name][one] for one in shared]) for name in names
-        ]
-        if not whole or len(shared) < len(labels):
-            note = f"of the {len(shared)} that both have" + (
-                "" if whole else f"; the paper's table has {len(columns)}"
-            )
-    groups = [(title, family.results) for title, _ in ways]
-    return SideBySide(table, groups, names, body, (measured, averages), note)
 
 
 def conditions(family: Family) -> str:
     """What the numbers of `polycom eval` were measured on, a sentence; nothing where there are none."""
-    found = [one.run.evaluation for one in family.results if one.run.evaluation is not None]
-    settings = [entry["settings"] for one in found for entry in one["tasks"].values()]
-    if not settings:
+    settings = pd.DataFrame([one for result in family.results for one in result.settings])
+    if settings.empty:
         return ""
-    parts = [
-        " and ".join(sorted({f"lm-eval {one['lm_eval']}" for one in settings})),
-        " and ".join(sorted({f"data: {one['data']}" for one in settings})),
-    ]
-    if limits := sorted({one["limit"] for one in settings if one["limit"] is not None}):
-        parts.append(f"the first {' or '.join(map(str, limits))} documents of a task only")
-    if shots := sorted({one["num_fewshot"] for one in settings if one["num_fewshot"] is not None}):
-        parts.append(f"{' or '.join(map(str, shots))} examples")
-    metrics = [f"{task.title} {task.metric}" for task in published.tasks().values() if task.metric != "acc"]
-    return f"{'; '.join(parts)}. Metric: acc, but {', '.join(metrics)}: the paper does not name its metrics."
-
-
-def write_csv(families: Sequence[Family], path: Path) -> None:
-    """One row a run, measured numbers first, the paper's last; empty where there is none."""
-    rows = [_row(family, result) for family in families for result in family.results]
-    names = list(dict.fromkeys(name for row in rows for name in row if not name.startswith("paper")))
-    names += list(dict.fromkeys(name for row in rows for name in row if name.startswith("paper")))
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _row(family: Family, result: Result) -> dict[str, Any]:
-    common = common_steps(result, family.baseline)
-    row = {
-        "family": family.title,
-        "run": result.run.name,
-        "activation": result.spec.entry.name,
-        "order": result.order,
-        "ffn_width": result.spec.matched_ffn_width,
-        "ffn_parameters": result.ffn_parameters,
-        "step": result.run.step,
-        "target_step": result.target,
-        "tokens": result.tokens,
-        "train_loss": result.train_loss,
-        "validation_loss": result.validation_loss,
-        "validation_perplexity": result.perplexity,
-        "validation_loss_minus_baseline": difference(result, family.baseline, common[-1]) if common else None,
-        "step_seconds": result.step_seconds,
-        "tokens_per_second": result.tokens_per_second,
-        "mfu": result.mfu,
-        "peak_memory_bytes": result.peak_memory_bytes,
+    forms = {
+        "lm_eval": "lm-eval {}",
+        "data": "data: {}",
+        "limit": "the first {} documents of a task only",
+        "num_fewshot": "{} examples",
     }
-    row |= {f"valid/{label}/loss": last(series) for label, series in result.losses.items()}
-    row |= {f"eval/{task}/accuracy_percent": last(series) for task, series in result.accuracies.items()}
-    row |= {f"lm-eval/{task}/percent": value for task, value in result.evaluated["accuracy"].items()}
-    row |= {f"tokens/{label}/loss": value for label, value in result.evaluated["loss"].items()}
-    for column in family.published.headline:
-        row[f"paper table {column.table}: {column.title}"] = column.values.get(result.in_paper or "")
-    return row
+    found = {key: " or ".join(sorted(settings[key].dropna().unique())) for key in settings}
+    said = "; ".join(forms[key].format(values) for key, values in found.items())
+    metrics = [f"{task.title} {task.metric}" for task in published.tasks().values() if task.metric != "acc"]
+    return f"{said}. Metric: acc, but {', '.join(metrics)}: the paper does not name its metrics."
 
 
-def _measured(result: Result, metric: str) -> dict[str, Series]:
-    return result.losses if metric == "loss" else result.accuracies
+def write_csv(families: Sequence[Family], folder: Path) -> None:
+    """results.csv, a row a run, and groups.csv, a row an activation: mean and deviation over its seeds.
+
+    Measured numbers first, the paper's last; empty where there is none.
+    """
+    rows = [row for family in families for row in _rows(family)]
+    described, measured, paper = (
+        list(dict.fromkeys(name for row in rows for name in row[i])) for i in range(3)
+    )
+    runs = pd.DataFrame([one | other | last for one, other, last in rows], dtype=object)
+    options: Any = {"index": False, "encoding": "utf-8", "errors": "backslashreplace"}
+    runs[described + measured + paper].to_csv(folder / "results.csv", **options)
+    groups = runs[runs["counted"].astype(bool)].astype(dict.fromkeys(measured, float))
+    groups = groups.groupby(["family", "group"], sort=False)
+    with np.errstate(invalid="ignore"):  # of what is infinite there is no deviation
+        means = groups[measured].agg(lambda values: values.mean(skipna=False)).add_suffix("_mean")
+        spreads = groups[measured].agg(lambda values: values.std(skipna=False)).add_suffix("_std")
+    numbers = means.join(spreads)[[f"{name}_{what}" for name in measured for what in ("mean", "std")]]
+    told = groups[["activation", "order", "ffn_width", "ffn_parameters"]].first()
+    told = told.join(groups.size().rename("seeds")).join(numbers).join(groups[paper].first())
+    told.reset_index().to_csv(folder / "groups.csv", **options)
 
 
-def _mean(values: Values) -> float | None:
-    present = [value for value in values if value is not None]
-    return mean(present) if present and len(present) == len(values) else None
+def _rows(family: Family) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Of each run what it is, what was measured of it, and what the paper has."""
+    against, faster = differences(family), {x: speedups(family, x) for x in ("tokens", "hours")}
+    runs = [(group, one, str(one.facts.seed)) for group in family.groups for one in group.results]
+    what = [
+        {
+            "family": family.title,
+            "group": group.label,
+            "run": one.run.name,
+            "activation": one.spec.entry.name,
+            "order": one.order,
+            "seed": one.facts.seed,
+            "counted": one in group.counted,
+            "ffn_width": one.spec.matched_ffn_width,
+            "ffn_parameters": one.ffn_parameters,
+            "step": one.run.step,
+            "target_step": one.target,
+        }
+        for group, one, _ in runs
+    ]
+    measured = [
+        {
+            **one.numbers,
+            "validation_loss_minus_baseline": of(against, group.label).get(seed),
+            **{f"speedup_in_{x}": found[group.label].get(seed) for x, found in faster.items() if found},
+            **{f"valid/{name[5:]}/loss": one.final(name) for name in one.curves if name[:5] == "text/"},
+            **{
+                f"eval/{name[5:]}/accuracy_percent": one.final(name)
+                for name in one.curves
+                if name[:5] == "task/"
+            },
+            **{f"lm-eval/{task}/percent": value for task, value in one.evaluated["task"].items()},
+            **{f"tokens/{label}/loss": value for label, value in one.evaluated["text"].items()},
+        }
+        for group, one, seed in runs
+    ]
+    columns = {f"paper table {column.table}: {column.title}": column for column in family.published.headline}
+    paper = [
+        {name: column.values.get(one.in_paper or "") for name, column in columns.items()}
+        for _, one, _ in runs
+    ]
+    return list(zip(what, measured, paper, strict=True))

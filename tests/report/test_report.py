@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from statistics import fmean
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,9 @@ from PIL import Image
 from polycom_ext import cli, drawing, reference
 from polycom_ext.activations import REGISTRY
 from polycom_ext.report import learned, tables
-from polycom_ext.report.results import Family, Result, families
+from polycom_ext.report.families import Family, families
+from polycom_ext.report.plots import smooth
+from polycom_ext.report.results import Result
 from polycom_ext.report.rundir import read
 
 from .conftest import DENSE, MOE, RunMaker, coefficients, curve, metrics
@@ -61,15 +64,20 @@ def test_a_report_of_two_families(
     images = sorted(path.name for path in output.glob("*.png"))
     assert images == [
         "dense-megatron-coefficients.png",
+        "dense-megatron-final.png",
         "dense-megatron-loss.png",
         "dense-megatron-perplexity.png",
         "dense-megatron-shapes.png",
-        "moe-megatron-accuracy.png",
+        "dense-megatron-time.png",
         "moe-megatron-coefficients.png",
+        "moe-megatron-figure-11.png",
+        "moe-megatron-figure-3.png",
+        "moe-megatron-figure-4.png",
+        "moe-megatron-final.png",
         "moe-megatron-loss.png",
         "moe-megatron-perplexity.png",
         "moe-megatron-shapes.png",
-        "moe-megatron-validation.png",
+        "moe-megatron-time.png",
     ]
     assert all(Image.open(output / name).size[0] == round(drawing.WIDTH * 200) for name in images)
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
@@ -104,7 +112,7 @@ def test_a_report_of_runs_that_stopped_diverged_or_have_an_order_of_their_own(
     assert report(tmp_path / "report", *runs, runs[0]) == 0
     page = (tmp_path / "report" / "index.html").read_text()
     assert "not finite from step 220" in page
-    assert "ReLU² from step 220" in page
+    assert "A cross: the loss is not a finite number (ReLU² not finite from step 220, SiLU" in page
     assert ">40 of 400<" in page
     assert "PolyReLU (order 4)" in page
     assert "PolyNorm · two" in page
@@ -116,16 +124,19 @@ def test_a_report_of_one_run_that_logged_little(make_run: RunMaker, tmp_path: Pa
     assert [path.name for path in (tmp_path / "report").glob("*.png")] == ["dense-megatron-loss.png"]
 
 
-def test_a_run_that_never_logged_is_one_sentence_and_status_2(
+def test_a_run_that_never_logged_is_said_and_alone_is_status_2(
     make_run: RunMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, silent = make_run("good", "swiglu", metrics(4.5)), make_run("silent", "polynorm")
-    assert report(tmp_path / "report", good, silent) == 2
+    assert report(tmp_path / "without", silent) == 2
     error = capsys.readouterr().err
     assert error.startswith("polycom report: run ")
     assert error.count("\n") == 1
     assert "silent never logged a metric" in error
-    assert not (tmp_path / "report").exists()
+    assert not (tmp_path / "without").exists()
+    assert report(tmp_path / "report", good, silent) == 0
+    assert "Not shown: 1 of 2 runs." in capsys.readouterr().out
+    assert "silent never logged a metric" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_a_report_cannot_replace_a_file(
@@ -137,7 +148,7 @@ def test_a_report_cannot_replace_a_file(
 
 
 def result_of(run: Path) -> Result:
-    return families([read(run)])[0].results[0]
+    return Result.of(read(run))
 
 
 def test_coefficients_are_named_by_power(make_run: RunMaker) -> None:
@@ -160,12 +171,11 @@ def test_coefficients_of_any_activation_are_drawn(make_run: RunMaker, tmp_path: 
     assert "αₚ and αₙ are shown as they enter the formula." in (tmp_path / "report/index.html").read_text()
 
 
-def test_coefficients_of_another_activation_are_named(
-    make_run: RunMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_coefficients_of_another_activation_are_named(make_run: RunMaker, tmp_path: Path) -> None:
     run = make_run("x", "swish", metrics(4.3), learned=coefficients("polynorm"))
-    assert report(tmp_path / "report", run) == 2
-    assert "does not hold 'swish': it has bias of 1, weight of 3" in capsys.readouterr().err
+    assert report(tmp_path / "report", run) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "does not hold &#39;swish&#39;: it has bias of 1, weight of 3" in page
 
 
 @pytest.mark.parametrize("activation", ["polyrelu", "polynorm"])
@@ -192,18 +202,19 @@ def names(family: Family) -> list[str]:
 
 
 def test_an_activation_keeps_its_colour_in_every_family(make_run: RunMaker) -> None:
-    first = families([read(make_run(name, name, metrics(4.3))) for name in ("swiglu", "polynorm")])[0]
-    second = families([read(make_run("p", "polynorm", metrics(4.3), options={**DENSE, "lr": 1}))])[0]
+    first = families([result_of(make_run(name, name, metrics(4.3))) for name in ("swiglu", "polynorm")])[0]
+    second = families([result_of(make_run("p", "polynorm", metrics(4.3), options={**DENSE, "lr": 1}))])[0]
     assert drawing.looks(names(first))[1] == drawing.looks(names(second))[0]
     assert len({look.color for look in drawing.looks(names(first))}) == 2
 
 
 def test_smoothing_has_no_lag_and_does_not_hide_what_is_not_finite() -> None:
-    line = {step: 2.0 * step for step in range(100)}
-    smoothed, window = drawing.smooth(line)
+    line = pd.DataFrame({"1": [2.0 * step for step in range(100)]})
+    smoothed, window = smooth(line)
     assert window == 5
-    assert all(smoothed[step] == pytest.approx(line[step]) for step in range(2, 98))
-    gap, _ = drawing.smooth(line | {50: math.nan})
+    pd.testing.assert_frame_equal(smoothed[2:98], line[2:98])
+    line.loc[50] = math.inf
+    gap = smooth(line)[0]["1"]
     assert math.isnan(gap[50])
     assert gap[51] == pytest.approx((98 + 102 + 104 + 106) / 4)
 
@@ -293,25 +304,25 @@ def test_means_are_of_the_same_tasks(make_run: RunMaker) -> None:
     """The dense paper's table has six tasks, COPA not among them."""
     six = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "sciq", "winogrande")
 
-    def side(*tasks: str) -> tables.SideBySide:
+    def side(*tasks: str) -> tuple[list[str], str, list[float], list[float]]:
+        """Titles, note, and of the measured and the published row the values."""
         run = make_run("-".join(tasks), "polynorm", metrics(4.4, tasks=tasks))
-        (family,) = families([read(run)])
-        found = tables.side_by_side(family, "accuracy")
+        (family,) = families([result_of(run)])
+        found = tables.scores(family, "task")
         assert found is not None
-        return found
+        here, paper = ([values.mean() for values, _ in rows[0][1]] for _, rows in found.blocks)
+        return found.columns[:-1], found.note, here, paper
 
-    whole = side(*six)
-    assert whole.means[1] == [58.68]
-    assert whole.mean_note == ""
-    more = side(*six, "copa")
-    assert [title for title, _, _ in more.rows][-1] == "COPA"
-    assert more.means == whole.means
-    assert more.mean_note == "of the 6 that both have"
-    some = side("piqa", "copa", "sciq")
-    measured = {title: values[0] for title, values, _ in some.rows if values[0] is not None}
-    assert some.means[0] == [pytest.approx((measured["PIQA"] + measured["SciQ"]) / 2)]
-    assert some.means[1] == [pytest.approx((69.15 + 87.20) / 2)]
-    assert some.mean_note == "of the 2 that both have; the paper's table has 6"
-    none = side("copa", "boolq")
-    assert none.means[0] == [pytest.approx(fmean(value for _, (value,), _ in none.rows if value is not None))]
-    assert none.means[1] == [None]
+    _, note, here, paper = side(*six)
+    assert (note, paper[-1]) == ("", 58.68)
+    titles, note, more, paper = side(*six, "copa")
+    assert (titles[-1], note) == ("COPA", "of the 6 that both have")
+    assert (more[-1], paper[-1]) == (pytest.approx(here[-1]), 58.68)
+    titles, note, here, paper = side("piqa", "copa", "sciq")
+    measured = dict(zip(titles, here, strict=False))
+    assert here[-1] == pytest.approx((measured["PIQA"] + measured["SciQ"]) / 2)
+    assert paper[-1] == pytest.approx((69.15 + 87.20) / 2)
+    assert note == "of the 2 that both have; the paper's table has 6"
+    _, _, here, paper = side("copa", "boolq")
+    assert here[-1] == pytest.approx(fmean(here[:-1]))
+    assert math.isnan(paper[-1])

@@ -11,16 +11,17 @@ import pytest
 
 from polycom_ext.activations import REGISTRY
 from polycom_ext.evaluation import published
-from polycom_ext.report.results import Family, families
+from polycom_ext.report.families import Family, families
+from polycom_ext.report.results import Result
 from polycom_ext.report.rundir import read
 from polycom_ext.report.sentence import summarize
-from polycom_ext.report.tables import conditions, differences, side_by_side
+from polycom_ext.report.tables import Scores, conditions, differences, of, scores
 
 from .conftest import DENSE, MOE, RunMaker, curve, metrics
 
 
 def grouped(*runs: Path) -> list[Family]:
-    return families([read(run) for run in runs])
+    return families([Result.of(read(run)) for run in runs])
 
 
 def test_runs_that_differ_only_in_activation_are_one_family_with_the_baseline_first(
@@ -37,7 +38,7 @@ def test_runs_that_differ_only_in_activation_are_one_family_with_the_baseline_fi
         make_run("d-fast", "gelu", metrics(4.5), options={**DENSE, "lr": 0.01}),
     ]
     found = grouped(*runs)
-    assert [(family.title, [one.label for one in family.results]) for family in found] == [
+    assert [(family.title, [group.label for group in family.groups]) for family in found] == [
         ("Dense model, Megatron-LM: megatron.lr 0.01", ["GELU"]),
         (
             "Dense model, Megatron-LM: megatron.lr not set",
@@ -59,18 +60,18 @@ def test_runs_of_several_seeds_are_one_family(trainer: str, make_run: RunMaker) 
 
     runs = [made(f"{name}-{seed}", name, seed) for name in ("relu", "gelu") for seed in (1, 2, None)]
     (family,) = grouped(*runs)
-    assert [one.facts.seed for one in family.results] == [1, 2, None] * 2
+    assert [one.facts.seed for one in family.results] == [None, 1, 2] * 2
     assert len(grouped(*runs, made("other", "relu", 1, data_seed=2))) == 2
 
 
 def test_a_title_that_occurs_twice_gets_the_run_s_name(make_run: RunMaker) -> None:
     (family,) = grouped(make_run("one", "polynorm", metrics(4.3)), make_run("two", "polynorm", metrics(4.4)))
-    assert [one.label for one in family.results] == ["PolyNorm · one", "PolyNorm · two"]
+    assert [group.label for group in family.groups] == ["PolyNorm · one", "PolyNorm · two"]
 
 
 def test_orders_stand_in_ascending_order(make_run: RunMaker) -> None:
     (family,) = grouped(make_run("a", "polynorm-4", metrics(4.3)), make_run("b", "polynorm", metrics(4.4)))
-    assert [one.label for one in family.results] == ["PolyNorm", "PolyNorm (order 4)"]
+    assert [group.label for group in family.groups] == ["PolyNorm", "PolyNorm (order 4)"]
 
 
 def test_widths_and_parameters_are_matched(make_run: RunMaker) -> None:
@@ -87,12 +88,12 @@ def test_final_losses(make_run: RunMaker) -> None:
     logged = metrics(4.3)
     (family,) = grouped(make_run("p", "polynorm", logged))
     (result,) = family.results
-    assert result.train_loss == pytest.approx(
+    assert result.numbers["train_loss"] == pytest.approx(
         fmean(logged[step]["train/loss"] for step in range(362, 401, 2))
     )
-    assert result.validation_loss == pytest.approx(curve(400, 4.3))
-    assert result.perplexity == pytest.approx(math.exp(curve(400, 4.3)))
-    assert result.step_seconds == pytest.approx(0.306, abs=0.005)
+    assert result.final("validation") == pytest.approx(curve(400, 4.3))
+    assert result.final("perplexity") == pytest.approx(math.exp(curve(400, 4.3)))
+    assert result.numbers["step_seconds"] == pytest.approx(0.306, abs=0.005)
     assert (result.unfinished, result.progress, result.diverged_at) == (False, "400", None)
 
 
@@ -101,13 +102,13 @@ def test_the_validation_loss_is_the_mean_over_texts_at_steps_that_have_all(make_
     del logged[400]["valid/pile-validation/loss"]
     (family,) = grouped(make_run("p", "polynorm", logged))
     (result,) = family.results
-    assert max(result.validation) == 350
-    assert result.validation_loss == pytest.approx(curve(350, 4.3) + 0.05)
+    assert result.last_evaluation == 350
+    assert result.final("validation") == pytest.approx(curve(350, 4.3) + 0.05)
 
 
 def test_a_text_without_a_label_is_the_validation_text(make_run: RunMaker) -> None:
     (family,) = grouped(make_run("p", "polynorm", {10: {"train/loss": 5.0, "valid/loss": 5.25}}))
-    assert family.results[0].losses == {"validation": {10: 5.25}}
+    assert family.results[0].curves["text/validation"].to_dict() == {10: 5.25}
 
 
 def test_differences_are_taken_at_common_steps_only(make_run: RunMaker) -> None:
@@ -117,14 +118,13 @@ def test_differences_are_taken_at_common_steps_only(make_run: RunMaker) -> None:
         make_run("p", "polynorm", metrics(4.3)),
     )
     table = differences(family)
-    assert table is not None
-    assert table.steps == [50, 100, 150, 200, 250, 300, 350, 400]
-    (polyrelu, short), (_, full) = table.rows
+    assert list(table.columns) == [50, 100, 150, 200, 250, 300, 350, 400]
+    polyrelu = family.groups[1].first
     assert (polyrelu.unfinished, polyrelu.progress) == (True, "200 of 400")
-    assert short[:4] == pytest.approx([curve(s, 4.4) - curve(s, 4.5) for s in (50, 100, 150, 200)])
-    assert short[4:] == [None] * 4
-    assert full[-1] == pytest.approx(curve(400, 4.3) - curve(400, 4.5))
-    assert family.best is family.results[2]
+    short = [of(table, "PolyReLU", step).tolist() for step in table.columns]
+    assert short == [pytest.approx([curve(s, 4.4) - curve(s, 4.5)]) for s in (50, 100, 150, 200)] + [[]] * 4
+    assert of(table, "PolyNorm").tolist() == pytest.approx([curve(400, 4.3) - curve(400, 4.5)])
+    assert family.best is family.groups[2]
 
 
 def test_an_unfinished_run_is_not_the_best_of_those_that_went_further(make_run: RunMaker) -> None:
@@ -133,17 +133,25 @@ def test_an_unfinished_run_is_not_the_best_of_those_that_went_further(make_run: 
         make_run("g", "gelu", metrics(4.45)),
         make_run("p", "polynorm", metrics(3.0, steps=350)),
     )
-    assert family.best is family.results[1]
+    assert family.best is family.groups[1]
 
 
-def test_a_mean_needs_all_its_rows(make_run: RunMaker) -> None:
+def rows(table: Scores | None, block: int) -> dict[str, list[float | None]]:
+    """Label -> the mean over the seeds in each column, of one block of a table."""
+    assert table is not None
+    return {
+        label: [values.mean() if len(values) else None for values, _ in cells]
+        for label, cells in table.blocks[block][1]
+    }
+
+
+def test_a_mean_needs_all_its_columns(make_run: RunMaker) -> None:
     (family,) = grouped(
         make_run("s", "swiglu", metrics(4.4, tasks=("piqa", "sciq"))),
         make_run("p", "polynorm", metrics(4.4, tasks=("piqa",))),
     )
-    table = side_by_side(family, "accuracy")
-    assert table is not None
-    assert table.means[0] == [pytest.approx(33.7), None]
+    measured = rows(scores(family, "task"), 0)
+    assert [measured[name][-1] for name in ("SwiGLU", "PolyNorm")] == [pytest.approx(33.7), None]
 
 
 def test_texts_and_tasks_stand_beside_the_paper_s(make_run: RunMaker) -> None:
@@ -154,21 +162,23 @@ def test_texts_and_tasks_stand_beside_the_paper_s(make_run: RunMaker) -> None:
             for name in ("swiglu", "polynorm", "polynorm-4")
         )
     )
-    losses, accuracies = side_by_side(family, "loss"), side_by_side(family, "accuracy")
+    losses, accuracies = scores(family, "text"), scores(family, "task")
     assert losses is not None
     assert accuracies is not None
-    assert losses.names == ["swiglu", "polynorm"]
-    assert [(name, paper) for name, _, paper in losses.rows] == [
-        ("C4", [2.72, 2.71]),
-        ("Pile", [2.07, 2.03]),
-        ("own", [None, None]),
+    assert losses.columns == ["C4", "Pile", "own", "Mean"]
+    mean = curve(400, 4.4) + 0.05  # of C4 and Pile, as the paper's
+    assert [row[-1] for row in rows(losses, 0).values()] == pytest.approx([mean] * 3)
+    assert rows(losses, 1) == {
+        "SwiGLU": [2.72, 2.07, None, pytest.approx((2.72 + 2.07) / 2)],
+        "PolyNorm": [2.71, 2.03, None, pytest.approx((2.71 + 2.03) / 2)],
+    }
+    assert [values.tolist() for _, values in losses.blocks[1][1][1][1][:2]] == [
+        pytest.approx([-0.01]),
+        pytest.approx([-0.04]),
     ]
-    assert losses.means[0] == pytest.approx([curve(400, 4.4) + 0.05] * 3)  # of C4 and Pile, as the paper's
-    assert losses.means[1] == pytest.approx([(2.72 + 2.07) / 2, (2.71 + 2.03) / 2])
-    assert [(name, here[0], paper) for name, here, paper in accuracies.rows] == [
-        ("HellaSwag", pytest.approx(36.2), [66.49, 67.63]),
-        ("PIQA", pytest.approx(31.2), [76.61, 77.04]),
-    ]
+    assert accuracies.columns == ["HellaSwag", "PIQA", "Mean"]
+    assert rows(accuracies, 0)["SwiGLU"][:2] == pytest.approx([36.2, 31.2])
+    assert [row[:2] for row in rows(accuracies, 1).values()] == [[66.49, 76.61], [67.63, 77.04]]
     assert [one.in_paper for one in family.results] == ["swiglu", "polynorm", None]
 
 
@@ -284,21 +294,19 @@ def test_numbers_of_polycom_eval_stand_beside_those_of_the_training_loop(make_ru
     evaluation(runs[1], 200, {"piqa": 0.9}, {})
     evaluation(runs[1], 400, {"piqa": 0.625, "openbookqa": 0.25, "boolq": 0.5}, {"pile-validation": 2.5})
     (family,) = grouped(*runs)
-    accuracies, losses = side_by_side(family, "accuracy"), side_by_side(family, "loss")
+    accuracies, losses = scores(family, "task"), scores(family, "text")
     assert accuracies is not None
-    assert losses is not None
-    trained = pytest.approx(31.2)
-    assert [title for title, _ in accuracies.groups] == [
+    assert [title for title, _ in accuracies.blocks[:2]] == [
         "measured while training",
         "lm-eval, by polycom eval",
     ]
-    assert accuracies.rows == [
-        ("PIQA", [pytest.approx(36.2)] * 2 + [None, 62.5], [76.61, 77.04]),
-        ("OpenBookQA", [trained] * 2 + [None, 25.0], [39.80, 40.60]),
-        ("BoolQ", [None, None, None, 50.0], [None, None]),
-    ]
-    assert accuracies.means[0][2:] == [None, pytest.approx(43.75)]  # of the two that the paper has too
-    assert losses.rows[0][1][2:] == [None, 2.5]
+    assert accuracies.columns == ["PIQA", "OpenBookQA", "BoolQ", "Mean"]
+    trained, measured, paper = (rows(accuracies, block) for block in range(3))
+    assert trained["PolyNorm"] == [pytest.approx(36.2), pytest.approx(31.2), None, pytest.approx(33.7)]
+    assert measured["SwiGLU"] == [None] * 4
+    assert measured["PolyNorm"] == [62.5, 25.0, 50.0, 43.75]  # the mean of the two that the paper has too
+    assert paper["PolyNorm"] == [77.04, 40.60, None, pytest.approx((77.04 + 40.60) / 2)]
+    assert rows(losses, 1) == {"SwiGLU": [None] * 3, "PolyNorm": [2.5, None, 2.5]}
     said = conditions(family)
     assert said.startswith(
         "lm-eval 0.4.13; data: hub; the first 20 documents of a task only. Metric: acc, but"

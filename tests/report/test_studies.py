@@ -57,10 +57,11 @@ def test_the_report_has_the_figures_of_runs_that_were_analyzed(make_run: RunMake
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"layers": [{}], "activity": null}'])
-def test_a_study_that_is_none_is_refused_by_name(
-    content: str, make_run: RunMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_that_is_none_is_left_out_and_said(content: str, make_run: RunMaker, tmp_path: Path) -> None:
     run = make_run("a", "polynorm", metrics(4.3))
     Record(run).analysis.write_text(content)
-    assert main(["report", str(run), "--output", str(tmp_path / "report")]) == 2
-    assert "analy" in capsys.readouterr().err
+    assert main(["report", str(run), "--output", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Left out" in page
+    assert "analy" in page.partition("<section>")[0]
+    assert RANKS not in page
