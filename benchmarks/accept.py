@@ -4,11 +4,12 @@
     python benchmarks/accept.py --device cpu --short      # the same from end to end without one: a rehearsal
 
 Builds the operations for this GPU, if they are not there; checks them (benchmarks/checks.py; a part of it
-under compute-sanitizer, where that is installed), and measures the paper's widths (benchmarks/activations.py,
-bfloat16, blocks included). Writes one page, DATE-CARD.md (the machine as `polycom doctor` sees it, how each
-step went, the checks, what benchmarks/results/kernels.md expected beside what was measured, the tables),
-DATE-CARD.csv with the measurements, and DATE-CARD.log with all that the steps said. Each step is run even if
-one before it failed, and the page is written after each; the exit status is 1 if a step failed.
+under compute-sanitizer, where that is installed), measures the paper's widths (benchmarks/activations.py,
+bfloat16, blocks included) and what an activation adds to a network (benchmarks/overhead.py). Writes one page,
+DATE-CARD.md (the machine as `polycom doctor` sees it, how each step went, the checks, what
+benchmarks/results/kernels.md expected beside what was measured, the tables), DATE-CARD.csv with the
+measurements, and DATE-CARD.log with all that the steps said. Each step is run even if one before it failed,
+and the page is written after each; the exit status is 1 if a step failed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 WIDTHS = (1536, 8192, 8256, 16384)
 PROVIDERS = ("polycom", "authors", "compiled", "gelu", "swiglu", "liger")
-SECONDS = {"doctor": 45, "build": 140, "checks": 115, "sanitizer": 45, "benchmark": 130}
+SECONDS = {"doctor": 40, "build": 140, "checks": 115, "sanitizer": 45, "benchmark": 110, "overhead": 30}
 """A step that takes longer is ended, so that the next ones have their turn."""
 SANITIZED = ("misaligned", "NaN", "no rows")
 """Words of the checks that are made under compute-sanitizer, which is slow."""
@@ -46,7 +47,7 @@ built = there and not library.gpu_problem(device.index or 0)
 print(json.dumps([torch.cuda.get_device_name(device), "%d.%d" % capability, built]))
 """
 """Asked in a process of its own: one that has used a GPU holds it to its end, and some are not shared."""
-PARTS = ("checks.json", "measured.csv", "measured.md", "measured.png")
+PARTS = ("checks.json", "measured.csv", "measured.md", "measured.png", "overhead.csv", "overhead.md")
 """Files of single steps, beside the page while it is being made."""
 
 
@@ -134,6 +135,7 @@ def commands(base: Path, device: str, short: bool) -> dict[str, list[str]]:
     checks = [python, "benchmarks/checks.py", "--device", device]
     sanitizer = find_sanitizer() if gpu else None
     small = ["--rows", "64", "--repetitions", "2", "--rounds", "1", "--hidden", "32"] if short else []
+    little = ["--tokens", "64", "--hidden", "64", "--width", "96", "--repetitions", "2"] if short else []
     return {
         "doctor": [python, "-m", "polycom_ext.cli", "doctor"],
         "build": [python, "polycom_ext/ops/build.py", *(["--cuda"] if gpu else [])],
@@ -146,6 +148,10 @@ def commands(base: Path, device: str, short: bool) -> dict[str, list[str]]:
             python, "benchmarks/activations.py", "--device", device, "--seconds", "0.4",
             "--widths", *map(str, WIDTHS[:1] if short else WIDTHS), "--dtypes", "bfloat16",
             "--providers", *PROVIDERS, *small, "--output", f"{base}-measured",
+        ],
+        "overhead": [
+            python, "benchmarks/overhead.py", "--device", device, "--dtypes", "bfloat16", *little,
+            "--output", f"{base}-overhead",
         ],
     }  # fmt: skip
 
@@ -182,8 +188,9 @@ def page(title: str, base: Path, card: str, steps: list[Step]) -> str:
     if (path := Path(f"{base}-measured.csv")).exists():  # as far as the benchmark came
         about = "Shares of a copy's rate; expected is what a model of the card gives (kernels.md)."
         parts += ["## Beside the model", about, beside_the_model(path, card)]
-    if (path := Path(f"{base}-measured.md")).exists():
-        parts.append(path.read_text().replace("# ", "## ", 1))
+    for measured in ("measured", "overhead"):
+        if (path := Path(f"{base}-{measured}.md")).exists():
+            parts.append(path.read_text().replace("# ", "## ", 1))
     parts += [f"## Said by {one.name}\n\n```\n{one.output.strip()}\n```" for one in steps if _is_told(one)]
     return "\n\n".join(parts) + "\n"
 

@@ -114,7 +114,7 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return eager.polynomial(Inputs(x, weight, bias))
 
 
-def _authors(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def authors(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return checkpoint(_formula, x, weight, bias, use_reentrant=False)
 
 
@@ -129,7 +129,7 @@ def providers(names: list[str], device: torch.device, dtype: torch.dtype) -> Ite
     functions: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
         "polycom": (functional.poly_norm, torch.float32),
         "eager": (_eager, torch.float32),
-        "authors": (_authors, dtype),
+        "authors": (authors, dtype),
         "liger": (_liger, dtype),
     }
     if "compiled" in names:  # whose import takes seconds
@@ -280,7 +280,7 @@ class RecomputingBlock(Block):
 
 
 def _sample_blocks(name: str, activation: nn.Module, x: Tensor, width: int, timer: Timer) -> Iterator[Sample]:
-    inner = _swiglu_width(width) if isinstance(activation, SwiGLU) else width
+    inner = swiglu_width(width) if isinstance(activation, SwiGLU) else width
     yield _sample_block(name, "block", Block(activation, inner, x), x, timer)
     if name == "polycom":
         block = RecomputingBlock(activation, inner, x)
@@ -303,7 +303,7 @@ def _sample_block(name: str, mode: str, block: Block, x: Tensor, timer: Timer) -
     return Sample(name, mode, times, peak_mib=_peak_mib(timer.device, run))
 
 
-def _swiglu_width(width: int) -> int:
+def swiglu_width(width: int) -> int:
     """Two thirds, to a multiple of 8: equal parameters."""
     return round(width * 2 / 3 / 8) * 8
 
@@ -324,7 +324,7 @@ def _turn(
     """A provider's."""
     width = x.shape[1]
     print(f"{x.dtype} {args.rows} x {width} {name}", file=sys.stderr)
-    inputs = x if name != "swiglu" else x.new_empty(args.rows, 2 * _swiglu_width(width)).normal_()
+    inputs = x if name != "swiglu" else x.new_empty(args.rows, 2 * swiglu_width(width)).normal_()
     yield from _sample_activation(name, activation, inputs, timer)
     if args.block and x.dtype == torch.bfloat16:
         hidden = x.new_empty(args.rows, args.hidden).normal_()

@@ -526,7 +526,7 @@ def test_an_acceptance_runs_from_end_to_end(tmp_path: Path) -> None:
     csv_file, log, page, plot = sorted((root / "out").iterdir())
     assert [path.suffix for path in (csv_file, log, page, plot)] == [".csv", ".log", ".md", ".png"]
     text = page.read_text()
-    steps = {"doctor": "0", "build": "2", "checks": "0", "benchmark": "0"}
+    steps = {"doctor": "0", "build": "2", "checks": "0", "benchmark": "0", "overhead": "0"}
     for step, status in steps.items():
         assert f"| {step} | {status} |" in text
     assert "| sanitizer | left out: compute-sanitizer" in text
@@ -534,6 +534,7 @@ def test_an_acceptance_runs_from_end_to_end(tmp_path: Path) -> None:
     assert text.count("| passed |") == 9
     assert text.count("| failed |") == 0
     assert "## Activations on" in text
+    assert "## What an activation adds" in text
     assert "| forward | 1536 | ? |" in text
     assert 'polycom,"block, recomputing",bfloat16' in csv_file.read_text()
 
@@ -565,3 +566,88 @@ def test_both_forms_of_the_layer_are_the_same_function() -> None:
         names = {"pre_bias": given[1], "row_scale": given[2]}
         formed = plain(x, **{name: one for name, one in names.items() if one is not None})
         torch.testing.assert_close(module.separately(None, plain, *given), formed)
+
+
+@pytest.fixture
+def overhead() -> Any:
+    return script("overhead")
+
+
+def test_each_case_of_the_overhead_is_a_row_beside_what_the_paper_says(
+    overhead: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "small"
+    options = "--device cpu --tokens 16 --hidden 64 --width 96 --repetitions 2 --dtypes bfloat16"
+    monkeypatch.setattr(sys, "argv", ["x", *options.split(), "--output", str(output)])
+    assert overhead.main() == 0
+    with output.with_suffix(".csv").open() as file:
+        rows = {(row["mode"], row["case"]): row for row in csv.DictReader(file)}
+    assert set(rows) == set(product(overhead.MODES, overhead.CASES))
+    for row in rows.values():
+        floor = rows[row["mode"], "none"]
+        assert 0 <= int(row["parameters"]) - int(floor["parameters"]) <= 5  # equal, and the coefficients
+        assert float(row["time_ratio"]) == pytest.approx(float(row["p20_ms"]) / float(floor["p20_ms"]))
+        assert float(row["kept_ratio"]) * float(floor["kept_mib"]) == pytest.approx(float(row["kept_mib"]))
+    page = output.with_suffix(".md").read_text()
+    assert '"without significantly increasing model size or complexity"' in page
+    assert "polynorm 14 (5.47%)" in page
+    assert page in capsys.readouterr().out
+
+
+def test_the_overhead_is_measured_with_the_device_replaced(
+    overhead: Any, pretended: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated = iter(range(0, 10**9, 10**6))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
+    options = "--tokens 16 --hidden 64 --width 96 --repetitions 2 --modes ffn --dtypes bfloat16"
+    output = tmp_path / "gpu"
+    monkeypatch.setattr(
+        sys, "argv", ["x", *options.split(), "--device", str(pretended), "--output", str(output)]
+    )
+    assert overhead.main() == 0
+    with output.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["p50_ms"] for row in rows} == {"1.0"}  # by the events
+    assert {row["kept_mib"] for row in rows} == {str((10**6 - 16 * 64 * 2) / 2**20)}  # by the allocator
+    assert "on NVIDIA H100 80GB HBM3" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bytes_kept_are_those_that_the_operations_need(overhead: Any, dtype: torch.dtype) -> None:
+    """In tensors of the FFN's width; rows of a normalising activation have order floats more."""
+    if "cpu" not in library.devices:
+        pytest.skip(f"the fused operations are not there: {library.problem}")
+    tokens, hidden, width = 16, 64, 96
+    x = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
+    one = tokens * width * dtype.itemsize
+    scales = tokens * 3 * 4
+    expected = {
+        "none": one,
+        "relu": one,
+        "gelu": 2 * one,
+        "swiglu": one * 8 // 3,  # the halves of what is twice as wide, SiLU of one of them, and the product
+        "polyrelu": 2 * one,
+        "polynorm": 2 * one + scales,
+        "polynorm, recomputing": one + scales,
+        "polynorm, authors": 2 * one,
+    }
+    kept = {}
+    for case in expected:
+        network = overhead.network(case, "ffn", x, width)
+        kept[case], peak = overhead.memory(network, x, torch.randn_like(x), x.device)
+        gradients = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
+        assert peak >= max(kept[case], gradients)
+    assert kept == expected
+
+
+def test_the_blocks_are_one_function_whichever_way_it_is_computed(overhead: Any) -> None:
+    """Else their costs cannot be compared."""
+    x = torch.randn(16, 64)
+    results = []
+    for case in ("polynorm", "polynorm, eager", "polynorm, authors", "polynorm, recomputing"):
+        for mode in ("ffn", "ffn, recomputed"):
+            torch.manual_seed(0)
+            results.append(overhead.network(case, mode, x, 96)(x))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
