@@ -53,7 +53,7 @@ def hosts(root: Path) -> Iterator[Hosts]:
 def fetch(
     hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Fetch:
-    """`polycom data VERB ARGUMENTS` in an empty folder, the stand-ins as mirror: status and what it printed."""
+    """`polycom data VERB ARGUMENTS` in an empty folder, stand-ins as mirror: status and what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
 

@@ -76,7 +76,7 @@ def test_a_group_has_mean_and_sample_standard_deviation(seeded: RunMaker, tmp_pa
 
 
 def test_the_speedup_is_the_baseline_s_tokens_over_those_to_its_final_loss(seeded: RunMaker) -> None:
-    """SwiGLU ends at 3 after 400 steps; 9 − 0.02 x is there at 300, 8 − 0.02 x at 250, between evaluations."""
+    """SwiGLU ends at 3 after 400 steps; 9 − 0.02 x is there at 300, 8 − 0.02 x at 250, between two."""
     found = family(
         seeded("swiglu", 1, falling(6.9, 0.01)),
         seeded("swiglu", 2, falling(7.1, 0.01)),
