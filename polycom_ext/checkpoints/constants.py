@@ -15,6 +15,7 @@ SIZES = (
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys((*SIZES, "num_experts", "num_experts_per_tok"), (int,)),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob"), (bool,)),
+    "norm_after": (bool,),
     **dict.fromkeys(("rms_norm_eps", "rope_theta"), (int, float)),
     **{"activation": (dict,), "norm": (dict,)},
     **{"qk_norm": (str, type(None)), "clip_qkv": (int, float, type(None))},

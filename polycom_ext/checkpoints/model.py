@@ -148,7 +148,8 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
                 yield f"{name}.bias", (hidden,)
 
     def one_block() -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield from norm("input_layernorm")
+        if not config["norm_after"]:
+            yield from norm("input_layernorm")
         for letter, count in (("q", heads), ("k", groups), ("v", groups)):
             name = f"self_attn.{letter}_proj"
             yield from linear(name, count * dim, hidden, config["attention_bias"])
@@ -168,6 +169,8 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             yield from linear(inside + "down_proj", hidden, width, config["mlp_bias"])
         for name, parameter in coefficients.named_parameters():
             yield f"{inside}act_fn.{name}", tuple(parameter.shape)
+        if config["norm_after"]:
+            yield from norm("post_feedforward_layernorm")
 
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for layer in range(config["num_hidden_layers"]):

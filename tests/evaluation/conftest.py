@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
     **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "bos_token_id": None, "eos_token_id": 511},
     "activation": described("polynorm"),
     "norm": {"kind": "rms", "affine": True, "bias": False},
-    **{"qk_norm": None, "clip_qkv": None},
+    **{"norm_after": False, "qk_norm": None, "clip_qkv": None},
     **{"num_experts": 0, "num_experts_per_tok": 0, "norm_topk_prob": False},
 }
 

@@ -62,6 +62,7 @@ SMALL: dict[str, Any] = {
     **{"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-5},
     **{"rope_theta": 1e4, "initializer_range": 0.02, "eos_token_id": 1, "activation": described("polynorm")},
     **{"norm": {"kind": "rms", "affine": True, "bias": False}, "qk_norm": None, "clip_qkv": None},
+    "norm_after": False,
     **{"num_experts": 0, "num_experts_per_tok": 0, "norm_topk_prob": False},
 }
 

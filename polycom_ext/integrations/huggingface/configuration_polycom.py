@@ -17,7 +17,10 @@ SIZES = (
     *("num_key_value_heads", "head_dim", "max_position_embeddings"),
 )
 SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-OURS = ("activation", "norm", "qk_norm", "clip_qkv", "num_experts", "num_experts_per_tok", "norm_topk_prob")
+OURS = (
+    *("activation", "norm", "norm_after", "qk_norm", "clip_qkv"),
+    *("num_experts", "num_experts_per_tok", "norm_topk_prob"),
+)
 REQUIRED = (*SIZES, *SWITCHES, "rms_norm_eps", *OURS)
 NORMS = ("rms", "layer")
 QK_NORMS = (None, "row", "head")
@@ -33,6 +36,7 @@ class PolyComConfig(LlamaConfig):
 
         activation           {"name": NAME, "gated": bool, and its constants ("order", "eps", "beta")}
         norm                 {"kind": "rms" | "layer", "affine": bool, "bias": bool} of the blocks
+        norm_after           whether the blocks' stand behind attention and FFN (OLMo 2), not before
         qk_norm              of queries and keys: null, "row" (all heads together, OLMoE) or "head" (Megatron)
         clip_qkv             bound of what the projections to queries, keys and values give, or null
         num_experts          0 for a dense model
@@ -81,6 +85,8 @@ def _check(ours: dict[str, Any]) -> None:
         raise ValueError(f"activation must say `name` and `gated`, not {activation!r}")
     if not (isinstance(norm, dict) and {"kind", "affine", "bias"} <= norm.keys() and norm["kind"] in NORMS):
         raise ValueError(f"norm must say `kind` (one of {NORMS}), `affine` and `bias`, not {norm!r}")
+    if not isinstance(ours["norm_after"], bool):
+        raise ValueError(f"norm_after must be true or false, not {ours['norm_after']!r}")
     if ours["qk_norm"] not in QK_NORMS:
         raise ValueError(f"qk_norm must be one of {QK_NORMS}, not {ours['qk_norm']!r}")
     experts, active = ours["num_experts"], ours["num_experts_per_tok"]

@@ -7,6 +7,8 @@ here stand the FFN, dense or of experts, the normalisations, and what OLMo adds 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -134,15 +136,28 @@ class SparseFeedForward(nn.Module):
 
 
 class PolyComDecoderLayer(LlamaDecoderLayer):
-    """Llama's block with an FFN of ours."""
+    """Llama's block with an FFN of ours; or OLMo 2's, which normalises what attention and FFN give."""
 
     def __init__(self, config: PolyComConfig, layer_idx: int) -> None:
         GradientCheckpointingLayer.__init__(self)  # Llama's own would make its gated FFN
         self.hidden_size = config.hidden_size
         self.self_attn = Attention(config, layer_idx)
         self.mlp = SparseFeedForward(config) if config.num_experts else FeedForward(config)
-        self.input_layernorm = _norm(config, config.hidden_size)
+        self.norm_after = config.norm_after
+        if not self.norm_after:
+            self.input_layernorm = _norm(config, config.hidden_size)
         self.post_attention_layernorm = _norm(config, config.hidden_size)
+        if self.norm_after:
+            self.post_feedforward_layernorm = _norm(config, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
+        if not self.norm_after:
+            before: Tensor = super().forward(hidden_states, **given)
+            return before
+        attended, _ = self.self_attn(hidden_states=hidden_states, **given)
+        hidden_states = hidden_states + self.post_attention_layernorm(attended)
+        after: Tensor = hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
+        return after
 
 
 class PolyComPreTrainedModel(LlamaPreTrainedModel):

@@ -13,6 +13,9 @@ UNGATED = {name: name for name in ("gelu", "relu", "relu2", "silu", "mish")}
 RMS = {"kind": "rms", "affine": True, "bias": False}
 BARE = {"kind": "layer", "affine": False, "bias": False}
 """The norm of OLMo's dense models, whose eps is not to be chosen."""
+BEFORE = {"norm_after": False}
+QK_NORM = (r"self_attn\.([qk])_proj\.norm\.", r"self_attn.\1_norm.")
+"""Pattern of our name -> its name."""
 SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "attention_bias"),
@@ -45,33 +48,45 @@ _EXPERTS = r"mlp\.experts\.(gate|up|down)_proj$"
 STOCK = (
     Stock(
         *("llama", "LlamaForCausalLM"),
-        needs={"norm": RMS, "qk_norm": None, "clip_qkv": None, "num_experts": 0},
+        needs={**BEFORE, "norm": RMS, "qk_norm": None, "clip_qkv": None, "num_experts": 0},
         keeps=("head_dim", "mlp_bias", "rms_norm_eps"),
     ),
     Stock(
         *("arcee", "ArceeForCausalLM"),
-        needs={"norm": RMS, "qk_norm": None, "clip_qkv": None, "num_experts": 0},
+        needs={**BEFORE, "norm": RMS, "qk_norm": None, "clip_qkv": None, "num_experts": 0},
         keeps=("head_dim", "mlp_bias", "rms_norm_eps"),
         activations=UNGATED,
     ),
     Stock(
         *("olmo", "OlmoForCausalLM"),
-        needs={"norm": BARE, "rms_norm_eps": 1e-5, "qk_norm": None, "num_experts": 0, "mlp_bias": False},
+        needs={
+            **{**BEFORE, "norm": BARE, "rms_norm_eps": 1e-5, "qk_norm": None},
+            **{"num_experts": 0, "mlp_bias": False},
+        },
         keeps=("clip_qkv",),
     ),
     Stock(
+        *("olmo2", "Olmo2ForCausalLM"),
+        needs={
+            **{"norm_after": True, "norm": RMS, "qk_norm": "row", "clip_qkv": None},
+            **{"num_experts": 0, "mlp_bias": False},
+        },
+        keeps=("rms_norm_eps",),
+        renames=(QK_NORM,),
+    ),
+    Stock(
         *("olmoe", "OlmoeForCausalLM"),
-        needs={"norm": RMS, "qk_norm": "row", "mlp_bias": False},
+        needs={**BEFORE, "norm": RMS, "qk_norm": "row", "mlp_bias": False},
         keeps=("rms_norm_eps", "clip_qkv", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
         renames=(
-            (r"self_attn\.([qk])_proj\.norm\.", r"self_attn.\1_norm."),
+            QK_NORM,
             (_EXPERTS, r"mlp.experts.{expert}.\1_proj.weight"),
         ),
     ),
     Stock(
         *("mixtral", "MixtralForCausalLM"),
         needs={
-            **{"norm": RMS, "qk_norm": None, "clip_qkv": None, "norm_topk_prob": True},
+            **{**BEFORE, "norm": RMS, "qk_norm": None, "clip_qkv": None, "norm_topk_prob": True},
             **{"attention_bias": False, "mlp_bias": False},
         },
         keeps=("head_dim", "rms_norm_eps", "num_experts", "num_experts_per_tok"),

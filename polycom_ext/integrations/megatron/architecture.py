@@ -108,6 +108,7 @@ def _configuration(args: Any, vocabulary: int, source: str) -> dict[str, Any]:
             "affine": True,
             "bias": args.normalization == "LayerNorm",
         },
+        "norm_after": False,
         "qk_norm": "head" if args.qk_layernorm else None,
         "clip_qkv": None,
         "num_experts": experts,
@@ -197,6 +198,8 @@ def _lacking(config: Mapping[str, Any]) -> Iterator[str]:
         kind, affine, bias = _norm(config)
         having = {True: "with", False: "without"}
         yield f"{kind} norm {having[affine]} weights and {having[bias]} biases"
+    if config["norm_after"]:
+        yield "norms behind attention and FFN (norm_after)"
     if config["qk_norm"] == "row":
         yield "norm of queries and keys over all heads"
     if config["qk_norm"] and config["norm"]["bias"]:

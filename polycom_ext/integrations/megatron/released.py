@@ -155,6 +155,6 @@ def _config(args: Any, held: Mapping[str, Any], archive: Archive) -> dict[str, A
         "initializer_range": args.init_method_std,
         "activation": activation,
         "norm": {"kind": "rms", "affine": True, "bias": False},
-        **{"qk_norm": None, "clip_qkv": None},
+        **{"norm_after": False, "qk_norm": None, "clip_qkv": None},
         **{"num_experts": 0, "num_experts_per_tok": 0, "norm_topk_prob": False},
     }

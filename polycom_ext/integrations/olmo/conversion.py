@@ -69,18 +69,27 @@ class TransposedExperts:
 QKV = QueriesKeysValues()
 EXPERTS, TRANSPOSED = Experts(), TransposedExperts()
 ATTENTION = (
-    Row("attn_norm.weight", ("input_layernorm.weight",)),
-    Row("attn_norm.bias", ("input_layernorm.bias",)),
     Row("att_proj.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), QKV),
     Row("att_proj.bias", tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), QKV),
     Row("q_norm.weight", ("self_attn.q_proj.norm.weight",)),
     Row("k_norm.weight", ("self_attn.k_proj.norm.weight",)),
     Row("attn_out.weight", ("self_attn.o_proj.weight",)),
     Row("attn_out.bias", ("self_attn.o_proj.bias",)),
+)
+"""Of a block's names."""
+NORMS = (
+    Row("attn_norm.weight", ("input_layernorm.weight",)),
+    Row("attn_norm.bias", ("input_layernorm.bias",)),
     Row("ff_norm.weight", ("post_attention_layernorm.weight",)),
     Row("ff_norm.bias", ("post_attention_layernorm.bias",)),
 )
-"""Of a block's names."""
+NORMS_AFTER = (
+    Row("attn_norm.weight", ("post_attention_layernorm.weight",)),
+    Row("attn_norm.bias", ("post_attention_layernorm.bias",)),
+    Row("ff_norm.weight", ("post_feedforward_layernorm.weight",)),
+    Row("ff_norm.bias", ("post_feedforward_layernorm.bias",)),
+)
+"""Where `norm_after` says so."""
 APART = tuple(
     Row(f"{x}_proj.{what}", (f"self_attn.{x}_proj.{what}",)) for x in "qkv" for what in ("weight", "bias")
 )
@@ -184,8 +193,9 @@ def rows_of(config: Mapping[str, Any]) -> Iterator[Row]:
     first = f"model.layers.0.{inside}."
     names = [name.removeprefix(first) for name in shapes(config) if name.startswith(first)]
     coefficients = [Row(f"act.{name}", (f"{inside}.{name}",)) for name in names]
+    norms = NORMS_AFTER if config["norm_after"] else NORMS
     for layer in range(config["num_hidden_layers"]):
-        yield from (_in_block(layer, row) for row in (*ATTENTION, *feed_forward, *coefficients))
+        yield from (_in_block(layer, row) for row in (*norms, *ATTENTION, *feed_forward, *coefficients))
     yield from AROUND
 
 

@@ -17,7 +17,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "embedding_layer_norm": (False,),
     "scale_logits": (False,),
-    "norm_after": (False,),
 }
 """Field of `model` -> what it may be: for any other value there is no such model in the exchange format."""
 PLAIN_EXPERTS: dict[str, tuple[Any, ...]] = {
@@ -83,6 +82,7 @@ def read(saved: Any, source: str) -> dict[str, Any]:
         "pad_token_id": _token(model["pad_token_id"], size),
         "activation": activation,
         "norm": {"kind": kind, "affine": affine, "bias": bool(affine and norm_bias)},
+        "norm_after": False if model["block_type"] == "llama" else model["norm_after"],  # those do not ask
         "qk_norm": "row" if normalizes else None,
         "clip_qkv": model["clip_qkv"],
         "num_experts": model["moe_num_experts"] if experts else 0,
@@ -140,7 +140,7 @@ def written(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "layer_norm_eps": config["rms_norm_eps"],
         "bias_for_layer_norm": norm["bias"],
         "include_bias": config["attention_bias"],
-        "norm_after": False,
+        "norm_after": config["norm_after"],
         "scale_logits": False,
         "max_sequence_length": config["max_position_embeddings"],
         "vocab_size": config["vocab_size"],

@@ -21,7 +21,7 @@ PLAIN: dict[str, Any] = {
     **{"rms_norm_eps": 1e-5, "rope_theta": 5000.0, "bos_token_id": None, "eos_token_id": None},
     "activation": {"name": "polynorm", "gated": False, "order": 3, "eps": 1e-6},
     "norm": {"kind": "rms", "affine": True, "bias": False},
-    **{"qk_norm": None, "clip_qkv": None},
+    **{"norm_after": False, "qk_norm": None, "clip_qkv": None},
     **{"num_experts": 0, "num_experts_per_tok": 0, "norm_topk_prob": False},
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "tied": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "olmo": {"norm": {"kind": "layer", "affine": False, "bias": False}, "clip_qkv": 0.05},
+    "olmo2": {"norm_after": True, "qk_norm": "row"},
     "olmoe": {**EXPERTS, "qk_norm": "row"},
     "normalised-router": {**EXPERTS, "norm_topk_prob": True, "qk_norm": "head"},
     "gated-experts": {**EXPERTS, "activation": {"name": "swiglu", "gated": True}},

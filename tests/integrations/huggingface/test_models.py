@@ -33,7 +33,7 @@ for folder in folders:
 """
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied", "olmo", "olmoe"])
+@pytest.mark.parametrize("kind", ["llama", "tied", "olmo", "olmo2", "olmoe"])
 def test_generation_is_the_same_with_and_without_a_cache(kind: str) -> None:
     model = made(kind)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_saved_files_work_without_the_package(tmp_path: Path) -> None:
     torch.save(tokens(), ids)
     learning = [name for name, entry in activations.REGISTRY.items() if entry.learnable]
     expected = {}
-    for kind in (*learning, "relu2", "hardswish", "olmoe", "gated-experts"):
+    for kind in (*learning, "relu2", "hardswish", "olmo2", "olmoe", "gated-experts"):
         model = made(kind)
         model.save_pretrained(tmp_path / kind)
         with torch.no_grad():
@@ -117,6 +117,7 @@ def test_a_constant_of_the_activation_that_is_missing_is_an_error(name: str) -> 
     [
         {"activation": "polynorm"},
         {"norm": {"kind": "batch", "affine": True, "bias": False}},
+        {"norm_after": None},
         {"qk_norm": "column"},
         {"num_experts": 2, "num_experts_per_tok": 4},
         {"num_experts": 2},
@@ -146,7 +147,7 @@ def test_coefficients_stay_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
     half(tokens(), labels=tokens()).loss.backward()
 
 
-@pytest.mark.parametrize("kind", ["llama", "olmoe"])
+@pytest.mark.parametrize("kind", ["llama", "olmo2", "olmoe"])
 def test_checkpointing_of_activations_changes_no_gradient(kind: str) -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -163,7 +164,7 @@ def test_no_row_of_the_ffn_is_sharded_by_transformers() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["llama", "olmo"])
+@pytest.mark.parametrize("kind", ["llama", "olmo", pytest.param("olmo2", marks=pytest.mark.long)])
 def test_the_compiled_forward_agrees(kind: str) -> None:
     model = made(kind)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     MixtralConfig,
+    Olmo2Config,
     OlmoConfig,
     OlmoeConfig,
     PretrainedConfig,
@@ -46,6 +47,7 @@ CLASSES: dict[str, PretrainedConfig] = {
     ),
     **{act: ArceeConfig(**SIZES, hidden_act=act, mlp_bias=True) for act in UNGATED},
     "olmo": OlmoConfig(**SIZES, clip_qkv=0.05),
+    "olmo2": Olmo2Config(**SIZES, rms_norm_eps=1e-3),
     "olmoe": OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
     "olmoe, normalised": OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
@@ -74,7 +76,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-IN_SHORT = ("olmo", "olmoe", "gated-experts", "mixtral")
+IN_SHORT = ("olmo", "olmo2", "olmoe", "gated-experts", "mixtral")
 """Kinds with rows or rules of their own; the rest is like them."""
 ALL = [*KINDS, *sorted(CLASSES.keys() - KINDS.keys())]
 

@@ -27,7 +27,7 @@ PLAIN: dict[str, Any] = {
     **{"rms_norm_eps": 1e-5, "rope_theta": 5000.0, "initializer_range": 0.02},
     "activation": {"name": "polynorm", "gated": False, "order": 3, "eps": 1e-6},
     "norm": {"kind": "rms", "affine": True, "bias": False},
-    **{"qk_norm": None, "clip_qkv": None},
+    **{"norm_after": False, "qk_norm": None, "clip_qkv": None},
     **{"num_experts": 0, "num_experts_per_tok": 0, "norm_topk_prob": False},
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -107,6 +107,7 @@ def test_a_wish_for_a_type_leaves_the_coefficients_float32(tmp_path: Path) -> No
         ("polynorm", {"norm": {"kind": "layer", "affine": True, "bias": False}}, "and without biases"),
         ("polynorm", {"qk_norm": "row"}, "over all heads"),
         ("layer norm", {"qk_norm": "head"}, "LayerNorm of queries and keys"),
+        ("polynorm", {"norm_after": True}, "norms behind attention and FFN"),
         ("polynorm", {"clip_qkv": 8.0}, "clip_qkv"),
         ("polynorm", {"attention_bias": True}, "biases in attention or in the FFN alone"),
         ("experts", {"attention_bias": True, "mlp_bias": True}, "biases of experts"),

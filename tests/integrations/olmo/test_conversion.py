@@ -34,6 +34,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "activation_type": "swiglu",
     },
     "OLMo 1 with PolyNorm": {**DEFAULT_NORM, "layer_norm_with_affine": False, "clip_qkv": 0.05, **POLYNORM},
+    "OLMo 2": {"norm_after": True, "attention_layer_norm": True, "activation_type": "swiglu"},
+    "OLMo 2 with PolyNorm": {"norm_after": True, "attention_layer_norm": True, **POLYNORM},
+    "experts, norms after": {**MOE, "norm_after": True, **POLYNORM},
     "grouped queries, tied": {
         **{"n_kv_heads": 1, "weight_tying": True, "rope_theta": 500, "layer_norm_eps": 1e-3},
         "activation_type": "polyrelu-2",
@@ -47,17 +50,17 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "normalised queries": {"attention_layer_norm": True, **POLYNORM},
     "more embeddings than tokens": {"embedding_size": 384, "mlp_hidden_size": None, **POLYNORM},
-    "projections apart": {"block_type": "llama", **POLYNORM},
+    "projections apart": {"block_type": "llama", "norm_after": True, **POLYNORM},  # its norms stay before
     "groups of blocks": {"block_group_size": 2, "n_layers": 4, **POLYNORM},
 }
 MARKS: dict[str, Any] = {
     **dict.fromkeys(MODELS, pytest.mark.long),
     **dict.fromkeys(("gated experts", "OLMo 1", "biases", "groups of blocks"), pytest.mark.full),
-    "polynorm": (),
+    **dict.fromkeys(("polynorm", "OLMo 2 with PolyNorm"), ()),
 }
 """In `full` those with a row of the table or a rule of their own."""
 STOCK = {
-    **{"swiglu": "llama", "OLMo 1": "olmo", "gated experts": "olmoe"},
+    **{"swiglu": "llama", "OLMo 1": "olmo", "OLMo 2": "olmo2", "gated experts": "olmoe"},
     **dict.fromkeys(("gelu", "relu", "relu2", "silu", "mish"), "arcee"),
 }
 """What transformers computes by itself, with no code of ours."""

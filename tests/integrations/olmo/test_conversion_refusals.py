@@ -137,7 +137,7 @@ CONFIG: dict[str, Any] = {
     **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64},
     **{"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False},
-    **{"rms_norm_eps": 1e-5, "rope_theta": 5000.0, "qk_norm": None, "clip_qkv": None},
+    **{"rms_norm_eps": 1e-5, "rope_theta": 5000.0, "norm_after": False, "qk_norm": None, "clip_qkv": None},
     "activation": {"name": "polynorm", "gated": False, "order": 3, "eps": 1e-6},
     "norm": {"kind": "rms", "affine": True, "bias": False},
     **{"num_experts": 0, "num_experts_per_tok": 0, "norm_topk_prob": False},

@@ -20,7 +20,7 @@ from .conftest import MODEL
 from .test_conversion import MODELS, TOKENS, convert, logits, olmos, saved, transformers
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("olmo")]
-NATIVE = ("OLMo 1", "gelu", "swiglu", "relu")
+NATIVE = ("OLMo 1", "OLMo 2", "gelu", "swiglu", "relu")
 SETTINGS: dict[str, Any] = {**MODEL, "activation_type": "swiglu", "init_std": 0.2}
 
 
