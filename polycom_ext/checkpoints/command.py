@@ -67,8 +67,12 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def convert(source: Path, target: Path, to: str, options: Options, activation: str | None = None) -> Model:
-    """Write a checkpoint, or a run's newest, in the form `to`; the target appears whole or not at all.
+def convert(
+    source: Path | Model, target: Path, to: str, options: Options, activation: str | None = None
+) -> Model:
+    """Write a checkpoint, a run's newest, or one that is open, in the form `to`.
+
+    The target appears whole or not at all.
 
     With an `activation`, of which the model's is a member, it is written as one of it (`upgrade.py`).
 
@@ -85,7 +89,7 @@ def convert(source: Path, target: Path, to: str, options: Options, activation: s
         raise PolycomError(f"{target} exists, and nothing is written over: name another folder")
     if options.tokenizer is not None and not options.tokenizer.is_file():
         raise PolycomError(f"--tokenizer {options.tokenizer} does not exist")
-    model = opened(source)
+    model = source if isinstance(source, Model) else opened(source)
     model = checked(model if activation is None else upgraded(model, activation))
     partial = target.with_name(f".{target.name}.partial")
     with exclusive(partial):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polycom_ext.checkpoints.command import convert, opened
 from polycom_ext.checkpoints.forms import Options
+from polycom_ext.checkpoints.model import Model
 from polycom_ext.errors import PolycomError
 from polycom_ext.evaluation import results
 from polycom_ext.files import exclusive
@@ -31,6 +32,8 @@ class Checkpoint:
     output: Path
     name: str
     step: int | None = None
+    model: Model | None = None
+    """What the source holds; None of a folder whose model cannot be read here."""
 
     @property
     def is_model(self) -> bool:
@@ -48,11 +51,17 @@ def find(path: Path, output: Path | None) -> Checkpoint:
         raise PolycomError(f"{path} is no folder: name a run's directory, a checkpoint, or a model's folder")
     record, name = Record(path), path.resolve().name
     if record.spec.is_file():
-        source, step = Path(opened(path).source), plan.recorded(path).latest_step()
-        return Checkpoint(source, output or record.evaluations / source.name, name, step)
+        model, step = opened(path), plan.recorded(path).latest_step()
+        source = Path(model.source)
+        return Checkpoint(source, output or record.evaluations / source.name, name, step, model)
     if output is None:
         raise PolycomError(f"{path} is no run's directory: say with --output where its numbers are to go")
-    return Checkpoint(path if _is_model(path) else Path(opened(path).source), output, name)
+    if not _is_model(path):
+        model = opened(path)
+        return Checkpoint(Path(model.source), output, name, model=model)
+    with suppress(PolycomError):
+        return Checkpoint(path, output, name, model=opened(path))
+    return Checkpoint(path, output, name)
 
 
 @contextmanager
@@ -65,21 +74,20 @@ def prepared(one: Checkpoint, tokenizer: Path | None) -> Iterator[None]:
             print(f"{one.name}: {one.source} is another than was evaluated before, so all is measured anew")
             shutil.rmtree(model, ignore_errors=True)
         if not one.is_model and not model.exists():
-            convert(one.source, model, "hf", Options(tokenizer=tokenizer))
+            convert(one.model or one.source, model, "hf", Options(tokenizer=tokenizer))
         results.begin(
             one.output,
-            {"checkpoint": str(one.source), "step": one.step, **_what(one.folder)}
+            {"checkpoint": str(one.source), "step": one.step, **_what(one.model)}
             | {"fingerprint": fingerprint},
         )
         yield
 
 
-def _what(folder: Path) -> dict[str, Any]:
-    """Activation and kind, as the paper's tables have them; nothing of a model that cannot be read here."""
-    try:
-        config = opened(folder).config
-    except PolycomError:
+def _what(model: Model | None) -> dict[str, Any]:
+    """Activation and kind, as the paper's tables have them."""
+    if model is None:
         return {"activation": None, "kind": None}
+    config = model.config
     return {"activation": config["activation"]["name"], "kind": "moe" if config["num_experts"] else "dense"}
 
 
