@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,8 @@ from polycom_ext.runs.status import RUNNING, Status, read
 
 WATCH_SECONDS = 2.0
 """Between two looks."""
+AT_ONCE = 16
+"""Runs that are looked at."""
 WIDTH = 100
 """Columns of the table; names are cut to fit."""
 LEAST_NAME = 10
@@ -45,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
     terminal = args.watch and sys.stdout.isatty()
     shown: list[tuple[str, int | None, int | None]] | None = None
     while True:
-        found = [read(path) for path in _run_dirs(args.runs)]
+        found = _read(_run_dirs(args.runs))
         news = [(status.state, status.step, status.checkpoint_step) for status in found]
         if terminal or news != shown:
             text = _as_json(found) if args.json else _as_text(found)
@@ -54,6 +57,12 @@ def main(args: argparse.Namespace) -> int:
         if not args.watch or not any(status.is_going_on for status in found):
             return 0
         time.sleep(WATCH_SECONDS)
+
+
+def _read(paths: Sequence[Path]) -> list[Status]:
+    """All at once: job systems that do not answer keep one another waiting no longer than one does."""
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return list(threads.map(read, paths))
 
 
 def _run_dirs(given: Sequence[Path]) -> list[Path]:

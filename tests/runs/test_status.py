@@ -231,6 +231,36 @@ def test_a_run_that_ends_while_it_is_looked_at_has_not_died(
     assert stands(run.path) == ("finished", None)
 
 
+SQUEUE = """#!/bin/sh
+touch "$ASKED/$$"
+for i in $(seq 80); do [ $(ls "$ASKED" | wc -l) = 3 ] && exec echo PENDING Priority; sleep 0.1; done
+"""
+"""Answers once it has been asked three times, and never in its time before that."""
+
+
+def test_job_systems_are_asked_of_all_runs_at_once(
+    run: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    change_attempt(run, status=1, complete=None)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "bin" / "squeue").write_text(SQUEUE)
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    for number in range(3):
+        other = run.path.with_name(f"small-{number}")
+        shutil.copytree(run.path, other)
+        (other / "job.json").write_text(json.dumps({"backend": "slurm", "job": f"{number}"}))
+    shutil.rmtree(run.path)
+    assert main(["status", "--json", "outputs"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert [one["state"] for one in told] == ["queued"] * 3
+    assert [one["reason"].partition(";")[0] for one in told] == [
+        f"job {number} is pending (Priority)" for number in range(3)
+    ]
+
+
 def test_a_run_that_was_never_begun_is_planned(run: Record) -> None:
     for path in (run.versions, run.metrics, run.log):
         path.unlink()
