@@ -12,6 +12,7 @@ import torch
 
 from polycom_ext import cli
 from polycom_ext.integrations.olmo import exchange, options
+from polycom_ext.integrations.olmo.conversion import STEP
 
 from .conftest import Trainer
 from .test_conversion_refusals import CONFIG
@@ -201,6 +202,34 @@ def test_kill_and_resume_on_the_branch_is_the_straight_run(train_branch: Trainer
     assert resumed.series("train/router_z_loss") == straight.series("train/router_z_loss")
     assert resumed.coefficients == straight.coefficients
     assert max(abs(value - 1 / 3) for value in straight.coefficients["layers"][1]["weight"]) > 1e-3
+
+
+GOES_ON: dict[str, dict[str, Any]] = {
+    "sparse": {**POLYNORM, **LAYOUTS["sparse"]},
+    "grouped, norms after": {**POLYNORM, **LAYOUTS["grouped"], "norm_after": True},
+    "gated": {"activation_type": "swiglu", "mlp_hidden_size": 256, **LAYOUTS["sparse"]},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", GOES_ON)
+def test_training_on_the_branch_goes_on_from_what_was_converted(
+    train_branch: Trainer, name: str, tmp_path: Path
+) -> None:
+    """Through Hugging Face's form and back, as from the checkpoint that it was."""
+    settings: dict[str, Any] = {"moe": True, "processes": 2, "model": GOES_ON[name], "max_duration": 4}
+    first = train_branch(**settings, save_interval_unsharded=4)
+    own = first.folder / "checkpoints" / "step4-unsharded"
+    for source, target, form in ((own, "hf", "hf"), (tmp_path / "hf", "olmo", "olmo")):
+        assert cli.main(["convert", str(source), str(tmp_path / target), "--to", form]) == 0
+    reset = {"reset_optimizer_state": True, "reset_trainer_state": True}
+    losses = [
+        train_branch(**settings, **reset, load_path=str(path)).series("train/loss")
+        for path in (tmp_path / "olmo" / STEP, own)
+    ]
+    assert losses[0] == losses[1]
+    assert losses[0][1] < first.series("train/loss")[1] - 0.1, "not from scratch"
+    assert losses[0][4] < losses[0][1]
 
 
 def test_downstream_tasks_on_the_branch_are_060s_questions(train_branch: Trainer) -> None:
