@@ -1,8 +1,9 @@
 """What `make ablations` has found, in Markdown beside the report's CSV files.
 
-    python benchmarks/ablations.py RUNS REPORT --output FOLDER
+    python benchmarks/ablations.py RUNS REPORT --output FOLDER [--note TEXT]
 
 RUNS is the folder of the runs, REPORT that of their report; FOLDER gets README.md, results.csv, groups.csv.
+TEXT is what to know of the machine, as that other work shared it.
 """
 
 from __future__ import annotations
@@ -79,9 +80,11 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("report", type=Path)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--note", default="")
     arguments = parser.parse_args()
     rows, runs = (list(csv.DictReader((arguments.report / name).open(newline=""))) for name in CSV_FILES)
     lines = ["# Figure 5, Table 1 and the mixture of experts, rehearsed", "", *conditions(arguments.runs)]
+    lines += [arguments.note] if arguments.note else []
     for family in dict.fromkeys(row["family"] for row in rows):
         lines += ["", f"## {family}", "", *table([row for row in rows if row["family"] == family], runs)]
     arguments.output.mkdir(parents=True, exist_ok=True)
