@@ -13,10 +13,10 @@ from polycom_ext.doctor.findings import Finding, Mark, shown
 from polycom_ext.errors import PolycomError
 from polycom_ext.machine import look
 from polycom_ext.machine.look import Machine
-from polycom_ext.runs import plan
+from polycom_ext.runs import plan, rehearse
 from polycom_ext.runs.plan import Run
 from polycom_ext.runs.site import Site
-from polycom_ext.runs.spec import load
+from polycom_ext.runs.spec import the_one
 
 FOLDER = Path("outputs")
 """Where run directories are, unless told otherwise."""
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=arguments.output, metavar="DIR", help="run directory (default: outputs/NAME)"
     )
+    rehearse.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="an object: verdict, findings, facts")
     nodes.add_arguments(parser)
     parser.set_defaults(only_prints=True)
@@ -47,8 +48,8 @@ def main(args: argparse.Namespace) -> int:
         if args.config is not None:
             raise PolycomError("--nodes compares machines; the nodes of a run are compared as it starts")
         return nodes.main(args)
-    if args.config is None and (args.set or args.output):
-        raise PolycomError("--set and --output are of a run: name its spec with --config")
+    if args.config is None and (args.set or args.output or args.rehearse or args.rehearse_on_gpus):
+        raise PolycomError("--set, --output and --rehearse are of a run: name its spec with --config")
     planned, wrong = None, []
     try:
         planned = _planned(args)
@@ -70,7 +71,9 @@ def main(args: argparse.Namespace) -> int:
 def _planned(args: argparse.Namespace) -> Run | None:
     if args.config is None:
         return None
-    return plan.planned(load(shipped.find(args.config), args.set), args.output, FOLDER, Site())
+    path = shipped.find(args.config)
+    spec = the_one(path, rehearse.loader(args)(path, args.set))
+    return plan.planned(spec, args.output, FOLDER, Site())
 
 
 def _examined(planned: Run | None) -> tuple[Machine, list[Finding]]:

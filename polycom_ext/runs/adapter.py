@@ -64,6 +64,30 @@ class Needs:
     """Those that it imports only where it runs on GPUs."""
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """Token files for rehearsals, in place of a corpus: real text in a vocabulary that is small."""
+
+    folder: Path
+    vocabulary: int
+    """Tokens, of which the last one ends a document."""
+
+    @property
+    def train(self) -> str:
+        """Prefix of the training set."""
+        return str(self.folder / "train")
+
+    @property
+    def valid(self) -> str:
+        """Prefix of the validation set."""
+        return str(self.folder / "valid")
+
+    @property
+    def tokenizer(self) -> str:
+        """File of the tokenizer."""
+        return f"{self.train}.tokenizer.json"
+
+
 class Adapter(Protocol):
     """One trainer. A run is `torchrun … arguments(spec, run_dir)`.
 
@@ -78,6 +102,8 @@ class Adapter(Protocol):
     """The option in it that is `Facts.seed`; nothing where there is none."""
     upstreams: Mapping[str, Upstream]
     """What `upstream` may be in a spec -> the pinned version, the default first; empty if none is pinned."""
+    token_format: str
+    """The form of token files that it reads, as `polycom data prepare --format` calls it."""
 
     def needs_patches(self, spec: Spec) -> bool:
         """Whether the run needs its trees patched: not for an activation that upstream has itself."""
@@ -135,6 +161,16 @@ class Adapter(Protocol):
 
     def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
         """What a complete run has learned, for coefficients.json; None if its entry writes the file."""
+
+    def rehearsal(self, spec: Spec, data: StandIn, on_gpus: bool) -> dict[str, Any]:
+        """Changes, by dotted keys as `--set` has them, that make of the run its rehearsal; None deletes.
+
+        Kept are kinds, proportions and the layout, but for copies of the model; `runs/shrinking.py` has the
+        arithmetic. `on_gpus`: kernels and back end stay; else they are those of a CPU. An adapter whose runs
+        have no rehearsal leaves out this method and `token_format`.
+
+        Raises PolycomError for what a rehearsal could not keep.
+        """
 
 
 def find(name: str) -> Adapter:

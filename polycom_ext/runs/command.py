@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from polycom_ext import arguments, shipped
-from polycom_ext.runs import backends, plan
+from polycom_ext.runs import backends, plan, rehearse
 from polycom_ext.runs import site as sites
 from polycom_ext.runs.site import Site
-from polycom_ext.runs.spec import load_each
 from polycom_ext.runs.submit import submit
 
 
@@ -61,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how often a run is started again that failed or was out of time (default: the site's)",
     )
+    rehearse.add_arguments(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print each command, and what is rendered, and write nothing"
     )
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Check every run, then have them executed; 0, or the highest status of those that are not complete."""
     changes = [*args.set, *_counts(args)]
+    load_each = rehearse.loader(args)
     chosen = [spec for c in args.configs for spec in load_each(shipped.find(c), changes, args.each)]
     own, folder = args.output if len(chosen) == 1 else None, args.output or Path("outputs")
     site = _site(args)
@@ -77,6 +78,7 @@ def main(args: argparse.Namespace) -> int:
     plan.refuse_shared_directories(runs)
     if not args.dry_run:
         plan.prepare_trees(runs)
+        rehearse.make_data(chosen)
     for run in runs:
         plan.check(run)
         if not args.dry_run:

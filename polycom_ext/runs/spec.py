@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from polycom_ext.runs import fields
 
 SHARED_KEYS = (
     *("name", "trainer", "upstream", "activation", "ffn_width", "nodes", "processes_per_node"),
-    *("stop_grace_seconds", "keep_checkpoints", "environment", "sources"),
+    *("stop_grace_seconds", "keep_checkpoints", "environment", "sources", "rehearsal_of"),
 )
 """Top-level keys of every spec; the one more is the section of the trainer's options."""
 
@@ -43,6 +43,8 @@ class Spec:
     """How long it may take to save a checkpoint and to end, once it was told to stop."""
     keep_checkpoints: int | None = None
     """So many steps' whole checkpoints are kept, the newest; None for all."""
+    rehearsal_of: str | None = None
+    """Name of the run that this one rehearses in small; None for a run of its own."""
 
     @property
     def world_size(self) -> int:
@@ -85,6 +87,7 @@ class Spec:
             "environment": self.environment,
             trainers.find(self.trainer).section: self.options,
             "sources": self.sources,
+            "rehearsal_of": self.rehearsal_of,
         }
         return {key: value for key, value in mapping.items() if value is not None}
 
@@ -95,7 +98,11 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Spec:
     Raises PolycomError for a missing or malformed file, a cycle, an unknown key or a value of the wrong type,
     and for a comparison, which is several runs.
     """
-    specs = load_each(path, overrides)
+    return the_one(path, load_each(path, overrides))
+
+
+def the_one(path: Path, specs: list[Spec]) -> Spec:
+    """The run of a file that is to be of one; raises PolycomError for a comparison."""
     if len(specs) > 1:
         names = ", ".join(spec.name for spec in specs)
         raise PolycomError(f"{path} is a comparison of {names}: choose one by --set, as in activation=NAME")
@@ -109,24 +116,39 @@ def load_each(path: Path, overrides: Iterable[str] = (), each: Iterable[str] = (
         overrides: as `load` has them; of a key that is compared the one value to take.
         each: `key=a,b,c`, in place of what the file compares.
     """
+    return [
+        from_mapping(changed(mapping, changes), str(path))
+        for mapping, changes in choices(path, overrides, each)
+    ]
+
+
+Change = tuple[str, Any]
+"""A key, as --set has it, and its value; None deletes."""
+
+
+def choices(
+    path: Path, overrides: Iterable[str] = (), each: Iterable[str] = ()
+) -> Iterator[tuple[dict[str, Any], list[Change]]]:
+    """For each run of a comparison what stands in the files, and the changes that make the run of it."""
     overrides, given = list(overrides), dict(map(fields.parse_each, each))
     mapping = fields.read(path, "run spec", overrides)
     mapping.setdefault("name", path.stem)
     name = fields.text(mapping, "name", str(path), "the name of the run")
     compared = given or fields.comparison(mapping, str(path))
-    mapping.pop("each", None)
-    for text in overrides:  # as its name says, whether it is one of several or alone
-        key = text.partition("=")[0]
+    changes = list(map(fields.parse_set, overrides))
+    for key, value in changes:  # as its name says, whether it is one of several or alone
         if key in compared:
-            compared[key] = [fields.parse_set(text)[1]]
-    specs = []
+            compared[key] = [value]
     for values in itertools.product(*compared.values()):
-        chosen = mapping
-        for key, value in zip(compared, values, strict=True):
-            chosen = fields.merge(chosen, fields.nested(key, value))
-        chosen = {**chosen, "name": "-".join([name, *map(str, values)])}
-        specs.append(from_mapping(chosen, str(path)))
-    return specs
+        named: Change = ("name", "-".join([name, *map(str, values)]))
+        yield fields.read(path, "run spec"), [*changes, *zip(compared, values, strict=True), named]
+
+
+def changed(mapping: dict[str, Any], changes: Iterable[Change]) -> dict[str, Any]:
+    """The mapping of one run, with the changes in their order."""
+    for key, value in changes:
+        mapping = fields.merge(mapping, fields.nested(key, value))
+    return {key: value for key, value in mapping.items() if key != "each"}
 
 
 def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:
@@ -162,6 +184,9 @@ def from_mapping(mapping: dict[str, Any], origin: str) -> Spec:
         options=fields.section(mapping, adapter.section, origin),
         sources=mapping.get("sources"),
         upstream=_upstream(mapping, adapter, origin),
+        rehearsal_of=fields.text(mapping, "rehearsal_of", origin, "the run that it rehearses")
+        if "rehearsal_of" in mapping
+        else None,
     )
     _ = spec.matched_ffn_width
     return spec

@@ -10,11 +10,11 @@ from typing import Any
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
-from polycom_ext.integrations.megatron import blends, checks, layout, model, options, saved, tokens
+from polycom_ext.integrations.megatron import blends, checks, layout, miniature, model, options, saved, tokens
 from polycom_ext.integrations.megatron.native import FLAGS, PATCHED
 from polycom_ext.integrations.megatron.sizes import Sizes
 from polycom_ext.runs import entry
-from polycom_ext.runs.adapter import Facts, Needs, Upstream, chosen_tree, integer
+from polycom_ext.runs.adapter import Facts, Needs, StandIn, Upstream, chosen_tree, integer
 from polycom_ext.runs.layout import Layout
 from polycom_ext.runs.record import Record
 from polycom_ext.runs.spec import Spec
@@ -38,6 +38,7 @@ class MegatronAdapter:
     name = section = "megatron"
     seed = "seed"
     upstreams: Mapping[str, Upstream] = {"megatron": Upstream("Megatron-LM", ("megatron",))}
+    token_format = "megatron"
 
     def needs_patches(self, spec: Spec) -> bool:
         return spec.entry.name not in FLAGS or any(map(spec.options.get, PATCHED))
@@ -148,6 +149,9 @@ class MegatronAdapter:
         )
 
         return from_megatron(Record(run_dir).checkpoints, spec.activation)
+
+    def rehearsal(self, spec: Spec, data: StandIn, on_gpus: bool) -> dict[str, Any]:
+        return miniature.changes(spec, data, on_gpus)
 
 
 def _resolved(spec: Spec) -> dict[str, Any]:

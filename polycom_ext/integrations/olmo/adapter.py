@@ -13,10 +13,10 @@ import yaml
 
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError, did_you_mean
-from polycom_ext.integrations.olmo import layout, options, saved, tokens
+from polycom_ext.integrations.olmo import durations, layout, miniature, options, saved, tokens
 from polycom_ext.integrations.olmo.native import NATIVE
 from polycom_ext.runs import document
-from polycom_ext.runs.adapter import Facts, Needs, Upstream, chosen_tree, integer, trees
+from polycom_ext.runs.adapter import Facts, Needs, StandIn, Upstream, chosen_tree, integer, trees
 from polycom_ext.runs.layout import Layout
 from polycom_ext.runs.record import Record
 from polycom_ext.runs.spec import Spec
@@ -65,6 +65,7 @@ class OLMoAdapter:
         "olmo": Upstream("OLMo", ("olmo",)),
         "olmo-moe": Upstream("OLMo, MoE branch", ("olmo-moe", "megablocks", "olmo")),
     }
+    token_format = "olmo"
 
     def needs_patches(self, spec: Spec) -> bool:
         return spec.activation not in NATIVE
@@ -196,7 +197,7 @@ class OLMoAdapter:
     def total_steps(self, spec: Spec) -> int | None:
         """max_duration in steps or tokens; one in epochs needs the data to be counted."""
         limits = [spec.options.get("max_duration", 10_000), spec.options.get("stop_at")]
-        steps = [_steps(spec, limit) for limit in limits if limit is not None]
+        steps = [durations.steps(spec.options, limit) for limit in limits if limit is not None]
         return min((count for count in steps if count is not None), default=None)
 
     def latest_step(self, spec: Spec, run_dir: Path) -> int | None:
@@ -223,18 +224,8 @@ class OLMoAdapter:
     def coefficients(self, spec: Spec, run_dir: Path) -> dict[str, Any] | None:
         return None  # the entry gathers them from its ranks
 
-
-def _steps(spec: Spec, duration: Any) -> int | None:
-    if isinstance(duration, int) or re.fullmatch(r"\d+", str(duration)):
-        return int(duration)
-    batch, length = (
-        spec.options.get("global_train_batch_size"),
-        _section(spec, "model").get("max_sequence_length"),
-    )
-    tokens = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*T", str(duration))
-    if tokens and isinstance(batch, int) and isinstance(length, int) and batch * length > 0:
-        return math.ceil(int(float(tokens[1])) / (batch * length))
-    return None
+    def rehearsal(self, spec: Spec, data: StandIn, on_gpus: bool) -> dict[str, Any]:
+        return miniature.changes(spec, data, on_gpus, in_blocks="megablocks" in trees(self, spec))
 
 
 def _written_step(run_dir: Path) -> int | None:

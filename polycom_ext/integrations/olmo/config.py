@@ -12,8 +12,7 @@ from torch.compiler import list_backends
 from polycom_ext import activations
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.olmo.checkpoint import check_format
-from polycom_ext.integrations.olmo.megablocks import BLOCK_SIZE
-from polycom_ext.integrations.olmo.native import NATIVE
+from polycom_ext.integrations.olmo.native import BLOCK_SIZE, NATIVE
 from polycom_ext.integrations.olmo.ranges import check_numbers
 
 PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")

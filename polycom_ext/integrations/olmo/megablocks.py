@@ -15,10 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polycom_ext import activations
-from polycom_ext.integrations.olmo.native import NATIVE
-
-BLOCK_SIZE = 128
-"""megablocks' own, which it does not offer as a parameter."""
+from polycom_ext.integrations.olmo.native import BLOCK_SIZE, NATIVE
 
 
 def share_activation(moe_args: Any, act: nn.Module, config: Any) -> None:

@@ -12,7 +12,7 @@ from .test_layouts import MOE_MODEL
 OPTIMIZERS = {
     "optimizer": (1, ""),
     "DP2, distributed optimizer": (2, "--use-distributed-optimizer"),
-    # The second and fourth rank's share of the coefficients' bucket holds none: there are two of 64 places.
+    # Two coefficients' parameters, 64 numbers apart: the second and the fourth rank's share holds none.
     "DP4, distributed optimizer, one layer": (
         4,
         "--use-distributed-optimizer --num-layers 1 --global-batch-size 8",

@@ -12,7 +12,8 @@ from typing import Any
 
 from polycom_ext.activations import parse
 from polycom_ext.errors import PolycomError
-from polycom_ext.runs.adapter import Facts, Needs, Upstream
+from polycom_ext.runs import shrinking
+from polycom_ext.runs.adapter import Facts, Needs, StandIn, Upstream
 from polycom_ext.runs.spec import Spec
 
 
@@ -20,6 +21,7 @@ class ToyAdapter:
     name = section = "toy"
     seed = ""
     upstreams: Mapping[str, Upstream] = {}
+    token_format = "toy"
 
     def needs_patches(self, spec: Spec) -> bool:
         return False
@@ -87,3 +89,10 @@ class ToyAdapter:
             "activation": spec.activation,
             "layers": [{"weight": [1.0] * order}],
         }
+
+    def rehearsal(self, spec: Spec, data: StandIn, on_gpus: bool) -> dict[str, Any]:
+        copies = shrinking.replicas(spec.world_size)
+        changes = {"nodes": 1, "processes_per_node": copies, "toy.steps": shrinking.STEPS}
+        if "size" in spec.options:
+            changes["toy.size"] = copies * 8
+        return changes
