@@ -14,6 +14,8 @@ from polycom_ext.errors import PolycomError
 
 EOS = "<|endoftext|>"
 KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>")
+REMEMBERED = 1 << 18
+"""Words, where the library itself keeps the first 10,000."""
 SMALLEST_VOCABULARY = 257
 """256 bytes and the end of a document."""
 
@@ -47,6 +49,10 @@ class Encoder:
                 f"{path} leaves merges out by chance, so that no two runs agree; set dropout in it to null"
             )
         _only_the_text(self._tokenizer)
+        # A tenth of the time. It has no public name (tokenizers 0.22).
+        remember = getattr(self._tokenizer.model, "_resize_cache", None)
+        if remember is not None:
+            remember(REMEMBERED)
         self._definition = content
         self._other_pieces: Tokenizer | None = None
         self.sha256 = hashlib.sha256(content).hexdigest()

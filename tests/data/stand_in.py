@@ -108,6 +108,8 @@ class Hosts(ThreadingHTTPServer):
         self.root = root
         self.cut: Counter[str] = Counter()
         """Name of a file -> how many more times its answer ends half-way."""
+        self.changes: dict[str, bytes] = {}
+        """Name of a file -> what is in it after an answer that ended half-way."""
         self.damaged: Counter[str] = Counter()
         """Name of a file -> how many more times a byte of it is another."""
         self.busy: Counter[str] = Counter()
@@ -209,6 +211,10 @@ class _Answer(BaseHTTPRequestHandler):
             self.server.cut[name] -= 1
             self.wfile.write(body[: len(body) // 2])
             self.close_connection = True
+            if name in self.server.changes:
+                (self.server.root / urlsplit(self.path).path.lstrip("/")).write_bytes(
+                    self.server.changes[name]
+                )
             return
         step = 1 << 12 if self.server.pause else len(body) or 1
         for start in range(0, len(body), step):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 from polycom_ext.cli import main
 from polycom_ext.data import recipe as recipes
 from polycom_ext.data.download import Downloads, Remote
+from polycom_ext.data.sources import document_text, read_records
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import sha256
 from polycom_ext.integrations.megatron import tokens
@@ -32,7 +34,9 @@ from .stand_in import TOGETHER, Hosts
 CONFIGS = Path(__file__).parents[2] / "configs"
 REDPAJAMA, OLMOE = Path("data/redpajama-1t"), Path("data/olmoe-mix-0924")
 WIKI = f"https://{TOGETHER}/wikipedia/wiki.jsonl"
+SUMS = f"https://{TOGETHER}/sha256/wikipedia_SHA256SUMS.txt"
 Fetch = Callable[..., tuple[int, str]]
+Own = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def hosts(root: Path) -> Iterator[Hosts]:
 def fetch(
     hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Fetch:
-    """`polycom data VERB ARGUMENTS` in an empty folder, stand-ins as mirror: status and what it printed."""
+    """`polycom data VERB ARGUMENTS` in an empty folder, the stand-ins as mirror: status and output."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
@@ -72,12 +76,17 @@ def fetch(
 
 @pytest.fixture(scope="module")
 def straight(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which both corpora were made, without a hitch."""
+    """A folder in which both corpora were made without a hitch, from hosts and from a folder."""
     folder = tmp_path_factory.mktemp("straight")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, Hosts(root) as hosts:
         patch.chdir(folder)
-        for words in (["redpajama-1t"], ["olmoe-mix-0924"], ["olmoe-mix-0924", "--format", "megatron"]):
-            assert main(["data", "fetch", *words, "--mirror", str(root), "--workers", "2"]) == 0
+        for words, mirror in (
+            (["redpajama-1t"], root),
+            (["olmoe-mix-0924"], hosts.url),
+            (["olmoe-mix-0924", "--format", "megatron"], root),
+        ):
+            assert main(["data", "fetch", *words, "--mirror", str(mirror), "--workers", "2"]) == 0
+        hosts.shutdown()
     return folder
 
 
@@ -91,8 +100,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def texts_of(path: Path) -> list[str]:
-    from polycom_ext.data.sources import document_text, read_records
-
     return [document_text(record) for record in read_records(path)]
 
 
@@ -147,35 +154,67 @@ def test_validation_sets_keep_their_tokens_in_every_form(root: Path, straight: P
         assert int.from_bytes(index[18:26], "little") == documents > 0
 
 
+def test_hosts_and_a_folder_that_mirrors_them_give_the_same_tokens(root: Path, straight: Path) -> None:
+    names = [path.stem for path in (straight / OLMOE / "train").glob("*.npy")]
+    assert len(names) == sum(map(len, stand_in.OLMOE.values())) - 1, "all but one that no pattern takes"
+    for name in names:
+        fetched = (straight / OLMOE / f"train/{name}.npy").read_bytes()
+        assert (straight / OLMOE / f"megatron/train/{name}.bin").read_bytes() == fetched
+    assert {path.name for path in root.iterdir()} == {"data.together.xyz", "huggingface.co", "olmo-data.org"}
+    assert not list(root.rglob("*.sha256")), "what is a mirror's own stays as it is"
+
+
 def test_what_is_there_is_not_fetched_again(fetch: Fetch, hosts: Hosts, straight: Path) -> None:
+    shutil.copytree(straight / REDPAJAMA, REDPAJAMA)
     assert fetch("redpajama-1t")[0] == 0
-    assert contents(REDPAJAMA).keys() == contents(straight / REDPAJAMA).keys()
-    asked = len(hosts.asked)
-    assert fetch("redpajama-1t")[0] == 0
-    assert len(hosts.asked) == asked
+    assert not hosts.asked
     (REDPAJAMA / "train/c4-00000.bin").write_bytes(b"torn")
     assert fetch("redpajama-1t")[0] == 0
-    assert [path for _, path, *_ in hosts.asked[asked:]] == [f"/{TOGETHER}/c4/c4-train.00000-of-01024.jsonl"]
-    assert contents(REDPAJAMA)["train/c4-00000.bin"] == contents(straight / REDPAJAMA)["train/c4-00000.bin"]
-
-
-def test_a_damaged_download_is_fetched_again_and_not_used(fetch: Fetch, hosts: Hosts, straight: Path) -> None:
-    hosts.damaged["wiki.jsonl"] = 2
-    hosts.damaged["c4-train.00000-of-01024.jsonl"] = 1
-    assert fetch("redpajama-1t")[0] == 0
-    assert len(hosts.ranges("wiki.jsonl")) == 3
+    assert [path for _, path, *_ in hosts.asked] == [f"/{TOGETHER}/c4/c4-train.00000-of-01024.jsonl"]
     made, right = contents(REDPAJAMA), contents(straight / REDPAJAMA)
-    assert {name: made[name] for name in made if name.endswith(".bin")} == {
-        name: right[name] for name in right if name.endswith(".bin")
-    }
+    assert {name for name in right if made[name] != right[name]} == {"train/c4-00000.json"}, (
+        "its raw file's path"
+    )
 
 
-def test_a_file_that_is_never_right_is_told_and_not_used(fetch: Fetch, hosts: Hosts) -> None:
+def test_a_damaged_download_is_fetched_again_and_not_used(
+    fetch: Fetch, hosts: Hosts, own: Own, straight: Path
+) -> None:
+    hosts.damaged["wiki.jsonl"] = 2
+    tokenizer = straight / REDPAJAMA / "tokenizer.json"
+    recipe = own(WIKI, source={"sha256": SUMS})
+    assert fetch(recipe, "--output", "out", "--tokenizer", tokenizer, "--keep-raw")[0] == 0
+    assert len(hosts.ranges("wiki.jsonl")) == 3
+    right = straight / REDPAJAMA / "train/wikipedia-00000.bin"
+    assert Path("out/train/all-00000.bin").read_bytes() == right.read_bytes()
     hosts.damaged["wiki.jsonl"] = 100
-    status, printed = fetch("redpajama-1t")
+    status, printed = fetch(recipe, "--output", "other", "--tokenizer", tokenizer)
     assert (status, f"{WIKI} has sha256 " in printed) == (2, True), printed
-    assert not list(REDPAJAMA.glob("*/wikipedia-*"))
-    assert not (REDPAJAMA / "blend.json").exists()
+    assert not list(Path("other").rglob("all-*.*"))
+    assert not Path("other/blend.json").exists()
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(
+    fetch: Fetch, hosts: Hosts, own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert fetch(own(WIKI), "--output", "out")[0] == 0
+    shown = {path for _, path, _, authorization in hosts.asked if authorization}
+    assert shown == {"/huggingface.co/allenai/gpt-neox-olmo-dolma-v1_5/resolve/main/tokenizer.json"}
+
+
+def test_nodes_take_their_shares_and_the_last_one_mixes(
+    fetch: Fetch, own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = own(WIKI, f"https://{TOGETHER}/c4/c4-train.00000-of-01024.jsonl")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    for node, there in (("1", False), ("0", True)):
+        monkeypatch.setenv("SLURM_PROCID", node)
+        status, printed = fetch(recipe, "--output", "out")
+        assert (status, "1 files are left to other nodes" in printed) == (0, not there)
+        assert Path("out/blend.json").exists() == there
+        made = {path.stem for path in Path("out/train").glob("*.bin")}
+        assert made == ({"all-00000", "all-00001"} if there else {"all-00001"})
 
 
 def test_a_download_goes_on_where_it_broke_off(hosts: Hosts, root: Path, tmp_path: Path) -> None:
@@ -194,10 +233,9 @@ def test_a_file_that_changed_meanwhile_is_not_pieced_together(
     path = root / "elsewhere.example/changing.txt"
     path.parent.mkdir()
     path.write_bytes(b"old " * 1000)
-    hosts.cut["changing.txt"] = 1
-    downloads = Downloads(tmp_path, hosts.url)
-    downloads.stop.wait = lambda pause: bool(path.write_bytes(b"new!" * 1000)) and False  # type: ignore[method-assign,assignment]
-    assert downloads.get(Remote("https://elsewhere.example/changing.txt")).read_bytes() == b"new!" * 1000
+    hosts.cut["changing.txt"], hosts.changes["changing.txt"] = 1, b"new!" * 1000
+    got = Downloads(tmp_path, hosts.url, pause=0.0).get(Remote("https://elsewhere.example/changing.txt"))
+    assert got.read_bytes() == b"new!" * 1000
 
 
 def test_a_download_that_is_damaged_here_is_fetched_again(hosts: Hosts, tmp_path: Path) -> None:
@@ -211,7 +249,7 @@ def test_a_download_that_is_damaged_here_is_fetched_again(hosts: Hosts, tmp_path
 
 
 def test_without_published_hashes_a_damaged_archive_is_fetched_again(
-    fetch: Fetch, hosts: Hosts, own: Callable[..., Path]
+    fetch: Fetch, hosts: Hosts, own: Own
 ) -> None:
     hosts.damaged["arxiv-0000.json.gz"] = 1
     path = "huggingface.co/datasets/allenai/OLMoE-mix-0924/resolve/2ccd259c2b3593b8960fb1b27ad65d5cb65e211c"
@@ -224,7 +262,7 @@ def test_without_published_hashes_a_damaged_archive_is_fetched_again(
 
 
 @pytest.fixture
-def own(root: Path, tmp_path: Path) -> Callable[..., Path]:
+def own(root: Path, tmp_path: Path) -> Own:
     """A recipe of one's own, of some URLs."""
 
     def write(*urls: str, **changes: Any) -> Path:
@@ -246,7 +284,7 @@ def own(root: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_tokens_are_compared_with_those_published(fetch: Fetch, own: Callable[..., Path]) -> None:
+def test_tokens_are_compared_with_those_published(fetch: Fetch, own: Own) -> None:
     recipe = own(WIKI)
     status, printed = fetch(recipe, "--output", "out", verb="verify")
     assert (status, "files.json is not there" in printed) == (2, True)
@@ -264,29 +302,6 @@ def test_tokens_are_compared_with_those_published(fetch: Fetch, own: Callable[..
     assert (status, "1 of 1 files of all in out are not made yet, or damaged" in printed) == (2, True)
 
 
-def test_a_folder_is_a_mirror_that_is_read_where_it_is(
-    fetch: Fetch, hosts: Hosts, root: Path, straight: Path
-) -> None:
-    before = contents(root)
-    assert fetch("olmoe-mix-0924", "--mirror", f"file://{root}")[0] == 0
-    assert not hosts.asked
-    assert contents(root) == before
-    assert contents(OLMOE) == {
-        name: content
-        for name, content in contents(straight / OLMOE).items()
-        if not name.startswith("megatron/")
-    }
-
-
-def test_the_token_goes_to_the_hub_and_nowhere_else(
-    fetch: Fetch, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert fetch("redpajama-1t")[0] == 0
-    shown = {path for _, path, _, authorization in hosts.asked if authorization}
-    assert shown == {"/huggingface.co/meta-llama/Llama-2-7b-hf/resolve/main/tokenizer.json"}
-
-
 def test_a_proxy_is_honoured(
     hosts: Hosts, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,9 +311,7 @@ def test_a_proxy_is_honoured(
     assert got.read_bytes() == path.read_bytes()
 
 
-def test_a_share_is_spread_over_the_files_and_keeps_those_held_out(
-    fetch: Fetch, own: Callable[..., Path]
-) -> None:
+def test_a_share_is_spread_over_the_files_and_keeps_those_held_out(fetch: Fetch, own: Own) -> None:
     urls = [
         f"https://{TOGETHER}/{name}"
         for names in stand_in.REDPAJAMA.values()
@@ -314,22 +327,6 @@ def test_a_share_is_spread_over_the_files_and_keeps_those_held_out(
     assert (status, "files.json is of share 0.5, not 1.0" in printed) == (2, True)
 
 
-def test_nodes_take_their_shares_and_the_last_one_mixes(
-    fetch: Fetch, straight: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    for node, there in (("1", False), ("0", True)):
-        monkeypatch.setenv("SLURM_PROCID", node)
-        status, printed = fetch("redpajama-1t")
-        assert (status, "files are left to other nodes" in printed) == (0, not there)
-        assert (REDPAJAMA / "blend.json").exists() == there
-        assert {path.stem[-5:] for path in REDPAJAMA.glob("*/*.bin")} == (
-            {"00000", "00001"} if there else {"00001"}
-        )
-    made, right = contents(REDPAJAMA), contents(straight / REDPAJAMA)
-    assert [name for name in right if name.endswith((".bin", ".idx")) and made[name] != right[name]] == []
-
-
 def test_a_disk_without_room_is_told_before_the_first_byte(
     fetch: Fetch, hosts: Hosts, disk_of: Callable[[str], Path]
 ) -> None:
@@ -341,7 +338,7 @@ def test_a_disk_without_room_is_told_before_the_first_byte(
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_kills_at_random_moments_give_the_same_bytes(
-    hosts: Hosts, root: Path, tmp_path: Path, kills: int
+    hosts: Hosts, straight: Path, tmp_path: Path, kills: int
 ) -> None:
     command = [
         sys.executable,
@@ -354,33 +351,40 @@ def test_kills_at_random_moments_give_the_same_bytes(
         hosts.url,
     ]
     command += ["--workers", "2"]
-    (tmp_path / "straight").mkdir()
-    subprocess.run(command, cwd=tmp_path / "straight", check=True, capture_output=True)
-    right = contents(tmp_path / "straight")
-    assert any(name.endswith("blend.json") for name in right)
 
-    generator, done, rounds = random.Random(), 0, 0
-    hosts.pause = 0.05
+    def whole(folder: Path) -> dict[str, bytes]:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        return contents(folder / REDPAJAMA)
+
+    right = contents(straight / REDPAJAMA)
+    manifests = {name for name in right if name.startswith(("train/", "valid/")) and name.endswith(".json")}
+    if kills > 3:  # manifests too, which name raw files
+        (tmp_path / "straight").mkdir()
+        right, manifests = whole(tmp_path / "straight"), set()
+    done, rounds = 0, 0
     while done < kills:
         folder = tmp_path / str(rounds)
         folder.mkdir()
-        while done < kills:
-            asked = len(hosts.asked)
-            with subprocess.Popen(
-                command, cwd=folder, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-            ) as process:
-                while (
-                    process.poll() is None and len(hosts.asked) == asked and not list(folder.rglob("*.work"))
-                ):
-                    time.sleep(0.005)
-                time.sleep(generator.uniform(0, 0.6))
-                if process.poll() is not None:
-                    break
-                process.send_signal(signal.SIGKILL)
-                done += 1
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        assert contents(folder) == right
+        while done < kills and _is_killed(command, folder, hosts):
+            done += 1
+        made = whole(folder)
+        assert made.keys() == right.keys()
+        assert [name for name in right if name not in manifests and made[name] != right[name]] == []
         rounds += 1
+
+
+def _is_killed(command: list[str], folder: Path, hosts: Hosts) -> bool:
+    """Start it, and kill it some time after it has begun to work, if it has not ended then."""
+    hosts.pause, asked, quiet = 0.05, len(hosts.asked), subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=folder, stdout=quiet, stderr=quiet) as process:
+        while process.poll() is None and len(hosts.asked) == asked and not list(folder.rglob("*.work")):
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.6))
+        hosts.pause = 0.0
+        if process.poll() is not None:
+            return False
+        process.send_signal(signal.SIGKILL)
+    return True
 
 
 @pytest.mark.parametrize(
@@ -406,7 +410,7 @@ def test_mistakes_get_one_sentence(fetch: Fetch, hosts: Hosts, words: tuple[obje
     assert "Traceback" not in printed
 
 
-def test_another_tokenizer_is_not_mixed_in(fetch: Fetch, own: Callable[..., Path], tokenizer: Path) -> None:
+def test_another_tokenizer_is_not_mixed_in(fetch: Fetch, own: Own, tokenizer: Path) -> None:
     recipe = own(WIKI)
     assert fetch(recipe, "--output", "out", "--tokenizer", tokenizer)[0] == 0
     other = Path("other.json")
