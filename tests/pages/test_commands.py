@@ -98,6 +98,11 @@ def known_to_make(place: Place, command: str) -> None:
     place.run(command.replace("make", "make --dry-run", 1))
 
 
+def of_the_internet(place: Place, command: str) -> None:
+    """A corpus of terabytes, of which tests/data fetches a stand-in. Here only that there is such a recipe."""
+    place.run(f"{command} --dry-run")
+
+
 def from_here(place: Place, command: str) -> None:
     """The address of the pages is that of this repository here."""
     place.run(f"cd {place.folder} && " + command.replace("ADDRESS", shlex.quote(str(TOP))))
@@ -187,6 +192,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"polycom eval .*--tokens.*", of_a_training),
     (r"polycom eval .*", of_few_documents),
     (r"polycom (analyze|convert) outputs/.*", of_a_training),
+    (r"polycom data fetch .*", of_the_internet),
     (r"polycom (convert|upstream|data|status|report|doctor)( .*)?", as_written),
     (r"mkdir patches/megatron-next .*", with_a_pin),
     (r"git .*", as_written),
