@@ -23,7 +23,7 @@ from polycom_ext.data.listing import Listing, Part, hub_url
 from polycom_ext.data.progress import progress
 from polycom_ext.data.recipe import Recipe
 from polycom_ext.data.settings import Settings
-from polycom_ext.data.sources import COMPRESSIONS, DamagedError
+from polycom_ext.data.streams import COMPRESSIONS, DamagedError
 from polycom_ext.data.tokenizer import Encoder
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import atomic, lock, sha256

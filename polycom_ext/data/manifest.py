@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polycom_ext.data.progress import progress
-from polycom_ext.data.sources import cannot_read
+from polycom_ext.data.streams import cannot_read
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import atomic, sha256
 

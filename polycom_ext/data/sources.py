@@ -7,25 +7,19 @@ choice.
 
 from __future__ import annotations
 
-import gzip
-import io
 import itertools
 import json
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
+from polycom_ext.data.streams import DamagedError, cannot_read, kind_of, opened
 from polycom_ext.errors import PolycomError
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 MAX_DOCUMENT_BYTES = 16 << 20
 """Longest document: `tokenizers` needs about 140 bytes of memory for each byte of one text."""
@@ -33,10 +27,6 @@ MAX_DOCUMENT_BYTES = 16 << 20
 
 BATCH_BYTES, BATCH_ROWS = 16 << 20, 1024
 """Rows of a Parquet file that are held at a time: so many bytes of an average row group, so many at most."""
-
-
-class DamagedError(PolycomError):
-    """A file that is not what its name says, or not whole."""
 
 
 class BadDocument(Exception):
@@ -71,17 +61,12 @@ def check_input(path: Path) -> None:
         raise PolycomError(
             f"{path} is not a regular file; inputs are read more than once, so save it to one first"
         )
-    kind, compression = _kind(path)
+    kind, compression = kind_of(path)
     if kind not in SUFFIXES or (kind == ".parquet" and compression):
         raise PolycomError(
             f"{path} is of an unknown kind; inputs end in .txt, .jsonl or .json (one object a line), "
             "each plain, .gz or .zst, or in .parquet"
         )
-
-
-def cannot_read(path: Path, error: OSError) -> PolycomError:
-    """What the system says of a file; its own error names none once the file is open."""
-    return PolycomError(f"{path} cannot be read: {error.strerror or error}")
 
 
 def read_records(path: Path, text_key: str = "text", text_documents: str = "file") -> Iterator[Record]:
@@ -100,7 +85,7 @@ def read_records(path: Path, text_key: str = "text", text_documents: str = "file
     Raises:
         PolycomError: the file cannot be read on: damaged compression, not Parquet, no such column (or two).
     """
-    kind, _ = _kind(path)
+    kind, _ = kind_of(path)
     if kind == ".parquet":
         records = _parquet_rows(path, text_key)
     elif kind != ".txt":
@@ -153,74 +138,8 @@ def document_text(record: Record, text_key: str = "text") -> str:
     return text
 
 
-def _kind(path: Path) -> tuple[str, str | None]:
-    """The format's suffix and the compression, if any."""
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSIONS:
-        return path.with_suffix("").suffix.lower(), COMPRESSIONS[suffix]
-    return suffix, None
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The decompressed stream, and the stored one below it whose `tell()` is the progress."""
-    _, compression = _kind(path)
-    with path.open("rb", buffering=1 << 20) as stored:
-        try:
-            yield _decompressed(stored, compression), stored
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            if isinstance(error, OSError) and error.strerror:
-                raise cannot_read(path, error) from None
-            raise DamagedError(f"{path} is damaged or not {compression} ({error}); fetch it again") from None
-
-
-def _decompressed(stored: BinaryIO, compression: str | None) -> BinaryIO:
-    if compression is None:
-        return stored
-    if compression == "gzip":  # Python's reader takes several members, and zeros behind the last
-        raw: object = gzip.GzipFile(fileobj=stored)
-    else:
-        raw = _ZstdFrames(stored)
-    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw), 1 << 20))
-
-
-class _ZstdFrames(io.RawIOBase):
-    """The content of zstd frames, one after another, of any window that the format has.
-
-    Arrow's reader refuses windows of more than 128 MiB (`zstd --long=28`), and zstandard's own takes a
-    truncated file for a short one.
-    """
-
-    def __init__(self, stored: BinaryIO) -> None:
-        self._stored = stored
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._input = b""
-        self._output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._output:
-            # Little, because all that it expands to is held.
-            block = self._input or self._stored.read(1 << 13)
-            if not block:
-                if self._frame is not None:
-                    raise EOFError("the file ends within a frame")
-                return 0
-            frame = self._frame or self._decompressor.decompressobj()
-            self._output = memoryview(frame.decompress(block))
-            self._input = frame.unused_data
-            self._frame = None if frame.eof else frame
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
-
-
 def _whole_file(path: Path) -> Iterator[Record]:
-    with _open(path) as (stream, stored):
+    with opened(path) as (stream, stored):
         data = stream.read(MAX_DOCUMENT_BYTES + 1)
         if len(data) > MAX_DOCUMENT_BYTES:
             problem = f"{_too_long()}; split the file with --text-documents paragraph (or line)"
@@ -231,7 +150,7 @@ def _whole_file(path: Path) -> Iterator[Record]:
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes | None, int]]:
     """Line number from 1, the line (None if it is too long) and the position."""
-    with _open(path) as (stream, stored):
+    with opened(path) as (stream, stored):
         number = 0
         while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
