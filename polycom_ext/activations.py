@@ -50,8 +50,8 @@ class Activation:
     """Parameters beside a polynomial's coefficients."""
     takes_variants: bool = False
     """Its module does: FC1's bias and a router's weight are part of its one pass (`functional.py`)."""
-    keeps_input: bool = True
-    """Backward reads x, and not the result, which the next layer keeps anyway."""
+    keeps: int = 1
+    """Tensors of x's size that backward needs beside the result, which the next layer keeps anyway."""
 
     def parameters(self, order: int | None) -> int:
         """How many numbers are learned, of an order where it is a polynomial."""
@@ -78,7 +78,7 @@ _NORMALIZED = {**_POLYNOMIAL, "normalizes": True, "takes_variants": True}
 _ENTRIES = (
     Activation("swiglu", "SwiGLU", f"{_MODULES}:SwiGLU", gated=True),
     Activation("gelu", "GELU", "torch.nn:GELU"),
-    Activation("relu", "ReLU", "torch.nn:ReLU", keeps_input=False),
+    Activation("relu", "ReLU", "torch.nn:ReLU", keeps=0),
     Activation("relu2", "ReLU²", f"{_MODULES}:SquaredReLU"),
     Activation("silu", "SiLU", "torch.nn:SiLU"),
     Activation("mish", "Mish", f"{_FUNCTIONS}:mish"),

@@ -159,3 +159,26 @@ def test_import_brings_nothing_heavier_than_torch() -> None:
         text=True,
     )
     assert found.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_an_entry_says_what_its_module_learns_and_keeps(name: str) -> None:
+    """Beside the module itself, so that a run can be planned without torch."""
+    entry, order = parse(name)
+    module = build(name, width=8, hidden=8)
+    assert entry.parameters(order) == sum(parameter.numel() for parameter in module.parameters())
+    assert entry.takes_variants is getattr(module, "takes_variants", False)
+    kept: list[torch.Tensor] = []
+    x = torch.randn(4, 8, requires_grad=True) * 1  # not a leaf, as FC1's output
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = module(x)
+    wide = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel() == x.numel()}
+    of_rows = [tensor.shape[1] for tensor in kept if tensor.shape[0] == 4 and tensor.numel() < x.numel()]
+    if not entry.gated:
+        assert len(wide - {y.untyped_storage().data_ptr()}) == entry.keeps
+        assert sum(of_rows) == entry.row_sums(order)

@@ -15,6 +15,7 @@ import yaml
 
 from polycom_ext import upstream
 from polycom_ext.cli import main
+from polycom_ext.planning.plan import plan, total
 from polycom_ext.runs.adapter import find
 from polycom_ext.runs.backends import BACKENDS
 from polycom_ext.runs.spec import load_each
@@ -158,12 +159,19 @@ def assert_as_stated(counts: dict[str, list[int]]) -> None:
         assert not everything or max(everything) <= 1.001 * min(everything)
 
 
+def assert_as_planned(counts: dict[str, list[int]], trainer: str) -> None:
+    """By closed formulas from the spec, to the last parameter."""
+    plans = [plan(spec) for path in configs(trainer) for spec in load_each(Path(path))]
+    assert {one.spec.name: [total(one.parameters), total(one.active)] for one in plans} == counts
+
+
 @pytest.mark.full
 def test_megatron_builds_models_of_the_sizes_that_the_paper_states() -> None:
     counts = counted("megatron_parameters.py", ["megatron"], configs("megatron"))
     assert counts["dense-1b-polynorm"] == [1_345_423_456, 1_345_423_456]  # by hand in docs/paper.md
     assert len(counts) == 12
     assert_as_stated(counts)
+    assert_as_planned(counts, "megatron")
 
 
 @pytest.mark.full
@@ -173,3 +181,4 @@ def test_olmo_builds_models_of_the_sizes_that_the_paper_states(tmp_path: Path) -
     assert len(counts) == 2
     assert counts["moe-1b-7b-polynorm"] == [6_919_161_920, 1_282_017_344]  # by hand in docs/paper.md
     assert_as_stated(counts)
+    assert_as_planned(counts, "olmo")

@@ -28,6 +28,7 @@ def layer(sizes: Sizes, mixture: bool) -> list[Held]:
     if not dropped:
         kept += _mixture(sizes) if mixture else _ffn(sizes, sizes.dense_width)
     if sizes["hidden-dropout"]:
+        # a byte an element on a GPU; on a CPU torch keeps masks of the input's type
         kept.append(tensor(sizes, "dropout's masks", (2, ""), _hidden(sizes), over=(sizes.share,)))
     return kept
 
@@ -146,9 +147,8 @@ def wide_tensors(sizes: Sizes, expert: bool) -> tuple[int, int]:
         )  # halves, silu and the other one with an offset of nothing, their product
     if name in FLAGS:  # gelu(x), relu(x) squared
         return 1, 2 if expert else 1
-    reads = int(sizes.spec.entry.keeps_input)
     one_pass = sizes.spec.entry.takes_variants
-    return reads, 2 if expert and not one_pass else 1
+    return sizes.spec.entry.keeps, 2 if expert and not one_pass else 1
 
 
 def _wide(

@@ -21,7 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "make-vocab-size-divisible-by": 128,
     "num-query-groups": 1,
     "moe-router-topk": 2,
-    "moe-layer-freq": 1,
+    "moe-layer-freq": "1",
     "hidden-dropout": 0.1,
     "attention-dropout": 0.1,
     "normalization": "LayerNorm",
@@ -74,8 +74,9 @@ class Sizes:
             if self[name] not in allowed:
                 known = ", ".join(map(str, allowed))
                 raise PolycomError(f"{where}{name} {self[name]}, but only {known}")
-        if not isinstance(self["moe-layer-freq"], int | list):
-            raise PolycomError(f"{where}moe-layer-freq {self['moe-layer-freq']!r}: give a number or a list")
+        every = str(self["moe-layer-freq"])
+        if not every.isdigit() or every == "0":
+            raise PolycomError(f"{where}moe-layer-freq {every}, but only a number from 1 up")
 
     def __getitem__(self, name: str) -> Any:
         value = self.given.get(name)
@@ -225,14 +226,9 @@ class Sizes:
 
     def of_experts(self) -> list[bool]:
         """For each layer whether it is a mixture."""
-        layers, every = self.count("num-layers"), self["moe-layer-freq"]
-        if not self["num-experts"]:
-            return [False] * layers
-        if isinstance(every, list):
-            if len(every) != layers:
-                raise PolycomError(f"{self.spec.name}: megatron.moe-layer-freq does not name {layers} layers")
-            return [bool(one) for one in every]
-        return [layer % every == 0 for layer in range(layers)]
+        every = int(self["moe-layer-freq"])
+        mixtures = bool(self["num-experts"])
+        return [mixtures and layer % every == 0 for layer in range(self.count("num-layers"))]
 
     @property
     def chunks(self) -> int:

@@ -359,7 +359,7 @@ def _wide(sizes: Sizes, rows: tuple[Factor, ...]) -> Iterator[Held]:
     entry, order = activations.parse(sizes.spec.activation)
     fine, element = sizes["activation_checkpointing"] == "fine_grained", (sizes.stored, BYTES)
     width = (sizes.block.width, "width")
-    before = (2 if fine and not rows else 3) if entry.gated else int(entry.keeps_input)
+    before = (2 if fine and not rows else 3) if entry.gated else entry.keeps
     if before:
         yield _tensor(sizes, "x of the activation", (before, ""), *rows, width, element)
     sums = 0 if entry.name in NATIVE or fine else entry.row_sums(order)

@@ -111,13 +111,21 @@ class Trainer:
 
     def script(self, name: str, *arguments: str) -> Any:
         """What a script beside this file prints last, as JSON; it finds Megatron imported."""
+        return json.loads(self._scripted(name, arguments, 1).splitlines()[-1])
+
+    def ranks(self, name: str, folder: Path, *arguments: str, processes: int) -> list[Any]:
+        """What each rank of such a script, which is told the folder first, leaves there as RANK.json."""
+        self._scripted(name, (str(folder), *arguments), processes)
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+
+    def _scripted(self, name: str, arguments: tuple[str, ...], processes: int) -> str:
         self._count += 1
         log = self._folder / f"{self._count}-{name}.log"
         request: dict[str, Any] = {"script": str(Path(__file__).with_name(name)), "arguments": arguments}
-        request |= {"processes": 1, "log": str(log)}
+        request |= {"processes": processes, "log": str(log)}
         statuses = self._zygote.run({**request, "timeout": 120})
-        assert statuses == [0], log.read_text()[-6000:]
-        return json.loads(log.read_text().splitlines()[-1])
+        assert statuses == [0] * processes, log.read_text()[-6000:]
+        return log.read_text()
 
     def close(self) -> None:
         """End the forking process."""
