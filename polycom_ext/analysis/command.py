@@ -107,6 +107,6 @@ def _tokens(config: dict[str, Any], args: argparse.Namespace) -> Any:
     from polycom_ext.evaluation.tokens import windows
 
     length = args.length or min(LENGTH, config["max_position_embeddings"])
-    cut = windows(args.tokens, length, config["vocab_size"])
+    cut = windows(args.tokens, length, config["vocab_size"], "--length")
     count = min(args.sequences, cut.count)
     return torch.from_numpy(np.stack([cut[index][:length] for index in range(count)]))

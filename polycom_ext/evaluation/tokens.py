@@ -39,15 +39,19 @@ class Windows:
         return self.tokens[start : start + self.length + self.shared].astype(np.int64)
 
 
-def windows(path: Path, length: int, vocab_size: int) -> Windows:
-    """Raises PolycomError for what is no token file, of another vocabulary, or shorter than a window."""
+def windows(path: Path, length: int, vocab_size: int, option: str = "--window") -> Windows:
+    """Raises PolycomError for what is no token file, of another vocabulary, or shorter than a window.
+
+    Args:
+        option: of the command line, by which `length` is given.
+    """
     prefix, form = formats.found(path)
     assert form.read is not None
     made = Windows(form.read(prefix, vocab_size), length, form.shared)
     if made.count < 1:
         raise PolycomError(
             f"{path} holds {len(made.tokens)} tokens, less than a window of {length + form.shared}; "
-            "name a smaller --window"
+            f"name a smaller {option}"
         )
     return made
 

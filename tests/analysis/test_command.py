@@ -126,11 +126,16 @@ def test_what_cannot_be_studied_is_refused_and_writes_nothing(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made("gelu").save_pretrained(tmp_path / "good")
-    good, out = str(tmp_path / "good"), str(tmp_path / "out")
+    good, out, empty = str(tmp_path / "good"), str(tmp_path / "out"), tmp_path / "empty.npy"
+    empty.touch()
     for arguments, said in (
         ([str(tmp_path / "none")], "is no folder, so no checkpoint"),
         ([good, "--tokens", str(tmp_path / "none")], "is no data set of tokens"),
-        ([good, "--tokens", str(text), "--length", "4000"], "less than a window"),
+        (
+            [good, "--tokens", str(text), "--length", "4000"],
+            "less than a window of 4000; name a smaller --length",
+        ),
+        ([good, "--tokens", str(empty)], "holds 0 tokens, less than a window"),
         ([good, str(tmp_path)], "holds no checkpoint"),
     ):
         assert main(["analyze", *arguments, "--output", out]) == 2
@@ -188,3 +193,22 @@ def test_a_model_has_the_same_study_in_every_form_of_checkpoints(
     hf, megatron, olmo = ({**told[form], "source": ""} for form in ("hf", "megatron", "olmo"))
     assert hf["activity"]["tokens"] == 64
     assert hf == megatron == olmo
+
+
+def test_a_diverged_model_is_studied_and_what_is_no_number_is_said_to_be_none(
+    tmp_path: Path, text: Path
+) -> None:
+    model = made("polynorm")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+        model.model.layers[1].mlp.act_fn.weight[0] = torch.nan
+    model.save_pretrained(tmp_path / "one")
+    command = ["analyze", str(tmp_path / "one"), "--tokens", str(text), "--length", "16"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    ranks = {
+        (row["layer"], row["weight"]): row["effective_rank"]
+        for row in rows(tmp_path / "out" / "effective-rank.csv")
+    }
+    assert [key for key, rank in ranks.items() if rank == "nan"] == [("1", "up")]
+    sizes = [row["ffn_rms"] for row in rows(tmp_path / "out" / "activity.csv")]
+    assert [size == "nan" for size in sizes] == [False, True]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
@@ -20,6 +20,7 @@ from polycom_ext.cli import main
 from ..integrations.huggingface.conftest import PLAIN, made
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-1000, 1000), min_size=1, max_size=200))
 def test_a_curve_ascends_over_the_whole_row_and_holds_pairs_of_it(values: list[int]) -> None:
     x = torch.tensor(values, dtype=torch.float64)

@@ -70,7 +70,8 @@ def read(prefix: str, vocab_size: int) -> npt.NDArray[Any]:
     indexed = _indexed(prefix)
     if said or isinstance(indexed, str):
         raise PolycomError(said)
-    return np.memmap(indexed.path, np.dtype(indexed.dtype).newbyteorder("<"), mode="r")
+    dtype = np.dtype(indexed.dtype).newbyteorder("<")
+    return np.memmap(indexed.path, dtype, mode="r") if indexed.path.stat().st_size else np.empty(0, dtype)
 
 
 def blend(mixture: Mixture) -> dict[str, str]:

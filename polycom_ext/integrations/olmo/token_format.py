@@ -42,7 +42,7 @@ def read(prefix: str, vocab_size: int) -> npt.NDArray[Any]:
         {name: "uint16"}, "the type of the tokens", Model(vocab_size, "the model's vocab_size")
     ):
         raise PolycomError(said)
-    return np.memmap(name, "<u2", mode="r")
+    return np.memmap(name, "<u2", mode="r") if Path(name).stat().st_size else np.empty(0, "<u2")
 
 
 FLAT = TokenFormat(
