@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 from collections.abc import Callable
@@ -183,3 +184,20 @@ def test_a_relu_model_trains_on_as_a_polyrelu_model(train: Trainer, olmo: None, 
     assert losses[1] == pytest.approx(before.series("train/loss")[1], rel=1e-6)
     assert losses[4] < losses[1]
     assert after.coefficients["layers"][0]["weight"] != [0.0, 0.0, 1.0]
+
+
+def test_an_analysis_of_a_run_has_the_coefficients_of_each_checkpoint(
+    trained: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = trained(IN_TEST)
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "run.yaml").write_text("trainer: olmo\nactivation: polynorm\n")
+    assert cli.main(["analyze", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "coefficients-over-training.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for step in ("2", "4"):
+        state = torch.load(run.folder / "checkpoints" / f"step{step}-unsharded" / "model.pt")
+        found = [row for row in rows if (row["step"], row["layer"]) == (step, "1")]
+        values = {row["coefficient"]: float(row["value"]) for row in found}
+        expected = state["transformer.blocks.1.act.weight"].double().tolist()
+        assert [values[name] for name in ("a₃", "a₂", "a₁")] == expected
