@@ -91,6 +91,10 @@ def convert(
         raise PolycomError(f"--tokenizer {options.tokenizer} does not exist")
     model = source if isinstance(source, Model) else opened(source)
     model = checked(model if activation is None else upgraded(model, activation))
+    if options.tokenizer is not None:
+        from polycom_ext.data.tokenizer import vocabulary  # needs tokenizers, which others can do without
+
+        vocabulary(options.tokenizer, model.config["vocab_size"])
     partial = target.with_name(f".{target.name}.partial")
     with exclusive(partial):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     **{"qk_norm": (str, type(None)), "clip_qkv": (int, float, type(None))},
 }
 """Key of a configuration -> what it may be; PolyComConfig of integrations/huggingface has what they mean."""
+NORMS, QK_NORMS = ("rms", "layer"), (None, "row", "head")
 OF_A_NORM = {"kind": (str,), "affine": (bool,), "bias": (bool,)}
 
 
@@ -54,8 +56,21 @@ def complete(config: Mapping[str, Any], source: str) -> None:
     check(activation, {name: (type(value), int) for name, value in expected.items()}, "activation.")
     few = [name for name in SIZES if config[name] < 1]
     experts, active = config["num_experts"], config["num_experts_per_tok"]
+    constants = {f"activation.{name}": value for name, value in activation.items()}
+    endless = {
+        name: value
+        for name, value in {**config, **constants}.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    clip = config["clip_qkv"]
     for name, value, sound in (
         *((name, config[name], False) for name in few),
+        *((name, value, False) for name, value in endless.items()),
+        ("rms_norm_eps", config["rms_norm_eps"], config["rms_norm_eps"] >= 0),
+        ("rope_theta", config["rope_theta"], config["rope_theta"] > 0),
+        ("norm.kind", config["norm"]["kind"], config["norm"]["kind"] in NORMS),
+        ("qk_norm", config["qk_norm"], config["qk_norm"] in QK_NORMS),
+        ("clip_qkv", clip, clip is None or clip > 0),
         ("num_key_value_heads", config["num_key_value_heads"], _divides(config)),
         ("num_experts_per_tok", active, 0 <= active <= experts and bool(active) is bool(experts)),
         ("activation.name", activation["name"], activation["name"] == expected["name"]),

@@ -181,6 +181,12 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def check_layers(config: Mapping[str, Any], held: int, source: str) -> None:
+    """Raise PolycomError where there are more blocks than tensors: nobody is to wait for all their names."""
+    if config["num_hidden_layers"] > held:
+        raise PolycomError(f"{source} says {config['num_hidden_layers']} layers, and holds {held} tensors")
+
+
 def checked(model: Model) -> Model:
     """The model, its tensors in the order of its blocks, each compared with its shape when it is read.
 
@@ -188,6 +194,7 @@ def checked(model: Model) -> Model:
     is missing, left over or of another shape.
     """
     complete(model.config, model.source)
+    check_layers(model.config, len(model.tensors), model.source)
     expected = shapes(model.config)
     missing, left = expected.keys() - model.tensors.keys(), model.tensors.keys() - expected.keys()
     if missing:

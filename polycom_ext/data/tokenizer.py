@@ -110,10 +110,19 @@ class Encoder:
         return any(missing)
 
 
-def vocabulary(path: Path) -> dict[str, int]:
-    """Token -> id of a `tokenizer.json`, those added to it included. Raises PolycomError as `Encoder`."""
+def vocabulary(path: Path, size: int) -> dict[str, int]:
+    """Token -> id of a `tokenizer.json`, those added to it included, for a model with so many.
+
+    Raises PolycomError as `Encoder`, and where it gives tokens that the model does not have.
+    """
     _, tokenizer = _opened(path)
     words: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    greatest = max(words.values(), default=0)
+    if greatest >= size:
+        raise PolycomError(
+            f"{path} gives the token {greatest}, and the vocabulary of the model is {size}: "
+            "name its own with --tokenizer"
+        )
     return words
 
 

@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
-from polycom_ext import cli
+from polycom_ext import cli, trainers
+from polycom_ext.checkpoints.command import convert
+from polycom_ext.checkpoints.forms import Options, Writes
 
+from ..integrations.megatron.test_written import made
+
+WRITTEN = [name for name, form in trainers.checkpoint_forms().items() if isinstance(form, Writes)]
 HELP = """
 import sys
 for package in ("torch", "tokenizers", "safetensors", "transformers"):
@@ -23,6 +29,24 @@ def test_what_it_can_do_is_told_without_the_packages_of_any_form() -> None:
     said = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     listed = " ".join(said.stdout.split()).partition("the form to write: ")[2].partition(" --")[0]
     assert set(listed.split(", ")) == {"megatron", "megatron-torch", "olmo", "hf"}, said
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(97, "gives the token 96, and the vocabulary of the model is 96"), (0, "is not a tok")],
+)
+def test_a_tokenizer_of_another_model_is_refused_by_every_form(
+    form: str, words: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target, file = tmp_path / "source", tmp_path / "target", tmp_path / "words.json"
+    convert(made("polynorm"), source, "megatron", Options())
+    file.write_text("{}")
+    if words:
+        Tokenizer(models.WordLevel({f"w{n}": n for n in range(words)}, "w0")).save(str(file))
+    assert cli.main(["convert", str(source), str(target), "--to", form, "--tokenizer", str(file)]) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("named", [b"", b"\xff", "²".encode(), b"-1", b"release", b"7", b"../up"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from polycom_ext import activations
 from polycom_ext.checkpoints.constants import KINDS, complete, described
-from polycom_ext.checkpoints.model import Model, shapes
+from polycom_ext.checkpoints.model import Model, check_layers, shapes
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.huggingface.stock import SHARED, STOCK, Stock, theirs
 from polycom_ext.integrations.huggingface.weights import Weights
@@ -51,6 +51,7 @@ def read(folder: Path) -> Model:
     weights = Weights(folder)
     config, own = _configuration(said, weights, source)
     complete(config, source)
+    check_layers(config, len(weights.files), source)
     readers, taken = dict[str, Callable[[], Any]](), set[str]()
     for name in shapes(config):
         named = theirs(own, name)

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polycom_ext.errors import PolycomError
-
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -23,13 +21,7 @@ class Tokenizer:
         from polycom_ext.data.tokenizer import vocabulary  # needs tokenizers, which others can do without
 
         self.path = path
-        self._words = vocabulary(path)
-        greatest = max(self._words.values(), default=0)
-        if greatest >= vocab_size:
-            raise PolycomError(
-                f"{path} gives the token {greatest}, and the vocabulary of the model is {vocab_size}: "
-                "name its own with --tokenizer"
-            )
+        self._words = vocabulary(path, vocab_size)
 
     @property
     def eos_id(self) -> int | None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from polycom_ext.checkpoints.archive import Waiting
+from polycom_ext.checkpoints.constants import complete
 from polycom_ext.checkpoints.forms import Found, Options
-from polycom_ext.checkpoints.model import Concatenated, Model, Row, shapes
+from polycom_ext.checkpoints.model import Concatenated, Model, Row, check_layers, shapes
 from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.olmo import exchange, saved, weights
 from polycom_ext.integrations.olmo.native import NATIVE
@@ -159,9 +160,12 @@ class Checkpoints:
             raise PolycomError(f"{path} {problem}: name another checkpoint")
         settings = _settings(path)
         config = exchange.read(settings.get("model"), str(path))
+        stored = weights.readers(path)
+        complete(config, str(path))
+        check_layers(config, len(stored), str(path))
         rows = {row.theirs: row for row in (*rows_of(config), *_apart(config))}
         readers: dict[str, Callable[[], Any]] = {}
-        for name, reader in weights.readers(path).items():
+        for name, reader in stored.items():
             if name not in rows:
                 raise PolycomError(f"{path} holds {name}, for which the exchange format has no place")
             readers.update(rows[name].read(reader, config))

@@ -310,6 +310,24 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another width": (says(intermediate_size=47), "has shape (48, 32), the model needs (47, 32)"),
     "another order": (says(activation={**ACTIVATION, "order": 2}), "has shape (3,), the model needs (2,)"),
     "more blocks": (says(num_hidden_layers=3), "has nothing for model.layers.2."),
+    "more blocks than anyone waits for": (says(num_hidden_layers=10**9), "says 1000000000 layers, and holds"),
+    "an eps that is no number": (says(rms_norm_eps=float("nan")), "rms_norm_eps nan"),
+    "an eps below nothing": (says(rms_norm_eps=-1e-5), "rms_norm_eps -1e-05"),
+    "an endless rope": (
+        says(rope_theta=float("inf"), rope_parameters={"rope_theta": float("inf")}),
+        "rope_theta inf",
+    ),
+    "a clip that is no number": (says(clip_qkv=float("nan")), "clip_qkv nan"),
+    "a clip of nothing": (says(clip_qkv=-0.5), "clip_qkv -0.5"),
+    "an eps of the activation's that is none": (
+        says(activation={**ACTIVATION, "eps": float("inf")}),
+        "activation.eps inf",
+    ),
+    "norms of another kind": (
+        says(norm={"kind": "batch", "affine": True, "bias": False}),
+        "norm.kind 'batch'",
+    ),
+    "queries normalised otherwise": (says(qk_norm="column"), "qk_norm 'column'"),
     "fewer blocks": (says(num_hidden_layers=1), "holds model.layers.1."),
     "an unknown activation": (
         says(activation={**ACTIVATION, "name": "polynone"}),

@@ -222,7 +222,7 @@ def test_training_on_the_branch_goes_on_from_what_was_converted(
     own = first.folder / "checkpoints" / "step4-unsharded"
     for source, target, form in ((own, "hf", "hf"), (tmp_path / "hf", "olmo", "olmo")):
         assert cli.main(["convert", str(source), str(tmp_path / target), "--to", form]) == 0
-    reset = {"reset_optimizer_state": True, "reset_trainer_state": True}
+    reset: dict[str, Any] = {"reset_optimizer_state": True, "reset_trainer_state": True}
     losses = [
         train_branch(**settings, **reset, load_path=str(path)).series("train/loss")
         for path in (tmp_path / "olmo" / STEP, own)
