@@ -132,10 +132,11 @@ class Downloads:
         partial = path.with_name(f"{path.name}.part")
         for _ in range(TRIES):
             modified = self._whole(file.url, partial)
-            problem = _problem(partial, file, None)
+            digest = sha256(partial)
+            problem = _differs(partial.stat().st_size, digest, file.size, file.sha256)
             if not problem:
                 with atomic(kept) as written:
-                    written.write(sha256(partial).encode())
+                    written.write(digest.encode())
                 os.utime(partial, (modified, modified))
                 partial.replace(path)
                 partial.with_name(f"{partial.name}.etag").unlink(missing_ok=True)
@@ -228,15 +229,19 @@ class Downloads:
             )
 
 
-def _problem(path: Path, file: Remote, digest: str | None) -> str:
-    """How a file differs from what is known of it, as half a sentence; empty if it does not."""
-    size = path.stat().st_size
-    if file.size is not None and size != file.size:
-        return f"has {size} bytes, not {file.size}"
-    wanted = file.sha256 or digest
-    if wanted and (found := sha256(path)) != wanted:
-        return f"has sha256 {found}, not {wanted}"
-    return ""
+def _problem(path: Path, file: Remote, kept: str | None) -> str:
+    """How a file differs from what is known of it, as half a sentence; empty if it does not.
+
+    `kept` is the hash that it had when it was fetched: of a file of a mirror there is none.
+    """
+    wanted = file.sha256 or kept
+    return _differs(path.stat().st_size, sha256(path) if wanted else "", file.size, wanted)
+
+
+def _differs(size: int, digest: str, wanted_size: int | None, wanted: str | None) -> str:
+    if wanted_size is not None and size != wanted_size:
+        return f"has {size} bytes, not {wanted_size}"
+    return f"has sha256 {digest}, not {wanted}" if wanted and digest != wanted else ""
 
 
 def _time(said: str | None) -> float:

@@ -172,10 +172,15 @@ def _trees(run: Run) -> dict[str, str]:
 
 def _data(run: Run) -> Iterator[tuple[str, str]]:
     """File -> its size and a digest of a sample of it."""
+    folders: dict[Path, list[Path]] = {}  # each listed once: a corpus has thousands of prefixes
     for name in run.adapter.facts(run.spec).data:
         path = Path(name)
-        files = [path] if path.is_file() else sorted(path.parent.glob(f"{path.name}.*"))
-        for file in files:
+        if path.parent not in folders:
+            folders[path.parent] = sorted(path.parent.glob("*"))
+        prefix = f"{path.name}."
+        for file in (
+            [path] if path.is_file() else (one for one in folders[path.parent] if one.name.startswith(prefix))
+        ):
             with file.open("rb") as opened:
                 size = opened.seek(0, os.SEEK_END)
                 opened.seek(0)

@@ -99,7 +99,7 @@ def known_to_make(place: Place, command: str) -> None:
 
 
 def of_the_internet(place: Place, command: str) -> None:
-    """A corpus of terabytes, of which tests/data fetches a stand-in. Here only that there is such a recipe."""
+    """A corpus of terabytes, of which tests/data fetches a stand-in. Here only what the recipe says."""
     place.run(f"{command} --dry-run")
 
 

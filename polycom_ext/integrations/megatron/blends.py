@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from polycom_ext.errors import PolycomError
 SPLITS = {"train": "train-data-path", "valid": "valid-data-path", "test": "test-data-path"}
 OPTIONS = ("data-path", *SPLITS.values())
 FILE_OPTIONS = ("data-args-path", "per-split-data-args-path")
+UNREADABLE = (OSError, ValueError, AttributeError, TypeError)
 LONG = 64
 """Words of a blend, paths and weights, from which it is written to a file: a corpus has thousands, and Linux
 limits the length of the command line that every rank carries."""
@@ -52,9 +54,28 @@ def check(name: str, options: Mapping[str, Any]) -> None:
 
 
 def training(options: Mapping[str, Any]) -> list[str]:
-    """The data sets that a run trains on, as far as its options name them themselves."""
+    """The data sets that a run trains on, as far as its options, or files that these name, say it."""
     blends = [words(options.get(name)) or [] for name in ("data-path", SPLITS["train"])]
+    for name in FILE_OPTIONS:
+        path = Path(str(options.get(name)))
+        if path.is_file():
+            with contextlib.suppress(*UNREADABLE):
+                listed = read(name, path)
+                blends.append(listed.get("train") or listed.get("") or [])
     return [prefix for blend in blends for prefix in prefixes(blend)]
+
+
+def read(option: str, path: Path) -> dict[str, list[str]]:
+    """Split -> words of the blends in a file that one of FILE_OPTIONS names; of all splits together, "".
+
+    Raises one of UNREADABLE for a file that upstream cannot read.
+    """
+    text = path.read_text(encoding="utf-8")
+    splits = json.loads(text).items() if option.startswith("per-split") else [("", text)]
+    return {
+        split: blend.split() if isinstance(blend, str) else list(map(str, blend or []))
+        for split, blend in splits
+    }
 
 
 def prefixes(blend: list[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,13 +47,11 @@ def _prefixes(spec: Spec) -> Iterator[tuple[str, str]]:
 
 
 def _listed(spec: Spec, name: str) -> list[list[str]]:
-    """The blends that upstream reads in such a file: words, or in JSON words or a list for each split."""
+    """The blends that upstream reads in such a file."""
     path = Path(str(spec.options[name]))
     try:
-        text = path.read_text(encoding="utf-8")
-        splits = json.loads(text).values() if name.startswith("per-split") else [text]
-        return [split.split() if isinstance(split, str) else list(map(str, split or [])) for split in splits]
-    except (ValueError, AttributeError, TypeError) as error:
+        return list(blends.read(name, path).values())
+    except blends.UNREADABLE as error:
         raise PolycomError(f"{spec.name}: megatron.{name}: {path} cannot be read ({error})") from None
 
 

@@ -402,6 +402,20 @@ def test_a_blend_of_any_length_reaches_upstream_as_it_is(
     assert upstreams_blend(tree, **read) == upstreams_blend(tree, **lists)
 
 
+def test_data_that_a_file_lists_are_the_runs_as_if_it_listed_them_itself(tmp_path: Path) -> None:
+    blend = ["0.3", "a/one", "0.7", "a/two"]
+    (tmp_path / "words").write_text(" ".join(blend))
+    (tmp_path / "splits").write_text(json.dumps({"train": blend, "valid": ["b"], "test": None}))
+    (tmp_path / "torn").write_text('{"train": [')
+    said = {}
+    for name in ("words", "splits", "torn"):
+        spec = make()
+        option = "data-args-path" if name == "words" else "per-split-data-args-path"
+        spec.options[option] = str(tmp_path / name)
+        said[name] = MegatronAdapter().facts(spec).data
+    assert said == {"words": ("a/one", "a/two"), "splits": ("a/one", "a/two"), "torn": ()}
+
+
 def test_a_path_that_upstream_would_take_for_two_is_refused() -> None:
     spec = make(data_path=["an odd name"] * 100)
     with pytest.raises(PolycomError, match="ends a path at white space: rename 'an odd name'"):
