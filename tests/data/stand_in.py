@@ -216,7 +216,7 @@ class _Answer(BaseHTTPRequestHandler):
                     self.server.changes[name]
                 )
             return
-        step = 1 << 12 if self.server.pause else len(body) or 1
+        step = 1 << 9 if self.server.pause else len(body) or 1
         for start in range(0, len(body), step):
             self.wfile.write(body[start : start + step])
             time.sleep(self.server.pause)
