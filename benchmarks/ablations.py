@@ -14,6 +14,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -57,13 +58,20 @@ def reached(row: Row, runs: list[Row]) -> str:
 def conditions(runs: Path) -> Iterator[str]:
     """Date, machine and versions, from the records of the runs."""
     told: list[dict[str, Any]] = [json.loads(path.read_text()) for path in runs.glob("*/versions.json")]
-    attempts = [attempt for one in told for attempt in one["attempts"]]
-    first, last = min(one["started"] for one in attempts), max(one.get("ended", "") for one in attempts)
+    times = [
+        [datetime.fromisoformat(attempt[what]) for what in ("started", "ended")]
+        for one in told
+        for attempt in one["attempts"]
+        if "ended" in attempt
+    ]
+    first, last = min(start for start, _ in times), max(end for _, end in times)
+    minutes = sum((end - start).total_seconds() for start, end in times) / 60
     upstreams = {f"{name} {tree['version']}" for one in told for name, tree in one["upstreams"].items()}
     versions = sorted({f"torch {one['torch']}" for one in told} | upstreams)
     commits = sorted({one["commit"][:12] for one in told})
-    yield f"{len(told)} runs, {first[:16]} to {last[:16]} UTC, {processor()}, one thread each;"
-    yield f"{', '.join(versions)}, commit {', '.join(commits)}."
+    when = f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
+    yield f"{len(told)} runs, of {minutes:.0f} minutes in all, {when};"
+    yield f"{processor()}, one thread each; {', '.join(versions)}, commit {', '.join(commits)}."
 
 
 def processor() -> str:
