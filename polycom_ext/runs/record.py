@@ -253,7 +253,10 @@ def parse(line: bytes) -> tuple[int, dict[str, float]] | None:
     """
     try:
         record = json.loads(line.decode("utf-8", errors="replace"))
-        return int(record["step"]), {str(name): _number(value) for name, value in record["metrics"].items()}
+        step = int(record["step"])
+        if not 0 <= step < 2**53:
+            raise ValueError
+        return step, {str(name): _number(value) for name, value in record["metrics"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 

@@ -83,10 +83,10 @@ def test_numbers_that_are_none_are_infinite_or_left_out(make_run: RunMaker) -> N
     with (run / "metrics.jsonl").open("a") as file:
         for value in ("1e400", "-1e308", "Infinity", digits):
             file.write(f'{{"step": 20, "metrics": {{"train/{value[:5]}": {value}}}}}\n')
-        for step in ("1e400", "NaN", '"x"'):
+        for step in ("1e400", "NaN", '"x"', "-1", "1e300"):
             file.write(f'{{"step": {step}, "metrics": {{"train/loss": 4.0}}}}\n')
     found = read(run)
-    assert "3 lines that cannot be read" in found.problems[0]
+    assert "5 lines that cannot be read" in found.problems[0]
     assert [found.metrics[f"train/{name}"][20] for name in ("1e400", "-1e30", "Infin", digits[:5])] == [
         math.inf,
         -math.inf,
