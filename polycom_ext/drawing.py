@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
-import numpy as np
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,53 +20,9 @@ from matplotlib.ticker import MaxNLocator
 from polycom_ext import activations
 from polycom_ext.runs.record import Series
 
-_COLORS = {
-    "swiglu": ("#000000", "s"),
-    "gelu": ("#CC79A7", "^"),
-    "relu": ("#E69F00", "v"),
-    "relu2": ("#8A8A8A", "<"),
-    "silu": ("#B7A800", ">"),
-    "mish": ("#882255", "*"),
-    "hardswish": ("#B39DDB", "H"),
-    "prelu": ("#8C6D46", "p"),
-    "swish": ("#332288", "h"),
-    "xielu": ("#66A61E", "d"),
-    "polyrelu": ("#009E73", "D"),
-    "polyprelu": ("#56B4E9", "P"),
-    "polynorm": ("#0072B2", "o"),
-    "polyrelunorm": ("#D55E00", "X"),
-}
-"""Okabe and Ito's colours (yellow darkened for white paper, one grey) and five more, each with a marker of
-its own.
-"""
-_SPARE = (("#E7298A", "1"), ("#A6761D", "2"), ("#1B7837", "3"), ("#7570B3", "4"))
-"""For those of other packages, in the registry's order."""
+_DATA: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 Dashes = Literal["-", "--", "-.", ":"]
 _DASHES: tuple[Dashes, ...] = ("-", "--", "-.", ":")
-_STYLE: Any = {
-    "text.parse_math": False,  # labels are names, and may hold dollars
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.5,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 3.8,
-    "figure.dpi": 200,
-    "savefig.dpi": 200,
-}
 WIDTH = 7.2
 """Inches: a text column."""
 
@@ -92,7 +48,7 @@ class Look:
 @contextmanager
 def style() -> Iterator[None]:
     """The type and line widths of every figure."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_DATA["style"]):
         yield
 
 
@@ -101,8 +57,9 @@ def looks(names: Sequence[str]) -> list[Look]:
 
     Colour and marker by the activation, the same in every report; dashes tell runs of one apart.
     """
-    others = [name for name in activations.names() if name not in _COLORS]
-    palette = {**_COLORS, **dict(zip(others, cycle(_SPARE), strict=False))}
+    ours = _DATA["activations"]
+    others = [name for name in activations.names() if name not in ours]
+    palette = {**ours, **dict(zip(others, cycle(_DATA["spare"]), strict=False))}
     drawn: dict[str, int] = {}
     made = []
     for name in names:
@@ -112,21 +69,17 @@ def looks(names: Sequence[str]) -> list[Look]:
     return made
 
 
-def smooth(series: Series) -> tuple[Series, int]:
-    """Centred mean over a twentieth of the values (no lag); what is not finite is left out of it and stays.
+def smooth(frame: Any) -> tuple[Any, int]:
+    """Centred mean over a twentieth of the values (no lag); of what is not finite nothing is left.
 
-    Returns the smoothed series and the number of values in a mean.
+    Args:
+        frame: of pandas, a column a curve.
+
+    Returns the smoothed curves and the number of values in a mean.
     """
-    if not series:
-        return {}, 1
-    window = max(1, len(series) // 20) | 1
-    values = np.array(list(series.values()), dtype=float)
-    finite = np.isfinite(values)
-    kernel = np.ones(window)
-    count = np.convolve(finite, kernel, mode="full")[window // 2 :][: len(values)]
-    total = np.convolve(np.where(finite, values, 0.0), kernel, mode="full")[window // 2 :][: len(values)]
-    mean = np.where(finite, total / np.maximum(count, 1), np.nan)
-    return dict(zip(series, mean.tolist(), strict=True)), window
+    window = max(1, len(frame) // 20) | 1
+    finite = frame.where(abs(frame) < math.inf)
+    return finite.rolling(window, center=True, min_periods=1).mean().where(finite.notna()), window
 
 
 def cut(curves: Sequence[Series]) -> tuple[float, float] | None:

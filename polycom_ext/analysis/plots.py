@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -12,10 +13,12 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from polycom_ext.analysis.shapes import Shape
 from polycom_ext.analysis.study import WEIGHTS, Study
 from polycom_ext.drawing import WIDTH, Look, Plot, count_steps, legend, name_axes, save, style
 from polycom_ext.runs.record import mean
 
+T = TypeVar("T")
 Studied = Sequence[tuple[str, Look, Study]]
 """(label, look, study)"""
 COLUMNS = 4
@@ -44,10 +47,10 @@ def draw(studied: Studied, folder: Path, slug: str) -> list[Plot]:
     return plots
 
 
-def _panels(
+def over_layers(
     titles: Sequence[str],
-    studied: Studied,
-    values: Callable[[Study, str], list[tuple[int, float]]],
+    studied: Sequence[tuple[str, Look, T]],
+    values: Callable[[T, str], Sequence[tuple[int, float]]],
     ylabel: str,
 ) -> tuple[Figure, list[Axes]]:
     """A panel a title, over the layers; each checkpoint a line."""
@@ -84,7 +87,7 @@ def _ranks(studied: Studied, path: Path) -> Plot:
             if name in layer.effective_rank
         ]
 
-    figure, panels = _panels(names, studied, means, "effective rank")
+    figure, panels = over_layers(names, studied, means, "effective rank")
     for ax, name in zip(panels, names, strict=False):
         most = max(study.full_rank.get(name, 0) for _, _, study in studied)
         ax.axhline(most, color="#555555", linestyle=":", linewidth=0.9)
@@ -109,38 +112,50 @@ def coefficients(studied: Studied, path: Path) -> Plot | None:
         return [(index, layer.coefficients[name]) for index, layer in layers if name in layer.coefficients]
 
     with style():
-        figure, _ = _panels(names, having, series, "coefficient")
+        figure, _ = over_layers(names, having, series, "coefficient")
         return save(figure, path, "Coefficients by layer", "Each panel has its own scale.")
 
 
 def shapes(studied: Studied, path: Path) -> Plot | None:
     """The functions that the activations are, a panel a checkpoint; None where all are gated."""
-    having = [one for one in studied if any(one[2].shapes)]
+    having = [
+        (label, look, [(layer, shape) for layer, shape in enumerate(study.shapes) if shape is not None])
+        for label, look, study in studied
+        if any(study.shapes)
+    ]
     if not having:
         return None
+    caption = (
+        "One curve a layer, over the numbers of one row of its inputs: with text the row of which the "
+        "rms is the median of all, else the quantiles of the standard normal distribution."
+    )
+    with style():
+        return save(functions(having), path, "Shapes of the activations", caption)
+
+
+def functions(
+    having: Sequence[tuple[str, Look, Sequence[tuple[int, Shape]]]], start: Sequence[Shape] = ()
+) -> Figure:
+    """A panel of each, of its layers by number; dashed what it was at the start of training, if given."""
     columns = min(COLUMNS, len(having))
     rows = -(-len(having) // columns)
-    depth = max(len(study.shapes) for _, _, study in having)
+    depth = 1 + max(layer for _, _, layers in having for layer, _ in layers)
     colors = matplotlib.colormaps["viridis"].resampled(max(depth, 2))
-    with style():
-        figure = Figure(figsize=(WIDTH, 0.5 + 2.1 * rows), layout="constrained")
-        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for ax, (label, _, study) in zip(panels, having, strict=False):
-            for index, shape in enumerate(study.shapes):
-                if shape is not None:
-                    ax.plot(shape.x, shape.y, color=colors(index), linewidth=1.1)
-            ax.set_title(label, loc="left")
-        name_axes(panels, columns, len(having), "x")
-        figure.supylabel("y(x)", fontsize=8)
-        norm = BoundaryNorm([index - 0.5 for index in range(max(depth, 2) + 1)], colors.N)
-        bar = figure.colorbar(ScalarMappable(norm, colors), ax=panels, shrink=0.8, label="layer")
-        bar.ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        bar.ax.minorticks_off()
-        caption = (
-            "One curve a layer, over the numbers of one row of its inputs: with text the row of which the "
-            "rms is the median of all, else the quantiles of the standard normal distribution."
-        )
-        return save(figure, path, "Shapes of the activations", caption)
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.1 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for index, (ax, (label, look, layers)) in enumerate(zip(panels, having, strict=False)):
+        for layer, shape in layers:
+            ax.plot(shape.x, shape.y, color=colors(layer), linewidth=1.1)
+        for shape in start[index : index + 1]:
+            ax.plot(shape.x, shape.y, color="black", linestyle="--", linewidth=1.1)
+        ax.set_title(label, loc="left", color=look.color, fontweight="bold")
+    name_axes(panels, columns, len(having), "x")
+    figure.supylabel("y(x)", fontsize=8)
+    norm = BoundaryNorm([index - 0.5 for index in range(max(depth, 2) + 1)], colors.N)
+    bar = figure.colorbar(ScalarMappable(norm, colors), ax=panels, shrink=0.8, label="layer")
+    bar.ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    bar.ax.minorticks_off()
+    return figure
 
 
 def _history(studied: Studied, path: Path) -> Plot:
@@ -207,7 +222,7 @@ def _activity(studied: Studied, path: Path) -> Plot:
     def series(study: Study, title: str) -> list[tuple[int, float]]:
         return list(enumerate(getattr(study.activity, named[title])))
 
-    figure, panels = _panels(list(named), studied, series, "")
+    figure, panels = over_layers(list(named), studied, series, "")
     for ax in panels[: len(named)]:
         ax.set_ylim(bottom=0, top=max(ax.get_ylim()[1], 0.01))
     caption = (

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
-from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
@@ -18,6 +16,9 @@ from polycom_ext import activations
 from polycom_ext.evaluation import published
 from polycom_ext.report.results import Result
 from polycom_ext.runs import adapter
+
+SLOWED = 0.1
+"""A share of a run's time, beyond steps of its median length, that nothing of its own takes."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,8 @@ class Group:
     @property
     def progress(self) -> str:
         """Of those that count, as `Result.progress`; the range where they differ."""
-        steps = [one.run.step for one in self.counted]
-        return (f"{min(steps)}–" if min(steps) < max(steps) else "") + max(
-            self.counted, key=lambda one: one.run.step
-        ).progress
+        least, *_, most = sorted(self.counted * 2, key=lambda one: one.run.step)
+        return most.progress if least.run.step == most.run.step else f"{least.run.step}–{most.progress}"
 
     @property
     def remarks(self) -> list[str]:
@@ -77,9 +76,8 @@ class Group:
 
     def numbers(self, name: str) -> pd.Series:
         """One of `Result.numbers`, by seed, of those that count."""
-        return pd.Series(
-            {str(one.facts.seed): one.numbers[name] for one in self.counted}, dtype=float
-        ).dropna()
+        told = {str(one.facts.seed): one.numbers[name] for one in self.counted}
+        return pd.Series(told, dtype=float).dropna()
 
     def along(self, steps: pd.Index, x: str) -> np.ndarray:
         """Where `steps` stand on an axis: `tokens`, or steps where their number is not known, or `hours`."""
@@ -126,32 +124,31 @@ class Family:
     @cached_property
     def untimely(self) -> str:
         """Why times say nothing of the activations, a clause; nothing where the records tell of no reason."""
-        spans = []
-        for one in self.results:
-            for attempt in one.run.attempts:
-                try:
-                    began, ended = (datetime.fromisoformat(attempt[key]) for key in ("started", "ended"))
-                    spans.append((str(attempt["host"]), began, ended, one.run.name))
-                except (KeyError, TypeError, ValueError):
-                    return f"the record of {one.run.name} does not say where and until when it ran"
-        hosts = sorted({span[0] for span in spans})
-        if len(hosts) > 1:
-            return f"they ran on different machines ({', '.join(hosts)})"
-        spans.sort(key=lambda span: span[1].timestamp())
-        for before, after in pairwise(spans):
-            if after[1].timestamp() < before[2].timestamp():
-                return f"{before[3]} and {after[3]} shared a machine"
-        return "" if spans else "their records do not say where they ran"
+        attempts = [{**told, "run": one.run.name} for one in self.results for told in one.run.attempts]
+        told = pd.DataFrame(attempts, columns=["run", "host", "started", "ended"])
+        told["host"] = told["host"].map(str, na_action="ignore")
+        for name in ("started", "ended"):
+            told[name] = pd.to_datetime(told[name].map(str), errors="coerce", utc=True, format="ISO8601")
+        if told.empty or (unknown := told.isna().any(axis=1)).any():
+            which = "some record" if told.empty else f"the record of {told['run'][unknown.idxmax()]}"
+            return f"{which} does not say where and until when it ran"
+        if told["host"].nunique() > 1:
+            return f"they ran on different machines ({', '.join(sorted(told['host'].unique()))})"
+        told = told.sort_values("started", ignore_index=True)
+        if (shared := told["started"] < told["ended"].shift()).any():
+            return " and ".join(told["run"][shared.idxmax() - 1 :][:2]) + " shared a machine"
+        slowed = pd.Series({one.run.name: one.slowed for one in self.results})
+        if slowed.max() > SLOWED:
+            return f"something else slowed {slowed.idxmax()} down, for {slowed.max():.0%} of its time"
+        return ""
 
     @property
     def best(self) -> Group | None:
         """Lowest validation loss among those that came furthest; None where they are fewer than two."""
-        finals = {group.label: group.frame("validation").mean(axis=1).tail(1) for group in self.groups}
-        step = max((one.index[0] for one in finals.values() if len(one)), default=None)
-        rivals = {label: one.iloc[0] for label, one in finals.items() if len(one) and one.index[0] == step}
-        rivals = {label: loss for label, loss in rivals.items() if math.isfinite(loss)}
-        best = min(rivals, key=lambda label: rivals[label]) if len(rivals) > 1 else None
-        return next((group for group in self.groups if group.label == best), None)
+        ends = {one.label: one.frame("validation").mean(axis=1).tail(1) for one in self.groups}
+        step = max((end.index[0] for end in ends.values() if len(end)), default=None)
+        rivals = [one for one in self.groups if math.isfinite(ends[one.label].get(step, math.nan))]
+        return min(rivals, key=lambda one: ends[one.label][step]) if len(rivals) > 1 else None
 
     @property
     def rehearsal(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,7 +14,6 @@ import pandas as pd
 
 from polycom_ext import activations
 from polycom_ext._version import __version__
-from polycom_ext.drawing import Plot
 from polycom_ext.errors import PolycomError
 from polycom_ext.report import rundir, tables
 from polycom_ext.report.families import Family, families, flatten
@@ -23,27 +21,6 @@ from polycom_ext.report.plots import draw
 from polycom_ext.report.results import FINAL_SHARE, Result
 from polycom_ext.report.sentence import summarize
 from polycom_ext.runs import document
-
-
-@dataclass(frozen=True)
-class Section:
-    """One family on the page."""
-
-    family: Family
-    seeds: int
-    """Of the activation that has the most."""
-    here: dict[str, Any]
-    """The conditions that the paper names, of these runs."""
-    differences: pd.DataFrame
-    unmatched: list[str]
-    """Which have no seed in common with the baseline."""
-    speedups: dict[str, dict[str, pd.Series]]
-    """By tokens, and by hours where these compare activations."""
-    losses: tables.Scores | None
-    accuracies: tables.Scores | None
-    evaluation: str
-    """What `polycom eval` measured on."""
-    plots: list[Plot]
 
 
 def write_report(run_dirs: Sequence[Path], output: Path, title: str) -> tuple[Path, str]:
@@ -75,24 +52,24 @@ def write_report(run_dirs: Sequence[Path], output: Path, title: str) -> tuple[Pa
     return page, sentence
 
 
-def _section(family: Family, output: Path, problems: list[str]) -> Section:
+def _section(family: Family, output: Path, problems: list[str]) -> dict[str, Any]:
     """What stands on the page of a family; adds to `problems` what cannot be drawn."""
     facts = {name: getattr(family.facts, name, None) for name in (*family.published.conditions, "batch")}
     plots, damaged = draw(family, output)
     problems += damaged
     clocks = ["tokens"] if family.untimely else ["tokens", "hours"]
-    return Section(
-        family=family,
-        seeds=max(len(group.counted) for group in family.groups),
-        here={**facts, "tokens": family.tokens, "data": _names(family.facts.data)},
-        differences=tables.differences(family),
-        unmatched=[one.label for one in family.groups if not one.seeds & family.baseline.seeds],
-        speedups={clock: tables.speedups(family, clock) for clock in clocks},
-        losses=tables.scores(family, "text"),
-        accuracies=tables.scores(family, "task"),
-        evaluation=tables.conditions(family),
-        plots=plots,
-    )
+    return {
+        "family": family,
+        "seeds": max(len(group.counted) for group in family.groups),
+        "here": {**facts, "tokens": family.tokens, "data": _names(family.facts.data)},
+        "differences": tables.differences(family),
+        "unmatched": [one.label for one in family.groups if not one.seeds & family.baseline.seeds],
+        "speedups": {clock: tables.speedups(family, clock) for clock in clocks},
+        "losses": tables.scores(family, "text"),
+        "accuracies": tables.scores(family, "task"),
+        "evaluation": tables.conditions(family),
+        "plots": plots,
+    }
 
 
 def _names(files: Sequence[str]) -> str:
@@ -103,19 +80,19 @@ def _names(files: Sequence[str]) -> str:
 
 def _versions(results: Sequence[Result]) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Versions and patch states that all runs share, and for each run those that differ."""
-    flat = [flatten(result.run.versions, " ") for result in results]
-    said = [
-        {
-            key: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            for key, value in one.items()
-        }
-        for one in flat
+    flat = [flatten(result.run.versions, " ").items() for result in results]
+    told = [
+        {key: ", ".join(map(str, one)) if isinstance(one, list) else str(one) for key, one in of}
+        for of in flat
     ]
-    shared = {key: text for key, text in said[0].items() if all(one.get(key) == text for one in said)}
-    return shared, [{key: text for key, text in one.items() if key not in shared} for one in said]
+    shared = dict(set.intersection(*(set(one.items()) for one in told)))
+    keys = [key for key in told[0] if key in shared]
+    return {key: shared[key] for key in keys}, [
+        {key: one[key] for key in one if key not in shared} for one in told
+    ]
 
 
-def _render(title: str, sentence: str, sections: list[Section], problems: list[str]) -> str:
+def _render(title: str, sentence: str, sections: list[dict[str, Any]], problems: list[str]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("polycom_ext.report", "."),
         autoescape=True,
@@ -130,12 +107,12 @@ def _render(title: str, sentence: str, sections: list[Section], problems: list[s
         "embed": lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii"),
         "yaml": lambda value: document.dump(value).strip(),
     }
-    results = [result for section in sections for result in section.family.results]
+    results = [result for section in sections for result in section["family"].results]
     shared, individual = _versions(results)
-    kinds = {section.family.facts.kind: section.family.published for section in sections}
+    kinds = {section["family"].facts.kind: section["family"].published for section in sections}
     return environment.get_template("page.html.j2").render(
         title=title,
-        rehearsal=any(section.family.rehearsal for section in sections),
+        rehearsal=any(section["family"].rehearsal for section in sections),
         sentence=sentence,
         problems=problems,
         sections=sections,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +64,19 @@ def draw(family: Family, folder: Path) -> tuple[list[Plot], list[str]]:
                     having.setdefault(group.label, (group.label, look, one))
         return list(having.values())
 
+    def learned(having: Having) -> list[Plot]:
+        paths = (folder / f"{family.slug}-{name}.png" for name in ("coefficients", "shapes"))
+        return [coefficient_plot(having, next(paths)), shape_plot(having, next(paths))]
+
+    def studied(having: Having) -> list[Plot]:
+        told = [(label, look, Study.from_json(one.run.analysis or {})) for label, look, one in having]
+        return studies.draw(told, folder, family.slug)
+
     with drawing.style():
         plots = [_curves(entry, family, drawn, seen, folder) for entry in _DATA["figures"]]
-        plots.append(_finals(family, drawn, folder))
-        for name, figure in (("coefficients", coefficient_plot), ("shapes", shape_plot)):
-            one = partial(_one, figure, folder / f"{family.slug}-{name}.png")
-            plots += sound(one, first("coefficients"), "coefficients")
-    plots += sound(partial(_studies, folder, family.slug), first("analysis"), "analysis")
+        plots += [_finals(family, drawn, folder), *sound(learned, first("coefficients"), "coefficients")]
+        plots += sound(studied, first("analysis"), "analysis")
     return [plot for plot in plots if plot], list(dict.fromkeys(problems))
-
-
-def _one(figure: Callable[[Having, Path], Plot], path: Path, having: Having) -> list[Plot]:
-    return [figure(having, path)]
-
-
-def _studies(folder: Path, slug: str, having: Having) -> list[Plot]:
-    told = [(label, look, Study.from_json(one.run.analysis or {})) for label, look, one in having]
-    return studies.draw(told, folder, slug)
 
 
 def _curves(
@@ -94,9 +89,7 @@ def _curves(
     if entry.get("kind", family.facts.kind) != family.facts.kind or len(chosen) < len(wanted):
         return None
     names = list(dict.fromkeys(name for group in groups for one in group.counted for name in one.curves))
-    every = {
-        f"{kind}s": sorted(one for one in names if one.startswith(f"{kind}/")) for kind in ("text", "task")
-    }
+    every = {many: sorted(one for one in names if one[:5] == f"{many[:4]}/") for many in ("texts", "tasks")}
     panels = [one for panel in entry["panels"] for one in every.get(panel, [panel]) if one in names]
     shown = {(panel, x, *(group.label for group in groups)) for panel in panels}
     untimed = x == "hours" and not all(len(one.hours) for group in groups for one in group.counted)
@@ -113,7 +106,7 @@ def _curves(
     window, outside = 1, False
     for ax, panel in zip(grid, panels, strict=False):
         for group, look in chosen:
-            smoothed = smooth(group.frame(panel)) if panel == "train" else (group.frame(panel), 1)
+            smoothed = drawing.smooth(group.frame(panel)) if panel == "train" else (group.frame(panel), 1)
             window = max(window, smoothed[1])
             places = group.along(smoothed[0].index, x) * scale
             lines[panel][group.label] = _line(ax, group, look, panel, places, smoothed[0])
@@ -159,20 +152,8 @@ def _line(ax: Axes, group: Group, look: Look, panel: str, places: np.ndarray, fr
         ax.fill_between(places, middle - spread, middle + spread, color=look.color, alpha=0.15, linewidth=0)
     broken = middle.isna().to_numpy()
     if panel == "train" and broken.any() and (last := int(broken.argmax())):
-        ax.plot(
-            places[last - 1], middle.iloc[last - 1], "x", color=look.color, markersize=7, markeredgewidth=1.6
-        )
+        ax.plot(places[last - 1], middle.iloc[last - 1], "x", color=look.color, ms=7, mew=1.6)
     return {at: value for at, value in zip(places.tolist(), middle.tolist(), strict=True) if value == value}
-
-
-def smooth(frame: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Centred mean over a twentieth of the values (no lag); what is not finite is left out of it and stays.
-
-    Returns the smoothed curves and the number of values in a mean.
-    """
-    window = max(1, len(frame) // 20) | 1
-    finite = frame.replace([np.inf, -np.inf], np.nan)
-    return finite.rolling(window, center=True, min_periods=1).mean().where(finite.notna()), window
 
 
 def _title(panel: str) -> str:
@@ -182,26 +163,22 @@ def _title(panel: str) -> str:
 
 
 def _annotated(group: Group) -> str:
-    return group.label + "".join(f" ({remark})" for remark in group.remarks[:1])
+    said = [*group.remarks, *(f"to step {one.run.step}" for one in group.counted if one.unfinished)]
+    return group.label + "".join(f" ({one})" for one in said[:1])
 
 
 def _caption(entry: dict[str, Any], family: Family, groups: list[Group], window: int, outside: bool) -> str:
-    """What a figure of curves is of, and how it was drawn."""
-    timed, crosses = (
-        "x" in entry,
-        [f"{one.label} {said}" for one in groups for said in one.remarks if "finite" in said],
-    )
-    several = any(len(one.counted) > 1 for one in groups)
-    said = {
-        entry.get("of", ""): "of" in entry,
-        f"training loss: the centred mean of {window} values": window > 1,
-        "lines: the mean of the seeds; shaded: one sample standard deviation to either side": several,
-        "the first points lie above the frame": outside,
-        "time: the sum of the steps' own, without evaluation and saving": timed,
-        f"it does not compare activations: {family.untimely}": timed and bool(family.untimely),
-        f"a cross: the loss is not a finite number ({', '.join(crosses)})": bool(crosses),
+    crosses = [f"{one.label} {said}" for one in groups for said in one.remarks if "finite" in said]
+    found = {
+        "of": entry.get("of"),
+        "smoothed": window > 1 and window,
+        "several": any(len(one.counted) > 1 for one in groups),
+        "outside": outside,
+        "timed": "x" in entry,
+        "untimely": "x" in entry and family.untimely,
+        "crosses": ", ".join(crosses),
     }
-    return " ".join(f"{text[0].upper()}{text[1:]}." for text, holds in said.items() if holds)
+    return " ".join(_DATA["captions"][name].format(value) for name, value in found.items() if value)
 
 
 def _finals(family: Family, drawn: Drawn, folder: Path) -> Plot | None:
@@ -223,7 +200,7 @@ def _finals(family: Family, drawn: Drawn, folder: Path) -> Plot | None:
                 ax.errorbar(points.mean(), place, xerr=points.std(), **bar)
         ax.set_yticks(list(places.values()), list(places))
         ax.set_title(title, loc="left")
-    caption = _DATA["finals"].format(baseline=family.baseline.label)
+    caption = _DATA["captions"]["finals"].format(family.baseline.label)
     return drawing.save(
         figure, folder / f"{family.slug}-final.png", "Final validation loss and speedup", caption
     )

@@ -90,27 +90,21 @@ class Result:
         """
         metrics = self.run.metrics
         found = {"train": metrics.get(record.TRAIN_LOSS, {}), "validation": record.validation(metrics)}
-        texts = record.labelled(metrics, record.VALID, record.LOSS)
-        tasks = record.labelled(metrics, record.EVAL, record.ACCURACY)
-        found |= {f"text/{label or 'validation'}": series for label, series in texts.items()}
-        found |= {f"task/{published.in_loop(task)}": series for task, series in tasks.items()}
+        for label, series in record.labelled(metrics, record.VALID, record.LOSS).items():
+            found[f"text/{label or 'validation'}"] = series
+        for task, series in record.labelled(metrics, record.EVAL, record.ACCURACY).items():
+            found[f"task/{published.in_loop(task)}"] = {step: 100 * value for step, value in series.items()}
         made = {name: pd.Series(series, dtype=float) for name, series in found.items() if series}
         made = {name: one.where(np.isfinite(one), math.inf) for name, one in made.items()}
-        for name in made:
-            if name.startswith("task/"):
-                made[name] = 100 * made[name]
+        tasks = pd.DataFrame({name: one for name, one in made.items() if name[:5] == "task/"}).dropna()
         if "validation" in made:
             with np.errstate(over="ignore"):
                 made["perplexity"] = np.exp(made["validation"])
-        if tasks:
-            columns = {name: one for name, one in made.items() if name.startswith("task/")}
-            made["accuracy"] = pd.DataFrame(columns).dropna().mean(axis=1)
-        return made
+        return made if tasks.empty else {**made, "accuracy": tasks.mean(axis=1)}
 
     def final(self, name: str) -> float | None:
         """The last value of a curve; None where there is none."""
-        curve = self.curves.get(name)
-        return None if curve is None or curve.empty else float(curve.iloc[-1])
+        return float(self.curves[name].iloc[-1]) if name in self.curves else None
 
     @property
     def last_evaluation(self) -> int:
@@ -118,12 +112,21 @@ class Result:
         return int(self.curves["validation"].index[-1]) if "validation" in self.curves else 0
 
     @cached_property
+    def seconds(self) -> pd.Series:
+        """Of a step, by step."""
+        seconds = pd.Series(self.run.metrics.get(record.STEP_SECONDS, {}), dtype=float)
+        return seconds[np.isfinite(seconds) & (seconds >= 0)]
+
+    @property
+    def slowed(self) -> float:
+        """Share of the training's time that its steps took beyond their median."""
+        return 1 - self.seconds.median() / self.seconds.mean() if self.seconds.sum() else 0.0
+
+    @cached_property
     def hours(self) -> pd.Series:
         """Of training until each logged step: the sum of the steps' times, without evaluation and saving."""
-        seconds = pd.Series(self.run.metrics.get(record.STEP_SECONDS, {}), dtype=float)
-        seconds = seconds[np.isfinite(seconds) & (seconds >= 0)]
-        steps = np.diff(seconds.index.to_numpy(dtype=float), prepend=0.0)
-        return (seconds * steps).cumsum() / 3600
+        steps = np.diff(self.seconds.index.to_numpy(dtype=float), prepend=0.0)
+        return (self.seconds * steps).cumsum() / 3600
 
     @cached_property
     def evaluated(self) -> dict[str, dict[str, float]]:
@@ -146,25 +149,21 @@ class Result:
     def numbers(self) -> dict[str, float | int | None]:
         """What a table shows of the whole run."""
         train = self.curves.get("train", pd.Series(dtype=float))
-        shown = {
-            name: pd.Series(self.run.metrics.get(metric, {}), dtype=float)
-            for name, metric in {
-                "step_seconds": record.STEP_SECONDS,
-                "tokens_per_second": record.TOKENS_PER_SECOND,
-                "mfu": record.MFU,
-            }.items()
-        }
+        last = train.tail(max(1, round(len(train) * FINAL_SHARE)))
+        rates = {"tokens_per_second": record.TOKENS_PER_SECOND, "mfu": record.MFU}
+        shown = {name: pd.Series(self.run.metrics.get(metric), dtype=float) for name, metric in rates.items()}
+        medians = {name: one.median() for name, one in {"step_seconds": self.seconds, **shown}.items()}
         return {
             "tokens": self.facts.tokens(self.run.step),
-            "train_loss": train.tail(max(1, round(len(train) * FINAL_SHARE))).mean() if len(train) else None,
+            "train_loss": last.mean(),
             "validation_loss": self.final("validation"),
             "validation_perplexity": self.final("perplexity"),
-            **{name: one.median() if len(one) else None for name, one in shown.items()},
+            **medians,
             "peak_memory_bytes": max(self.run.metrics.get(record.PEAK_MEMORY, {}).values(), default=None),
         }
 
     @property
     def diverged_at(self) -> int | None:
         """First step with a loss that is not a finite number."""
-        losses = [one for name, one in self.curves.items() if name == "train" or name.startswith("text/")]
+        losses = [one for name, one in self.curves.items() if name[:5] in ("train", "text/")]
         return min((int(step) for one in losses for step in one.index[np.isinf(one)]), default=None)

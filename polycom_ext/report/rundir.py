@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from polycom_ext.errors import PolycomError
+from polycom_ext.runs import secrets
 from polycom_ext.runs.record import Record, Series, read_metrics
-from polycom_ext.runs.secrets import is_secret, reference
 
 DAMAGE = (
     OSError,
@@ -74,11 +74,7 @@ def read(path: Path) -> Run:
             return otherwise
 
     script = record.command
-    command = (
-        whole(lambda: script.read_text(encoding="utf-8", errors="replace").strip(), "")
-        if script.exists()
-        else ""
-    )
+    command = whole(lambda: script.read_text("utf-8", "replace").strip() if script.exists() else "", "")
     spec, command = _without_secrets(spec, command)
     versions = whole(record.read_versions, {})
     if logged.unreadable_lines:
@@ -106,12 +102,7 @@ def _without_secrets(spec: dict[str, Any], command: str) -> tuple[dict[str, Any]
     if not isinstance(environment, dict):
         return spec, command
     texts = {str(name): str(value) for name, value in environment.items()}
-    for name, value in texts.items():
-        if is_secret(name, value) and value:
-            for written in dict.fromkeys((shlex.quote(value), value)):
-                command = command.replace(f"{name}={written}", f"{name}={reference(name)}")
-    shown = {
-        name: reference(str(name)) if is_secret(str(name), str(value)) else value
-        for name, value in environment.items()
-    }
-    return {**spec, "environment": shown}, command
+    for name, value in secrets.values(texts).items():
+        for written in (shlex.quote(value), value) if value else ():
+            command = command.replace(f"{name}={written}", f"{name}={secrets.reference(name)}")
+    return {**spec, "environment": secrets.masked(texts)}, command

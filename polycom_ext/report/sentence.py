@@ -39,29 +39,23 @@ def summarize(families: Sequence[Family]) -> str:
 
 
 def _clause(family: Family) -> str:
-    curves = {group.label: _finite(group) for group in family.groups}
-    base = curves.pop(family.baseline.label)
-    common = {label: sorted(set(curve.index) & set(base.index)) for label, curve in curves.items()}
-    step = max((steps[-1] for steps in common.values() if steps), default=None)
-    if step is None:
+    base, groups = family.baseline.label, {one.label: one for one in family.groups}
+    frame = pd.DataFrame({label: one.frame("validation").mean(axis=1) for label, one in groups.items()})
+    frame = frame.replace(np.inf, np.nan)
+    shared = frame[frame[base].notna() & frame.drop(columns=base).notna().any(axis=1)]
+    if shared.empty:
         return "; ".join(map(_alone, family.groups))
-    rivals = [group for group in family.groups[1:] if common[group.label][-1:] == [step]]
-    best = min(rivals, key=lambda group: curves[group.label][step])
-    loss, other = curves[best.label][step], base[step]
-    winner, loser = (best, family.baseline) if loss <= other else (family.baseline, best)
-    digits = 2 if abs(loss - other) >= 0.01 else 4
-    seeds = [len(group.counted) for group in (winner, loser)]
-    said = f", the mean of {seeds[0]} seeds" if seeds[0] == seeds[1] > 1 else ""
+    step, losses = int(shared.index[-1]), shared.iloc[-1]
+    best = losses.drop(base).idxmin()
+    winner, loser = (best, base) if losses[best] <= losses[base] else (base, best)
+    digits = 2 if losses[loser] - losses[winner] >= 0.01 else 4
+    seeds = {len(groups[label].counted) for label in (winner, loser)}
     return (
-        f"{winner.label} {'ended' if step == winner.first.target else 'stood'} at validation loss "
-        f"{min(loss, other):.{digits}f} against {loser.label}'s {max(loss, other):.{digits}f} "
-        f"after {_steps(step, winner)}{said}"
+        f"{winner} {'ended' if step == groups[winner].first.target else 'stood'} at validation loss "
+        f"{losses[winner]:.{digits}f} against {loser}'s {losses[loser]:.{digits}f} "
+        f"after {_steps(step, groups[winner])}"
+        + (f", the mean of {min(seeds)} seeds" if len(seeds) == 1 and min(seeds) > 1 else "")
     )
-
-
-def _finite(group: Group) -> pd.Series:
-    mean = group.frame("validation").mean(axis=1)
-    return mean[np.isfinite(mean)]
 
 
 def _alone(group: Group) -> str:
@@ -71,7 +65,7 @@ def _alone(group: Group) -> str:
         ("validation", group.final("validation")),
         ("training", group.numbers("train_loss")),
     ):
-        if len(losses) and math.isfinite(loss := losses.mean()):
+        if math.isfinite(loss := losses.mean()):
             return f"{group.label} reached {name} loss {loss:.2f} after {_steps(step, group)}"
     return f"{group.label} logged no finite loss in {_steps(step, group)}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,31 +28,36 @@ Cells = list[tuple[pd.Series, pd.Series]]
 
 
 def speedups(family: Family, x: str) -> dict[str, pd.Series]:
-    """Where the baseline ended, over where a run first came to its final validation loss (mean of seeds).
+    """Where the baseline ended, over where a run first came to its final validation loss.
+
+    The loss is that of the same seed, by which trainers may draw what they evaluate, or the mean of all.
 
     Args:
         x: what is compared, `tokens` or `hours`; between two evaluations a run's loss is a straight line.
 
     Returns: by seed for each group, the baseline among them; NaN for what never came there.
     """
-    base = family.baseline.frame("validation").mean(axis=1)
+    base = family.baseline.frame("validation")
     spent = family.baseline.along(base.index[-1:], x)
-    if not len(spent) or not math.isfinite(spent[0] + base.iloc[-1]):
-        return {}
     made = {}
-    for group in family.groups:
+    for group in family.groups if len(spent) and math.isfinite(spent[0]) else ():
         frame = group.frame("validation")
-        places = group.along(frame.index, x)
-        reached = {seed: _reached(places, curve.to_numpy(), base.iloc[-1]) for seed, curve in frame.items()}
+        places, goals = group.along(frame.index, x), base.iloc[-1]
+        reached = {
+            seed: _reached(places, curve, goals.get(seed, goals.mean())) for seed, curve in frame.items()
+        }
         made[group.label] = spent[0] / pd.Series(reached, dtype=float)
     return made
 
 
-def _reached(places: np.ndarray, losses: np.ndarray, loss: float) -> float:
-    at = int(np.argmax(losses <= loss)) if (losses <= loss).any() else -1
-    if at < 1 or not math.isfinite(losses[at - 1]):
-        return math.nan if at < 0 else float(places[at])
-    return float(np.interp(-loss, -losses[at - 1 : at + 1], places[at - 1 : at + 1]))
+def _reached(places: np.ndarray, curve: pd.Series, loss: float) -> float:
+    below = np.flatnonzero(curve <= loss)
+    if not len(below) or not math.isfinite(loss):
+        return math.nan
+    around = slice(max(0, below[0] - 1), below[0] + 1)
+    if not np.isfinite(curve.iloc[around]).all():
+        return float(places[below[0]])
+    return float(np.interp(-loss, -curve.iloc[around], places[around]))
 
 
 def differences(family: Family) -> pd.DataFrame:
@@ -96,7 +101,8 @@ def scores(family: Family, kind: str) -> Scores | None:
     """
     ways: dict[str, dict[str, pd.DataFrame]] = {TRAINED: {}, EVALUATED[kind]: {}}
     for group in family.groups:
-        names = [name for name in group.first.curves if name.startswith(f"{kind}/")]
+        curves = dict.fromkeys(name for one in group.counted for name in one.curves)
+        names = [name for name in curves if name.startswith(f"{kind}/")]
         ways[TRAINED][group.label] = pd.DataFrame({name[5:]: group.final(name) for name in names})
         evaluated = {str(one.facts.seed): one.evaluated[kind] for one in group.counted}
         ways[EVALUATED[kind]][group.label] = pd.DataFrame(evaluated).T
@@ -170,15 +176,13 @@ def write_csv(families: Sequence[Family], folder: Path) -> None:
 
     Measured numbers first, the paper's last; empty where there is none.
     """
-    rows = [row for family in families for row in _rows(family)]
-    described, measured, paper = (
-        list(dict.fromkeys(name for row in rows for name in row[i])) for i in range(3)
-    )
-    runs = pd.DataFrame([one | other | last for one, other, last in rows], dtype=object)
+    runs = pd.DataFrame([row for family in families for row in _rows(family)], dtype=object)
+    paper = [name for name in runs if name.startswith("paper")]
+    measured = [name for name in runs if name not in (*_DESCRIBED, *paper)]
     options: Any = {"index": False, "encoding": "utf-8", "errors": "backslashreplace"}
-    runs[described + measured + paper].to_csv(folder / "results.csv", **options)
-    groups = runs[runs["counted"].astype(bool)].astype(dict.fromkeys(measured, float))
-    groups = groups.groupby(["family", "group"], sort=False)
+    runs[[*_DESCRIBED, *measured, *paper]].to_csv(folder / "results.csv", **options)
+    counted = runs[runs["counted"].astype(bool)].astype(dict.fromkeys(measured, float))
+    groups = counted.groupby(["family", "group"], sort=False)
     with np.errstate(invalid="ignore"):  # of what is infinite there is no deviation
         means = groups[measured].agg(lambda values: values.mean(skipna=False)).add_suffix("_mean")
         spreads = groups[measured].agg(lambda values: values.std(skipna=False)).add_suffix("_std")
@@ -188,45 +192,31 @@ def write_csv(families: Sequence[Family], folder: Path) -> None:
     told.reset_index().to_csv(folder / "groups.csv", **options)
 
 
-def _rows(family: Family) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """Of each run what it is, what was measured of it, and what the paper has."""
+_DESCRIBED = (
+    *("family", "group", "run", "activation", "order", "seed", "counted"),
+    *("ffn_width", "ffn_parameters", "step", "target_step"),
+)
+"""Columns that say what a run is; the others are measured, or the paper's."""
+
+
+def _rows(family: Family) -> Iterator[dict[str, Any]]:
     against, faster = differences(family), {x: speedups(family, x) for x in ("tokens", "hours")}
-    runs = [(group, one, str(one.facts.seed)) for group in family.groups for one in group.results]
-    what = [
-        {
-            "family": family.title,
-            "group": group.label,
-            "run": one.run.name,
-            "activation": one.spec.entry.name,
-            "order": one.order,
-            "seed": one.facts.seed,
-            "counted": one in group.counted,
-            "ffn_width": one.spec.matched_ffn_width,
-            "ffn_parameters": one.ffn_parameters,
-            "step": one.run.step,
-            "target_step": one.target,
-        }
-        for group, one, _ in runs
-    ]
-    measured = [
-        {
+    units = {"text/": ("valid/", "/loss"), "task/": ("eval/", "/accuracy_percent")}
+    for group, one in [(each, one) for each in family.groups for one in each.results]:
+        seed, spec = str(one.facts.seed), one.spec
+        what = (family.title, group.label, one.run.name, spec.entry.name, one.order, one.facts.seed)
+        size = (one in group.counted, spec.matched_ffn_width, one.ffn_parameters, one.run.step, one.target)
+        ends = {name: (units[name[:5]], one.final(name)) for name in one.curves if name[:5] in units}
+        yield {
+            **dict(zip(_DESCRIBED, (*what, *size), strict=True)),
             **one.numbers,
             "validation_loss_minus_baseline": of(against, group.label).get(seed),
             **{f"speedup_in_{x}": found[group.label].get(seed) for x, found in faster.items() if found},
-            **{f"valid/{name[5:]}/loss": one.final(name) for name in one.curves if name[:5] == "text/"},
-            **{
-                f"eval/{name[5:]}/accuracy_percent": one.final(name)
-                for name in one.curves
-                if name[:5] == "task/"
-            },
+            **{f"{before}{name[5:]}{after}": value for name, ((before, after), value) in ends.items()},
             **{f"lm-eval/{task}/percent": value for task, value in one.evaluated["task"].items()},
             **{f"tokens/{label}/loss": value for label, value in one.evaluated["text"].items()},
+            **{
+                f"paper table {column.table}: {column.title}": column.values.get(one.in_paper or "")
+                for column in family.published.headline
+            },
         }
-        for group, one, seed in runs
-    ]
-    columns = {f"paper table {column.table}: {column.title}": column for column in family.published.headline}
-    paper = [
-        {name: column.values.get(one.in_paper or "") for name, column in columns.items()}
-        for _, one, _ in runs
-    ]
-    return list(zip(what, measured, paper, strict=True))

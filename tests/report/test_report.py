@@ -17,7 +17,6 @@ from polycom_ext import cli, drawing, reference
 from polycom_ext.activations import REGISTRY
 from polycom_ext.report import learned, tables
 from polycom_ext.report.families import Family, families
-from polycom_ext.report.plots import smooth
 from polycom_ext.report.results import Result
 from polycom_ext.report.rundir import read
 
@@ -182,19 +181,22 @@ def test_coefficients_of_another_activation_are_named(make_run: RunMaker, tmp_pa
 def test_shapes_are_those_of_the_reference(make_run: RunMaker, activation: str) -> None:
     run = make_run("p", activation, metrics(4.3), learned=coefficients(activation))
     result = result_of(run)
-    x, start = learned.shape(result)
-    expected = reference.poly_relu if activation == "polyrelu" else reference.poly_norm
-    torch.testing.assert_close(
-        start, expected(x, torch.full((3,), 1 / 3), torch.zeros(1)), rtol=1e-6, atol=1e-6
-    )
+    formula = reference.poly_relu if activation == "polyrelu" else reference.poly_norm
     assert result.run.coefficients is not None
     layer = result.run.coefficients["layers"][3]
-    weight, bias = (torch.tensor(layer[name], dtype=torch.float64) for name in ("weight", "bias"))
-    torch.testing.assert_close(learned.shape(result, layer)[1], expected(x, weight, bias))
-    assert len(x) == (768 if activation == "polynorm" else 601)
-    if activation == "polynorm":
-        assert x.square().mean().item() == pytest.approx(1, abs=0.01)
-        assert x.mean().item() == pytest.approx(0, abs=1e-9)
+    learned_by = tuple(torch.tensor(layer[name], dtype=torch.float64) for name in ("weight", "bias"))
+    start = (torch.full((3,), 1 / 3), torch.zeros(1))
+    width = 768
+    row = torch.special.ndtri((torch.arange(width, dtype=torch.float64) + 0.5) / width)
+    for told, coefficients_ in ((learned.shape(result), start), (learned.shape(result, layer), learned_by)):
+        x, y = (torch.tensor(values, dtype=torch.float64) for values in (told.x, told.y))
+        if activation == "polyrelu":
+            assert (x.min(), x.max(), len(x)) == (-3, 3, 65)
+            expected = formula(x, *coefficients_)
+        else:  # of the whole row, of which some are kept
+            whole = formula(row, *coefficients_)
+            expected = whole[torch.isclose(row[:, None], x[None]).any(dim=1)]
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
 
 def names(family: Family) -> list[str]:
@@ -210,11 +212,11 @@ def test_an_activation_keeps_its_colour_in_every_family(make_run: RunMaker) -> N
 
 def test_smoothing_has_no_lag_and_does_not_hide_what_is_not_finite() -> None:
     line = pd.DataFrame({"1": [2.0 * step for step in range(100)]})
-    smoothed, window = smooth(line)
+    smoothed, window = drawing.smooth(line)
     assert window == 5
     pd.testing.assert_frame_equal(smoothed[2:98], line[2:98])
     line.loc[50] = math.inf
-    gap = smooth(line)[0]["1"]
+    gap = drawing.smooth(line)[0]["1"]
     assert math.isnan(gap[50])
     assert gap[51] == pytest.approx((98 + 102 + 104 + 106) / 4)
 
@@ -233,12 +235,12 @@ def test_the_first_descent_is_cut_from_the_frame() -> None:
 
 
 def test_every_activation_has_a_look_of_its_own(make_run: RunMaker) -> None:
-    assert list(drawing._COLORS) == list(REGISTRY)
+    assert list(drawing._DATA["activations"]) == list(REGISTRY)
     results = [Result.of(read(make_run(name, name, {1: {"train/loss": 1.0}}))) for name in REGISTRY]
     looks = drawing.looks([result.spec.entry.name for result in results])
     assert len({look.color for look in looks}) == len({look.marker for look in looks}) == len(REGISTRY)
-    colors = [one for one, _ in (*drawing._COLORS.values(), *drawing._SPARE)]
-    markers = [one for _, one in (*drawing._COLORS.values(), *drawing._SPARE)]
+    colors = [one for one, _ in (*drawing._DATA["activations"].values(), *drawing._DATA["spare"])]
+    markers = [one for _, one in (*drawing._DATA["activations"].values(), *drawing._DATA["spare"])]
     assert len(set(colors)) == len(colors)
     assert len(set(markers)) == len(markers)
     assert {look.dashes for look in looks} == {"-"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -76,21 +77,25 @@ def test_a_group_has_mean_and_sample_standard_deviation(seeded: RunMaker, tmp_pa
 
 
 def test_the_speedup_is_the_baseline_s_tokens_over_those_to_its_final_loss(seeded: RunMaker) -> None:
-    """SwiGLU ends at 3 after 400 steps; 9 − 0.02 x is there at 300, 8 − 0.02 x at 250, between two."""
+    """Of the same seed where there is one: 9 − 0.02 x is 2.9 after 305 steps, between two evaluations."""
     found = family(
         seeded("swiglu", 1, falling(6.9, 0.01)),
         seeded("swiglu", 2, falling(7.1, 0.01)),
         seeded("relu", 1, falling(9.0, 0.01)),
         seeded("polynorm", 1, falling(9.0, 0.02, seconds=2.0)),
         seeded("polynorm", 2, falling(8.0, 0.02, seconds=0.5)),
+        seeded("polynorm", 3, falling(8.0, 0.02, seconds=0.5)),
+        seeded("polyrelunorm", 1, falling(2.0, 0.001)),
     )
     faster = speedups(found, "tokens")
-    assert faster["PolyNorm"].to_dict() == pytest.approx({"1": 400 / 300, "2": 400 / 250})
+    assert faster["SwiGLU"].to_dict() == {"1": 1.0, "2": 1.0}
+    assert faster["PolyNorm"].to_dict() == pytest.approx({"1": 400 / 305, "2": 400 / 245, "3": 400 / 250})
+    assert faster["PolyReLUNorm"].to_dict() == {"1": 4.0}  # there at its first evaluation
     assert math.isnan(faster["ReLU"]["1"])
     assert found.groups[2].along(pd.Index([300]), "tokens")[0] == 300 * TOKENS
     hours = found.groups[2].along(pd.Index([300]), "hours")[0]
-    assert hours == pytest.approx(np.mean([300 * 2.0, 300 * 0.5]) / 3600)
-    assert speedups(found, "hours")["PolyNorm"]["1"] == pytest.approx(400 / (300 * 1.25))
+    assert hours == pytest.approx(np.mean([300 * 2.0, 300 * 0.5, 300 * 0.5]) / 3600)
+    assert speedups(found, "hours")["PolyNorm"]["1"] == pytest.approx(400 / 305)
 
 
 def test_what_is_unfinished_is_left_out_of_a_mean_while_another_has_finished(seeded: RunMaker) -> None:
@@ -130,23 +135,37 @@ def attempt(host: str, started: str, ended: str | None) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("second", "reason"),
+    ("second", "slow", "reason"),
     [
-        (attempt("a", "04:00", "05:00"), ""),
-        (attempt("a", "03:30", "05:00"), "swiglu-1 and gelu-1 shared a machine"),
-        (attempt("b", "04:00", "05:00"), "they ran on different machines (a, b)"),
-        (attempt("a", "04:00", None), "the record of gelu-1 does not say where and until when it ran"),
-        ({"host": "a"}, "the record of gelu-1 does not say where and until when it ran"),
+        (attempt("a", "04:00", "05:00"), 1.0, ""),
+        (attempt("a", "03:30", "05:00"), 1.0, "swiglu-1 and gelu-1 shared a machine"),
+        (attempt("b", "04:00", "05:00"), 1.0, "they ran on different machines (a, b)"),
+        (attempt("a", "04:00", None), 1.0, "the record of gelu-1 does not say where and until when it ran"),
+        ({"host": "a"}, 1.0, "the record of gelu-1 does not say where and until when it ran"),
+        (attempt("a", "04:00", "05:00"), 3.0, "something else slowed gelu-1 down, for 33% of its time"),
     ],
 )
 def test_times_compare_runs_that_had_one_machine_to_themselves(
-    second: dict[str, object], reason: str, seeded: RunMaker, tmp_path: Path
+    second: dict[str, object], slow: float, reason: str, seeded: RunMaker
 ) -> None:
-    runs = [seeded(name, 1, metrics(4.5)) for name in ("swiglu", "gelu")]
-    for run, one in zip(runs, (attempt("a", "03:00", "04:00"), second), strict=True):
-        (run / "versions.json").write_text(f'{{"attempts": [{str(one).replace(chr(39), chr(34))}]}}')
+    runs = []
+    for name, one in {"swiglu": attempt("a", "03:00", "04:00"), "gelu": second}.items():
+        logged = falling(7, 0.01)
+        logged[400]["train/step_seconds"] = slow if name == "gelu" else 1.0
+        runs.append(seeded(name, 1, logged))
+        (runs[-1] / "versions.json").write_text(json.dumps({"attempts": [one]}))
     assert family(*runs).untimely == reason
-    assert cli.main(["report", *map(str, runs), "--output", str(tmp_path / "report")]) == 0
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert ("in time" in page) is not bool(reason)
-    assert reason in page
+
+
+def test_the_page_has_a_speedup_in_time_where_times_compare(seeded: RunMaker, tmp_path: Path) -> None:
+    pages: list[str] = []
+    for end in ("04:00", "04:01"):
+        first = seeded("swiglu", len(pages), falling(7, 0.01))
+        run = seeded("gelu", len(pages), falling(7, 0.02))
+        (first / "versions.json").write_text(json.dumps({"attempts": [attempt("a", "03:00", end)]}))
+        (run / "versions.json").write_text(json.dumps({"attempts": [attempt("a", "04:00", "05:00")]}))
+        assert cli.main(["report", str(first), str(run), "--output", str(tmp_path / "report")]) == 0
+        pages.append((tmp_path / "report" / "index.html").read_text())
+    assert "in time 2.00×" in pages[0]
+    assert "in time 2.00×" not in pages[1]
+    assert "Times do not compare activations: swiglu-1 and gelu-1 shared a machine." in pages[1]
