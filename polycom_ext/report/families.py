@@ -177,9 +177,9 @@ def families(results: Sequence[Result]) -> list[Family]:
 
 
 def _settings(result: Result) -> dict[str, Any]:
-    """The spec, flattened, without its name, activation and seed, and paths through a folder of that name."""
+    """The spec, flattened, without names, activation and seed, and paths through a folder of its name."""
     trainer = adapter.find(result.spec.trainer)
-    left_out = ("name", "activation", "sources", f"{trainer.section}.{trainer.seed}")
+    left_out = ("name", "activation", "sources", "rehearsal_of", f"{trainer.section}.{trainer.seed}")
     return {
         key: value
         for key, value in flatten(result.spec.as_mapping(), ".").items()

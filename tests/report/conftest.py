@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from polycom_ext import drawing
+
 Metrics = dict[int, dict[str, float]]
 
 DENSE: dict[str, Any] = {
@@ -73,6 +75,13 @@ def coefficients(
 
 
 RunMaker = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of fewer points, as nobody looks at them here."""
+    for name in ("figure.dpi", "savefig.dpi"):
+        monkeypatch.setitem(drawing._DATA["style"], name, 60)
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_a_report_of_two_families(
         "moe-megatron-shapes.png",
         "moe-megatron-time.png",
     ]
-    assert all(Image.open(output / name).size[0] == round(drawing.WIDTH * 200) for name in images)
+    assert all(Image.open(output / name).size[0] == round(drawing.WIDTH * 60) for name in images)
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
     assert len(sources) == len(images)
     assert all(source.startswith("data:image/png;base64,") for source in sources)

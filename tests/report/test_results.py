@@ -64,6 +64,12 @@ def test_runs_of_several_seeds_are_one_family(trainer: str, make_run: RunMaker) 
     assert len(grouped(*runs, made("other", "relu", 1, data_seed=2))) == 2
 
 
+def test_the_rehearsals_of_a_comparison_are_one_family(make_run: RunMaker) -> None:
+    names = ("swiglu", "polynorm")
+    runs = [make_run(f"{one}-rehearsal", one, metrics(4.3), rehearsal_of=f"big-{one}") for one in names]
+    assert len(grouped(*runs)) == 1
+
+
 def test_a_title_that_occurs_twice_gets_the_run_s_name(make_run: RunMaker) -> None:
     (family,) = grouped(make_run("one", "polynorm", metrics(4.3)), make_run("two", "polynorm", metrics(4.4)))
     assert [group.label for group in family.groups] == ["PolyNorm · one", "PolyNorm · two"]
