@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,8 @@ def fetch(order: Order, downloads: Downloads) -> list[Part]:
         PolycomError: a file cannot be had, the folder is of another order, or the disk has no room for it.
     """
     found = listing.settled(order.recipe, order.output, order.share, downloads)
-    tokenizer = _tokenizer(order, downloads)
+    with _alone(order):
+        tokenizer = _tokenizer(order, downloads)
     digest, eos = sha256(tokenizer), Encoder(tokenizer, order.recipe.tokenizer.eos).eos
     missing = []
     for part in found.parts:
@@ -74,10 +75,9 @@ def fetch(order: Order, downloads: Downloads) -> list[Part]:
     _check_room(order, mine, downloads)
     _Work(order, downloads, tokenizer, digest, eos).make(mine)
     if node == 0:
-        for label, url in order.recipe.validation.sets.items():
-            _validation(order, label, downloads.get(Remote(url)))
-            if not order.keep_raw:
-                downloads.discard(Remote(url))
+        with _alone(order):
+            for label, url in order.recipe.validation.sets.items():
+                _validation(order, label, Remote(url), downloads)
     return _finished(order, found, digest)
 
 
@@ -217,8 +217,17 @@ def _check_room(order: Order, parts: list[Part], downloads: Downloads) -> None:
         )
 
 
-def _validation(order: Order, label: str, raw: Path) -> None:
-    prefix = order.output / "validation" / label
+def _validation(order: Order, label: str, file: Remote, downloads: Downloads) -> None:
+    prefix, said = order.output / "validation" / label, order.recipe.validation
     if not mixture.is_there(prefix, order.format):
-        said = order.recipe.validation
-        mixture.write_flat(raw, prefix, order.format, said.dtype, said.eos_id)
+        mixture.write_flat(downloads.get(file), prefix, order.format, said.dtype, said.eos_id)
+    if not order.keep_raw:
+        downloads.discard(file)
+
+
+@contextmanager
+def _alone(order: Order) -> Iterator[None]:
+    """One process at a time fetches what is no part."""
+    with (order.output / ".small.lock").open("wb") as held:
+        lock(held, wait=True)
+        yield

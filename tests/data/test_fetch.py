@@ -165,8 +165,9 @@ def test_hosts_and_a_folder_that_mirrors_them_give_the_same_tokens(root: Path, s
 
 
 def test_what_is_there_is_not_fetched_again(fetch: Fetch, hosts: Hosts, straight: Path) -> None:
-    shutil.copytree(straight / REDPAJAMA, REDPAJAMA)
-    assert fetch("redpajama-1t")[0] == 0
+    for folder in (REDPAJAMA, OLMOE):
+        shutil.copytree(straight / folder, folder)
+        assert fetch(folder.name)[0] == 0
     assert not hosts.asked
     (REDPAJAMA / "train/c4-00000.bin").write_bytes(b"torn")
     assert fetch("redpajama-1t")[0] == 0

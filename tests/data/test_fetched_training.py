@@ -57,8 +57,17 @@ def test_a_config_trains_on_its_recipe(
             **dict.fromkeys(("train-data-path", "valid-data-path"), "null"),
         }
     else:
-        files = [*sorted((data / "train").glob("*.npy")), *sorted((data / "validation").glob("*.npy"))]
-        changes = {"data.paths": json.dumps([str(path) for path in files])}
+        sets_of_table_2 = {
+            f"{path.stem}-validation": [str(path)] for path in sorted((data / "validation").glob("*.npy"))
+        }
+        evaluator = {
+            "label": "all-small-ppl-validation",
+            "data": {"drop_last": True, "datasets": sets_of_table_2},
+        }
+        changes = {
+            "data.paths": json.dumps([str(path) for path in sorted((data / "train").glob("*.npy"))]),
+            "evaluators": json.dumps([evaluator]),
+        }
     sets = [word for name, value in changes.items() for word in ("--set", f"{section}.{name}={value}")]
     polycom(
         *("run", f"configs/{config}.yaml", "--rehearse", "--set", "activation=polynorm", *sets),
