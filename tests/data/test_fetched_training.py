@@ -67,6 +67,7 @@ def test_a_config_trains_on_its_recipe(
         changes = {
             "data.paths": json.dumps([str(path) for path in sorted((data / "train").glob("*.npy"))]),
             "evaluators": json.dumps([evaluator]),
+            "tokenizer.identifier": data / "tokenizer.json",
         }
     sets = [word for name, value in changes.items() for word in ("--set", f"{section}.{name}={value}")]
     polycom(
