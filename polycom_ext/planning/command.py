@@ -14,7 +14,7 @@ from polycom_ext.planning import search, text
 from polycom_ext.planning.plan import Line, Plan, by_part, plan, total
 from polycom_ext.planning.search import Choice
 from polycom_ext.planning.text import MFU, ORIGIN, Device
-from polycom_ext.runs.spec import load_each
+from polycom_ext.runs import rehearse
 
 DEVICE = "A100-SXM4-80GB"
 """The paper's."""
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "%", "%%"
         ),
     )
+    rehearse.add_arguments(parser)
     parser.add_argument("--explain", action="store_true", help="show the arithmetic, a line a term")
     parser.add_argument("--json", action="store_true", help="a list of objects, sizes in bytes")
     parser.set_defaults(only_prints=True)
@@ -59,6 +60,7 @@ def main(args: argparse.Namespace) -> int:
     """Print the plan of one run, or a table of several; 0 also where something does not fit."""
     device = _device(args)
     changes = [*args.set, *_counts(args)]
+    load_each = rehearse.loader(args)
     chosen = [spec for c in args.configs for spec in load_each(shipped.find(c), changes, args.each)]
     plans = [plan(spec) for spec in chosen]
     if args.json:
@@ -67,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     shown = []
     if len(plans) == 1:
         [one] = plans
-        rows = list(search.scaling(one.spec, device.limit))
+        rows = search.scaling(one.spec, device.limit)
         shown.append(text.block(one, device, _smallest(one, device), rows))
     else:
         shown.append(text.table(plans, device))

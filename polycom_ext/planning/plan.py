@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from polycom_ext.runs.adapter import find
+from polycom_ext.runs.adapter import Adapter, find
 from polycom_ext.runs.efficiency import model_flops
 from polycom_ext.runs.layout import Layout, Stage, Weight, of
 from polycom_ext.runs.spec import Spec
@@ -84,9 +84,9 @@ def by_part(lines: Iterable[Line]) -> dict[str, int]:
     return sums
 
 
-def plan(spec: Spec) -> Plan:
-    """Raises PolycomError where the trainer cannot lay the run out."""
-    adapter = find(spec.trainer)
+def plan(spec: Spec, adapter: Adapter | None = None) -> Plan:
+    """By the adapter of the spec's trainer. Raises PolycomError where that cannot lay the run out."""
+    adapter = adapter or find(spec.trainer)
     layout = of(adapter, spec).layout(spec)
     of_stages = [(tuple(_memory(layout, stage)), stage) for stage in layout.stages]
     memory, fullest = max(of_stages, key=lambda one: total(one[0]))

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from polycom_ext.errors import PolycomError
 from polycom_ext.planning.plan import Plan, plan
 from polycom_ext.runs import fields
-from polycom_ext.runs import spec as specs
-from polycom_ext.runs.adapter import find
+from polycom_ext.runs.adapter import Adapter, find
 from polycom_ext.runs.layout import of
 from polycom_ext.runs.spec import Spec
 
@@ -25,19 +24,21 @@ class Choice:
     plan: Plan
 
 
-def changed(spec: Spec, changes: Sequence[str]) -> Spec:
-    """The spec with these values of --set."""
-    mapping = spec.as_mapping()
+def changed(adapter: Adapter, spec: Spec, changes: Sequence[str]) -> Spec:
+    """The spec with these values of --set, which are of the trainer's own section."""
+    section = adapter.section
+    mapping = {section: spec.options}
     for text in changes:
         mapping = fields.merge(mapping, fields.nested(*fields.parse_set(text)))
-    return specs.from_mapping(mapping, spec.name)
+    return replace(spec, options=mapping[section])
 
 
-def smallest(spec: Spec, limit: float) -> Choice | None:
+def smallest(spec: Spec, limit: float, adapter: Adapter | None = None) -> Choice | None:
     """The first of the trainer's alternatives whose fullest rank holds no more than `limit` bytes."""
-    for changes in of(find(spec.trainer), spec).alternatives(spec):
+    adapter = adapter or find(spec.trainer)  # which takes longer than to plan
+    for changes in of(adapter, spec).alternatives(spec):
         try:
-            planned = plan(changed(spec, changes))
+            planned = plan(changed(adapter, spec, changes), adapter)
         except PolycomError:
             continue
         if planned.bytes <= limit:
@@ -56,17 +57,18 @@ def scaling(spec: Spec, limit: float) -> Iterator[tuple[int, Choice | None]]:
 
     The global batch stays: more devices share it, until there is nothing left to share.
     """
+    adapter = find(spec.trainer)
     for nodes in worlds(spec):
         there = replace(spec, nodes=nodes)
         found = None
         try:
-            planned = plan(there)
+            planned = plan(there, adapter)
             if planned.bytes <= limit:
                 found = Choice((), planned)
         except PolycomError:
             pass
         try:
-            found = found or smallest(there, limit)
+            found = found or smallest(there, limit, adapter)
         except PolycomError:
             found = None
         yield there.world_size, found

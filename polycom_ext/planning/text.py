@@ -41,6 +41,9 @@ def block(
     """One run, a line a fact; `choice` is the smallest layout that fits where the run's own does not."""
     lines = [f"{plan.spec.name}: {plan.gpus} x {device.name}, {plan.layout.shape}"]
     facts = [*_facts(plan, device), *(("note", note) for note in plan.layout.notes)]
+    if plan.spec.rehearsal_of is not None:
+        lines = [f"{plan.spec.name}: {plan.gpus} processes, {plan.layout.shape}"]
+        return "\n".join([*lines, *(f"  {name:13}{text}" for name, text in facts)])
     facts += [("WARNING", text) for text in _warnings(plan, device, choice)]
     batch = f"at {plan.layout.batch:,} sequences a step and the same MFU, within {_gib(device.limit)}"
     facts.append(("scaling", f"{batch}; * where that takes other settings"))
@@ -59,12 +62,13 @@ def _facts(plan: Plan, device: Device) -> Iterator[tuple[str, str]]:
     in_all = "" if plan.flops is None else f", {plan.flops:.3g} in all"
     yield "compute", f"{plan.flops_per_token / 1e9:.4g} GFLOP a token{in_all}"
     hours = plan.gpu_hours(device.mfu * device.flops)
-    if hours is not None:
+    if hours is not None and plan.spec.rehearsal_of is None:
         rate = f"an MFU of {device.mfu:.0%} of {device.flops / 1e12:.0f} TFLOP/s"
         yield "time", f"{hours:,.0f} GPU-hours, {hours / plan.gpus / 24:.3g} days, at {rate}"
     sums = by_part(plan.memory)
     parts = ", ".join(f"{part} {_gib(sums[part])}" for part in PARTS if part in sums)
-    yield "memory", f"{_gib(plan.bytes)} of {_gib(device.memory)} on {plan.stage.title}: {parts}"
+    of = "" if plan.spec.rehearsal_of is not None else f" of {_gib(device.memory)}"
+    yield "memory", f"{_gib(plan.bytes)}{of} on {plan.stage.title}: {parts}"
     kept = plan.spec.keep_checkpoints
     saved, weights = total(plan.checkpoint), by_part(plan.checkpoint).get("weights", 0)
     several = "" if kept is None else f"; {kept} are kept, {_gib(kept * saved)}"
@@ -199,7 +203,7 @@ def _gib(size: float) -> str:
 
 def _short(number: float) -> str:
     """`1.35B`, `250B`, `2.05M`."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.4g}{unit}"
     return f"{number:.0f}"

@@ -11,11 +11,14 @@ import pytest
 from polycom_ext.cli import main
 from polycom_ext.planning.plan import Plan, by_part, plan, total
 from polycom_ext.planning.search import changed, smallest
+from polycom_ext.runs.adapter import find
 from polycom_ext.runs.spec import load, load_each
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DENSE, MIXTURE = CONFIGS / "dense-1b" / "table-1.yaml", CONFIGS / "moe-1b-7b" / "megatron.yaml"
-PAPER = sorted(path for path in CONFIGS.rglob("*.yaml") if "base" not in path.name)
+RUNS = sorted(
+    path for path in CONFIGS.rglob("*.yaml") if "base" not in path.name and path.parent.name != "cpu"
+)
 
 
 def planned(config: Path, *changes: str) -> Plan:
@@ -23,11 +26,15 @@ def planned(config: Path, *changes: str) -> Plan:
     return plan(spec)
 
 
-@pytest.mark.parametrize("config", PAPER, ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("config", RUNS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_config_is_planned(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And as it is rehearsed, on the same ranks' part of the work."""
     assert main(["plan", str(config)]) == 0
     shown = capsys.readouterr().out
     assert all(spec.name in shown for spec in load_each(config))
+    assert main(["plan", str(config), "--rehearse"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{spec.name}-rehearsal" in shown for spec in load_each(config))
 
 
 def test_the_dense_run_is_as_by_hand() -> None:
@@ -103,7 +110,8 @@ def test_what_does_not_fit_is_said_with_the_smallest_layout_that_does(
     assert "does not fit: 21.8 GiB is more than 9 GiB" in shown
     [line] = [line for line in shown.splitlines() if "the smallest layout that fits" in line]
     settings = line.partition(": --set ")[2].split(" --set ")
-    fitting = plan(changed(load(DENSE, ["activation=polynorm"]), settings))
+    spec = load(DENSE, ["activation=polynorm"])
+    fitting = plan(changed(find(spec.trainer), spec, settings))
     assert fitting.bytes <= 9 * 2**30
     assert main([*command, *(word for one in settings for word in ("--set", one))]) == 0
     assert "WARNING" not in capsys.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 from polycom_ext.integrations.megatron import options, sizes
 from polycom_ext.integrations.megatron.adapter import MegatronAdapter
 from polycom_ext.planning.plan import by_part, plan
+from polycom_ext.runs import rehearse
 from polycom_ext.runs.layout import Layout
 from polycom_ext.runs.spec import Spec, load
 
@@ -96,6 +97,34 @@ def test_a_rank_of_interleaved_stages_holds_what_is_planned(train: Trainer, tmp_
     run = spec("dense", "pipeline-model-parallel-size=2", *virtual)
     for rank, stage in zip(held(train, tmp_path, run), stages(run), strict=True):
         assert_close([rank], stage)
+
+
+LAYOUTS = {
+    "dense, tensor parallel": (
+        "dense-1b/table-1",
+        ["tensor-model-parallel-size=2", "sequence-parallel=true"],
+    ),
+    "dense, pipeline": ("dense-1b/table-1", ["pipeline-model-parallel-size=2"]),
+    "experts": ("moe-1b-7b/megatron", ["expert-model-parallel-size=2"]),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rehearsal_of_the_papers_runs_holds_what_is_planned(
+    layout: str, train: Trainer, tmp_path: Path
+) -> None:
+    """So small that what Megatron pads its buffers by shows."""
+    config, changes = LAYOUTS[layout]
+    options = [f"megatron.{change}" for change in (*SHORT, *changes)]
+    alone = ["nodes=1", "processes_per_node=2", "activation=polynorm"]
+    [run] = rehearse.load_each(TINY.parent / f"{config}.yaml", [*alone, *options])
+    ranks = held(train, tmp_path, run)
+    planned = stages(run)
+    for index, of_stage in enumerate(planned):
+        holding = ranks if len(planned) == 1 else [ranks[index]]
+        everything = sum(rank[part] for rank in holding for part in PARTS) / len(holding)
+        assert sum(of_stage.values()) == pytest.approx(everything, rel=0.05)
 
 
 @pytest.mark.parametrize("activation", ["polynorm", pytest.param("swiglu", marks=pytest.mark.long)])
