@@ -193,7 +193,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"polycom eval .*", of_few_documents),
     (r"polycom (analyze|convert) outputs/.*", of_a_training),
     (r"polycom data fetch .*", of_the_internet),
-    (r"polycom (convert|upstream|data|status|report|doctor)( .*)?", as_written),
+    (r"polycom (convert|upstream|data|status|report|doctor|plan)( .*)?", as_written),
     (r"mkdir patches/megatron-next .*", with_a_pin),
     (r"git .*", as_written),
     (r"\.venv/bin/pytest .*", by_this_python),

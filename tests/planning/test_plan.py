@@ -12,6 +12,7 @@ from polycom_ext.cli import main
 from polycom_ext.planning.plan import Plan, by_part, plan, total
 from polycom_ext.planning.search import changed, smallest
 from polycom_ext.runs.adapter import find
+from polycom_ext.runs.layout import ACTIVATIONS
 from polycom_ext.runs.spec import load, load_each
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -62,6 +63,22 @@ def test_the_mixture_is_as_by_hand() -> None:
     others = total(one.parameters) - experts - 64
     assert by_part(one.memory)["weights"] == 2 * (others + experts // 8) + 4 * 64
     assert by_part(one.memory)["optimizer"] == 12 * (others // 64 + experts // 8 // 8) + 8 * 64 // 64
+
+
+@pytest.mark.parametrize("config", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_the_page_has_these_numbers(config: Path) -> None:
+    page, one = (CONFIGS.parent / "docs" / "planning.md").read_text(), planned(config)
+    sums = by_part(one.memory)
+    model = [size for part, size in sums.items() if part != ACTIVATIONS]
+    for number in (
+        total(one.parameters),
+        total(one.active),
+        *model,
+        one.bytes,
+        sum(model),
+        sums[ACTIVATIONS],
+    ):
+        assert f"{number:,}" in page
 
 
 def test_a_rank_of_exact_tensor_parallelism_sends_the_sums_of_its_rows() -> None:
