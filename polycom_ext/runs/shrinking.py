@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 STEPS = 20
 """Of a rehearsal."""
@@ -18,6 +19,11 @@ MICRO_BATCH = 2
 """Sequences, at most."""
 THINNER = 8
 """One layer is left of so many."""
+
+
+def positive(value: Any) -> int | None:
+    """A number of a spec that there is something to take from; None for whatever else stands there."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def heads(count: int, groups: int, divisor: int = 1) -> tuple[int, int]:

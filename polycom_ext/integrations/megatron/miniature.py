@@ -15,7 +15,7 @@ from polycom_ext.errors import PolycomError
 from polycom_ext.integrations.megatron import blends, checks
 from polycom_ext.runs import rehearse, shrinking
 from polycom_ext.runs.adapter import StandIn, integer
-from polycom_ext.runs.shrinking import INTERVAL, STEPS
+from polycom_ext.runs.shrinking import INTERVAL, STEPS, positive
 from polycom_ext.runs.spec import Spec
 
 OF_GPUS = (
@@ -102,33 +102,33 @@ class _Layout:
 def _layers(spec: Spec, layout: _Layout) -> dict[str, Any]:
     stages = layout.pipeline * layout.virtual
     period = spec.options.get("moe-layer-freq", 1)
-    if not layout.layers or any(spec.options.get(name) for name in BY_LAYER) or integer(period) is None:
+    if not layout.layers or any(spec.options.get(name) for name in BY_LAYER) or positive(period) is None:
         return {}
     count = shrinking.layers(layout.layers, math.lcm(stages, max(1, period)))
     a_stage = count // stages
     made: dict[str, Any] = {"num-layers": count}
     if "num-layers-per-virtual-pipeline-stage" in spec.options:
         made["num-layers-per-virtual-pipeline-stage"] = a_stage
-    if "recompute-num-layers" in spec.options:
-        made["recompute-num-layers"] = min(spec.options["recompute-num-layers"], a_stage)
+    if recomputed := positive(spec.options.get("recompute-num-layers")):
+        made["recompute-num-layers"] = min(recomputed, a_stage)
     return made
 
 
 def _widths(spec: Spec, layout: _Layout) -> tuple[int | None, dict[str, Any]]:
     """The spec's `ffn_width`, where it has one, and the options of widths and heads."""
     given = spec.options
-    hidden, heads = integer(given.get("hidden-size")), integer(given.get("num-attention-heads"))
+    hidden, heads = positive(given.get("hidden-size")), positive(given.get("num-attention-heads"))
     if hidden is None or heads is None:
         return spec.ffn_width, {}
-    groups = integer(given.get("num-query-groups")) or heads
+    groups = positive(given.get("num-query-groups")) or heads
     fewer, fewer_groups = shrinking.heads(heads, groups, layout.tensor * layout.context)
-    ffn = spec.ffn_width or integer(given.get("ffn-hidden-size")) or 4 * hidden
+    ffn = spec.ffn_width or positive(given.get("ffn-hidden-size")) or 4 * hidden
     unit = math.lcm(layout.tensor, layout.expert_tensor) * (3 if ffn % 3 == 0 else 1)
     width, ffn = shrinking.widths(hidden, ffn, heads, fewer, unit)
     made: dict[str, Any] = {"hidden-size": width, "num-attention-heads": fewer}
     if "num-query-groups" in given:
         made["num-query-groups"] = fewer_groups
-    if channels := integer(given.get("kv-channels")):
+    if channels := positive(given.get("kv-channels")):
         made["kv-channels"] = shrinking.nearest(Fraction(channels * width * heads, hidden * fewer), 2)
     for name in (
         "ffn-hidden-size",
@@ -136,7 +136,7 @@ def _widths(spec: Spec, layout: _Layout) -> tuple[int | None, dict[str, Any]]:
         "moe-shared-expert-intermediate-size",
         "moe-latent-size",
     ):
-        if old := integer(given.get(name)):
+        if old := positive(given.get(name)):
             made[name] = (
                 ffn if name == "ffn-hidden-size" else shrinking.nearest(Fraction(old * width, hidden), unit)
             )
@@ -145,8 +145,8 @@ def _widths(spec: Spec, layout: _Layout) -> tuple[int | None, dict[str, Any]]:
 
 def _experts(spec: Spec, layout: _Layout) -> dict[str, Any]:
     count, chosen = (
-        integer(spec.options.get("num-experts")),
-        integer(spec.options.get("moe-router-topk")) or 2,
+        positive(spec.options.get("num-experts")),
+        positive(spec.options.get("moe-router-topk")) or 2,
     )
     if count is None or spec.options.get("moe-router-num-groups"):
         return {}
@@ -156,8 +156,8 @@ def _experts(spec: Spec, layout: _Layout) -> dict[str, Any]:
 
 def _sequence(spec: Spec, layout: _Layout) -> dict[str, Any]:
     length, most = (
-        integer(spec.options.get("seq-length")),
-        integer(spec.options.get("max-position-embeddings")),
+        positive(spec.options.get("seq-length")),
+        positive(spec.options.get("max-position-embeddings")),
     )
     if length is None:
         return {}
@@ -170,12 +170,12 @@ def _sequence(spec: Spec, layout: _Layout) -> dict[str, Any]:
 
 def _batch(spec: Spec, layout: _Layout) -> dict[str, Any]:
     micro, batch = (
-        integer(spec.options.get("micro-batch-size")),
-        integer(spec.options.get("global-batch-size")),
+        positive(spec.options.get("micro-batch-size")),
+        positive(spec.options.get("global-batch-size")),
     )
     if micro is None or batch is None:
         return {}
-    group = integer(spec.options.get("microbatch-group-size-per-virtual-pipeline-stage")) or layout.pipeline
+    group = positive(spec.options.get("microbatch-group-size-per-virtual-pipeline-stage")) or layout.pipeline
     accumulated = max(1, batch // (micro * layout.copies))
     micro, accumulated = shrinking.batch(micro, accumulated, group)
     return {"micro-batch-size": micro, "global-batch-size": micro * accumulated * layout.replicas}
@@ -185,7 +185,7 @@ def _schedule(spec: Spec, batch: dict[str, Any]) -> dict[str, Any]:
     """The length, and what counts in its unit as the share of it that it was."""
     made: dict[str, Any] = {}
     for unit, a_step in (("iters", 1), ("samples", batch.get("global-batch-size", 1))):
-        length = integer(spec.options.get(f"train-{unit}"))
+        length = positive(spec.options.get(f"train-{unit}"))
         if length is None:
             continue
         shorter = made[f"train-{unit}"] = STEPS * a_step

@@ -12,8 +12,8 @@ from typing import Any
 from polycom_ext.integrations.olmo import durations
 from polycom_ext.integrations.olmo.native import BLOCK_SIZE
 from polycom_ext.runs import rehearse, shrinking
-from polycom_ext.runs.adapter import StandIn, integer
-from polycom_ext.runs.shrinking import INTERVAL, STEPS
+from polycom_ext.runs.adapter import StandIn
+from polycom_ext.runs.shrinking import INTERVAL, STEPS, positive
 from polycom_ext.runs.spec import Spec
 
 OF_THE_RUN = ("wandb", "load_path", "load_path_sharded_checkpointer", "remote_save_folder", "epoch")
@@ -59,21 +59,21 @@ def _model(spec: Spec, in_blocks: bool) -> tuple[int | None, dict[str, Any]]:
     """The spec's `ffn_width`, where it has one, and the sizes of the model that it gives."""
     given = _section(spec, "model")
     made: dict[str, Any] = {}
-    if layers := integer(given.get("n_layers")):
-        made["n_layers"] = shrinking.layers(layers, integer(given.get("block_group_size")) or 1)
-    if length := integer(given.get("max_sequence_length")):
+    if layers := positive(given.get("n_layers")):
+        made["n_layers"] = shrinking.layers(layers, positive(given.get("block_group_size")) or 1)
+    if length := positive(given.get("max_sequence_length")):
         made["max_sequence_length"] = shrinking.sequence(length)
-    experts, chosen = integer(given.get("moe_num_experts")), integer(given.get("moe_top_k"))
+    experts, chosen = positive(given.get("moe_num_experts")), positive(given.get("moe_top_k"))
     if experts and chosen:
         made["moe_num_experts"], made["moe_top_k"] = shrinking.experts(experts, chosen)
-    hidden, heads = integer(given.get("d_model")), integer(given.get("n_heads"))
+    hidden, heads = positive(given.get("d_model")), positive(given.get("n_heads"))
     if not hidden or not heads:
         return spec.ffn_width, made
-    groups = integer(given.get("n_kv_heads"))
+    groups = positive(given.get("n_kv_heads"))
     made["n_heads"], fewer_groups = shrinking.heads(heads, groups or heads)
     if groups:
         made["n_kv_heads"] = fewer_groups
-    ffn = spec.ffn_width or integer(given.get("mlp_hidden_size")) or 4 * hidden
+    ffn = spec.ffn_width or positive(given.get("mlp_hidden_size")) or 4 * hidden
     is_sparse = given.get("block_type") == "moe" and given.get("moe_mlp_impl", "sparse") == "sparse"
     unit = (3 if ffn % 3 == 0 else 1) * (BLOCK_SIZE if is_sparse and in_blocks else 1)
     made["d_model"], width = shrinking.widths(hidden, ffn, heads, made["n_heads"], unit)
@@ -97,9 +97,9 @@ def _copies(spec: Spec) -> tuple[int, dict[str, Any]]:
 
 
 def _batch(spec: Spec, copies: int) -> dict[str, Any]:
-    batch = integer(spec.options.get("global_train_batch_size")) or 512  # OLMo's own
+    batch = positive(spec.options.get("global_train_batch_size")) or 512  # OLMo's own
     of_one = max(1, batch // spec.world_size)
-    micro = min(of_one, integer(spec.options.get("device_train_microbatch_size")) or 16)
+    micro = min(of_one, positive(spec.options.get("device_train_microbatch_size")) or 16)
     micro, accumulated = shrinking.batch(micro, of_one // micro)
     return {
         "global_train_batch_size": micro * accumulated * copies,
@@ -119,7 +119,7 @@ def _schedule(spec: Spec, tokens: int) -> dict[str, Any]:
     in_tokens = isinstance(duration, str) and duration.strip().endswith("T")
     made: dict[str, Any] = {"max_duration": f"{STEPS * tokens}T" if in_tokens else STEPS}
     before = durations.steps(spec.options, duration) or STEPS  # of epochs: nobody has counted the data
-    stop_at = integer(spec.options.get("stop_at"))
+    stop_at = positive(spec.options.get("stop_at"))
     if stop_at is not None:
         made["stop_at"] = min(STEPS, shrinking.share(stop_at, before, STEPS))
     length, whole = before, STEPS
@@ -134,7 +134,7 @@ def _schedule(spec: Spec, tokens: int) -> dict[str, Any]:
 
 
 def _tokens(spec: Spec, data: StandIn) -> dict[str, Any]:
-    """The stand-in's files and tokenizer; an evaluator keeps its labels, and reads one batch."""
+    """The stand-in's files and tokenizer; an evaluator keeps its labels, and reads about a batch for each."""
     train, valid = [data.train + SUFFIX], [data.valid + SUFFIX]
     given = _section(spec, "data")
     made: dict[str, Any] = {f"data.{name}": None for name in OF_ITS_TOKENS if name in given}
@@ -152,5 +152,7 @@ def _evaluator(evaluator: dict[str, Any], files: list[str]) -> dict[str, Any]:
     given = evaluator.get("data") or {}
     kept = {name: value for name, value in given.items() if name not in (*OF_ITS_TOKENS, "prefetch_factor")}
     labels = given.get("datasets")
-    tokens = {"datasets": dict.fromkeys(labels, files)} if isinstance(labels, dict) else {"paths": files}
-    return {**small, "data": {**kept, **tokens}}
+    if not isinstance(labels, dict):
+        return {**small, "data": {**kept, "paths": files}}
+    datasets = dict.fromkeys(labels, files)
+    return {**small, "subset_num_batches": len(datasets), "data": {**kept, "datasets": datasets}}
