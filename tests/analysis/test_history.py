@@ -94,6 +94,8 @@ def test_a_checkpoint_that_is_not_whole_or_of_no_model_that_is_known_is_passed_o
     said = capsys.readouterr().err
     assert "passed over: " in said
     assert "iter_0000200/common.pt holds no arguments" in said
+    torch.save({"args": None}, checkpoints / "iter_0000300" / "common.pt")
+    assert analyzed(run, tmp_path / "one that is left") is None
 
 
 def test_nothing_is_told_of_one_checkpoint_or_of_what_does_not_learn(tmp_path: Path) -> None:
