@@ -181,10 +181,18 @@ def of_a_run(place: Place, command: str) -> None:
 
 
 Rule = Callable[[Place, str], None]
+
+
+def planned(place: Place, command: str) -> None:
+    """Rehearsals are trained in tests/configs."""
+    place.run(f"{command} --dry-run")
+
+
 RULES: tuple[tuple[str, Rule], ...] = (
     (r"make [\w-]+", known_to_make),
     (r"git clone ADDRESS polycom && cd polycom", from_here),
     (r"polycom run .* --dry-run", as_written),
+    (r"polycom run .* --rehearse.*", planned),
     (r"polycom run .*", shortened),
     (r"polycom node .*", on_each_node),
     (r"polycom (logs|stop) .*", of_a_run),
