@@ -10,38 +10,27 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from polycom_ext.integrations.megatron import rehearsal
+from polycom_ext.integrations.megatron import miniature, rehearsal
 from polycom_ext.integrations.megatron.adapter import MegatronAdapter
 from polycom_ext.integrations.megatron.pretrain import _add_options
+from polycom_ext.runs import rehearse
 from polycom_ext.runs.spec import Spec, load_each
-
-OF_A_CPU: dict[str, Any] = {
-    "transformer-impl": "local",
-    "attention-backend": "unfused",
-    "distributed-backend": "gloo",
-    "expert-model-parallel-size": 1,
-    "use-cpu-initialization": True,
-    "no-masked-softmax-fusion": True,
-    "no-persist-layer-norm": True,
-    "no-gradient-accumulation-fusion": True,
-    "no-rope-fusion": True,
-    "no-bias-swiglu-fusion": True,
-    "no-bias-dropout-fusion": True,
-}
-OF_GPUS = (
-    *("overlap-grad-reduce", "overlap-param-gather", "use-distributed-optimizer"),
-    *("cross-entropy-loss-fusion", "moe-grouped-gemm", "async-save"),
-)
 
 
 def arguments(spec: Spec) -> list[str]:
     """What Megatron is given for one process of a CPU."""
-    options = {name: value for name, value in spec.options.items() if name not in OF_GPUS}
-    alone = replace(spec, nodes=1, processes_per_node=1, options={**options, **OF_A_CPU})
+    of_a_cpu = {
+        name.removeprefix("megatron."): value
+        for name, value in rehearse.on_a_cpu(spec.trainer).items()
+        if name.startswith("megatron.")
+    }
+    options = {name: value for name, value in spec.options.items() if not name.startswith(miniature.OF_GPUS)}
+    options |= {**of_a_cpu, "expert-model-parallel-size": 1, "use-cpu-initialization": True}
+    del options["use-distributed-optimizer"]
+    alone = replace(spec, nodes=1, processes_per_node=1, options=options)
     return MegatronAdapter().arguments(alone, Path("nowhere"))[1:]
 
 

@@ -116,18 +116,36 @@ class Trainer:
         **settings: object,
     ) -> Run:
         """Train the tiny model, with settings as nested mappings; `folder` is the run's, to go on with it."""
-        self._count += 1
-        folder = folder or self._folder / f"{self._count}"
+        folder = folder or self._folder / f"{self._count + 1}"
         folder.mkdir(exist_ok=True)
-        log = self._folder / f"{self._count}.log"
         options = flat(self._inputs) | flat({"model": MODEL | (MOE if moe else {})})
         options["save_folder"] = str(folder / "checkpoints")
         options |= flat(settings)
+        arguments = [f"--{key}={json.dumps(value)}" for key, value in options.items()]
+        return self.exactly(
+            *arguments,
+            f"--polycom-output={folder}",
+            processes=processes,
+            folder=folder,
+            kill_at=kill_at,
+            stop_when=stop_when,
+            timeout=timeout,
+        )
+
+    def exactly(
+        self,
+        *arguments: str,
+        processes: int,
+        folder: Path,
+        kill_at: int | None = None,
+        stop_when: str | None = None,
+        timeout: float = 240,
+    ) -> Run:
+        """Train with these arguments and no others, of which one names the folder."""
+        self._count += 1
+        log = self._folder / f"{self._count}.log"
         request = {
-            "arguments": [
-                *(f"--{key}={json.dumps(value)}" for key, value in options.items()),
-                f"--polycom-output={folder}",
-            ],
+            "arguments": arguments,
             "processes": processes,
             "log": str(log),
             "kill_at": kill_at,
