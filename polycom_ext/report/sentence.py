@@ -49,12 +49,12 @@ def _clause(family: Family) -> str:
     best = losses.drop(base).idxmin()
     winner, loser = (best, base) if losses[best] <= losses[base] else (base, best)
     digits = 2 if losses[loser] - losses[winner] >= 0.01 else 4
-    seeds = {len(groups[label].counted) for label in (winner, loser)}
+    seeds = [len(groups[label].counted) for label in (winner, loser)]
+    of = f"the mean of {seeds[0]}" if seeds[0] == seeds[1] else f"the means of {seeds[0]} and {seeds[1]}"
     return (
         f"{winner} {'ended' if step == groups[winner].first.target else 'stood'} at validation loss "
         f"{losses[winner]:.{digits}f} against {loser}'s {losses[loser]:.{digits}f} "
-        f"after {_steps(step, groups[winner])}"
-        + (f", the mean of {min(seeds)} seeds" if len(seeds) == 1 and min(seeds) > 1 else "")
+        f"after {_steps(step, groups[winner])}" + (f", {of} seeds" if max(seeds) > 1 else "")
     )
 
 

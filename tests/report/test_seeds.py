@@ -14,6 +14,7 @@ from polycom_ext import cli
 from polycom_ext.report.families import Family, families
 from polycom_ext.report.results import Result
 from polycom_ext.report.rundir import read
+from polycom_ext.report.sentence import summarize
 from polycom_ext.report.tables import differences, of, speedups
 
 from .conftest import DENSE, Metrics, RunMaker, metrics
@@ -67,6 +68,12 @@ def test_a_group_has_mean_and_sample_standard_deviation(seeded: RunMaker, tmp_pa
     page = (tmp_path / "report" / "index.html").read_text()
     assert "3.000 ± 0.173<small>−0.200 ± 0.100</small>" in page
     assert "3 seeds" in page
+    ended = "PolyNorm ended at validation loss {} against SwiGLU&#39;s {} after 400 steps, the mean"
+    assert f"{ended.format('3.00', '3.20')} of 3 seeds;" in page
+    assert summarize([family(*runs[:-1])]) == (
+        ended.replace("&#39;", "'").format("2.95", "3.20")
+        + "s of 2 and 3 seeds; a rehearsal that does not reproduce the paper."
+    )
     frame = pd.read_csv(tmp_path / "report" / "groups.csv").set_index("group")
     assert frame["seeds"].to_dict() == {"SwiGLU": 3, "PolyNorm": 3}
     assert frame.loc["PolyNorm", "validation_loss_mean"] == pytest.approx(3.0)
