@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from PIL import Image
 
 from polycom_ext.analysis.spectrum import effective_rank
+from polycom_ext.checkpoints.constants import described
 from polycom_ext.cli import main
 from polycom_ext.runs.record import Record
 
@@ -163,6 +164,26 @@ def test_a_run_keeps_its_study_for_the_report(tmp_path: Path) -> None:
     assert main(["analyze", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
     kept = Record(tmp_path / "run").read_analysis()
     assert kept == json.loads((tmp_path / "out" / "studies.json").read_text())["run"]
+
+
+def test_a_folder_that_is_no_runs_is_left_as_it_was(tmp_path: Path) -> None:
+    """And its polynomial may be of any order."""
+    made("polynorm", activation=described("polynorm-2")).save_pretrained(tmp_path / "model")
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert main(["analyze", str(tmp_path / "model"), "--output", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+    names = [row["coefficient"] for row in rows(tmp_path / "out" / "coefficients.csv")]
+    assert names == ["a₀", "a₁", "a₂"] * 2
+
+
+def test_sequences_are_no_longer_than_the_models_context_unless_it_is_said(
+    tmp_path: Path, text: Path
+) -> None:
+    made("gelu").save_pretrained(tmp_path / "model")
+    command = ["analyze", str(tmp_path / "model"), "--tokens", str(text), "--sequences", "2"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    told = json.loads((tmp_path / "out" / "studies.json").read_text())
+    assert told["model"]["activity"]["tokens"] == 2 * PLAIN["max_position_embeddings"]
 
 
 def test_a_name_is_text_in_the_figures(tmp_path: Path) -> None:
