@@ -45,3 +45,11 @@ def test_the_differences_that_it_names_are_those_between_runs_of_one_seed() -> N
     named = set(re.findall(r"(\d\.\d{3}) ± (\d\.\d{3})", prose))
     assert named
     assert named <= measured
+
+
+def test_readme_quotes_them() -> None:
+    polynorm = next(row for row in rows("groups.csv") if row["activation"] == "polynorm")
+    quoted = re.findall(
+        r"PolyNorm comes to SwiGLU's final\s+loss (.*) times as early", (TOP / "README.md").read_text()
+    )
+    assert quoted == [script("ablations").spread(polynorm, "speedup_in_tokens", 2)]
