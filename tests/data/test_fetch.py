@@ -25,6 +25,7 @@ from polycom_ext.data.sources import document_text, read_records
 from polycom_ext.errors import PolycomError
 from polycom_ext.files import sha256
 from polycom_ext.integrations.megatron import tokens
+from polycom_ext.integrations.megatron.token_format import HEADER
 from polycom_ext.runs.adapter import find
 from polycom_ext.runs.spec import load_each
 
@@ -156,8 +157,10 @@ def test_validation_sets_keep_their_tokens_in_every_form(root: Path, straight: P
         assert (straight / OLMOE / f"validation/{label}.npy").read_bytes() == published
         assert (straight / OLMOE / f"megatron/validation/{label}.bin").read_bytes() == published
         index = (straight / OLMOE / f"megatron/validation/{label}.idx").read_bytes()
-        documents = np.frombuffer(published, dtype="<u2").tolist().count(0)
-        assert int.from_bytes(index[18:26], "little") == documents > 0
+        ends = np.flatnonzero(np.frombuffer(published, dtype="<u2") == 0) + 1
+        lengths = np.frombuffer(index, dtype="<i4", offset=HEADER.size, count=len(ends))
+        assert lengths.tolist() == np.diff(ends, prepend=0).tolist()
+        assert len(ends) == int.from_bytes(index[18:26], "little") > 0
 
 
 def test_hosts_and_a_folder_that_mirrors_them_give_the_same_tokens(
