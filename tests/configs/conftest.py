@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,16 @@ from .test_paper import CONFIGS, PAPER
 
 
 @pytest.fixture(scope="session")
-def in_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder to be in, with token files for rehearsals."""
-    folder = tmp_path_factory.mktemp("rehearsals")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(folder)
-        yield folder
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the token files of rehearsals are made once."""
+    return tmp_path_factory.mktemp("rehearsals")
+
+
+@pytest.fixture
+def in_text(text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, to be in."""
+    monkeypatch.chdir(text)
+    return text
 
 
 def runs(trainer: str) -> list[object]:

@@ -41,10 +41,10 @@ class Zygote:
         )
 
     def run(self, request: dict[str, Any]) -> list[int]:
-        """The exit status of each rank."""
+        """The exit status of each rank; they are in the folder that this process is in now."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.write(json.dumps({**request, "folder": os.getcwd()}) + "\n")
         self._process.stdin.flush()
         statuses: list[int] = json.loads(self._process.stdout.readline())
         return statuses
@@ -68,6 +68,7 @@ def _free_port() -> int:
 
 
 def _rank(request: dict[str, Any], rank: int, port: int, entry: Entry) -> None:
+    os.chdir(request["folder"])
     os.setsid()  # so that what this rank starts (the manager of a checkpoint's writers) can be ended with it
     log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
