@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from polycom_ext import arguments, trainers
-from polycom_ext._version import __version__
+from polycom_ext.checkpoints import manifest
 from polycom_ext.checkpoints.forms import Options, Ranks, Reads, Writes, WritesByRank
 from polycom_ext.checkpoints.model import Model, checked
 from polycom_ext.checkpoints.upgrade import upgraded
 from polycom_ext.data.progress import progress
 from polycom_ext.errors import PolycomError, did_you_mean
-from polycom_ext.files import exclusive, sha256
+from polycom_ext.files import exclusive
 
-MANIFEST = "conversion.json"
-"""What was made of what, and the hash of each file."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -121,7 +118,10 @@ def _by_rank() -> list[str]:
 
 
 def opened(source: Path) -> Model:
-    """The model of a checkpoint, or of the newest of a run. Raises PolycomError where there is none."""
+    """The model of a checkpoint, or of the newest of a run.
+
+    Raises PolycomError where there is none, or weights that were converted are no longer what they were.
+    """
     if not source.is_dir():
         raise PolycomError(f"{source} is no folder, so no checkpoint")
     readers = [form for form in trainers.checkpoint_forms().values() if isinstance(form, Reads)]
@@ -130,7 +130,9 @@ def opened(source: Path) -> Model:
         if found is not None:
             for damaged in found.passed_over:
                 print(f"passed over: {damaged}", file=sys.stderr)
-            return form.read(found.path)
+            model = form.read(found.path)
+            manifest.compare(source)
+            return model
     raise PolycomError(f"{source} holds no checkpoint that can be read here")
 
 
@@ -139,8 +141,4 @@ def _write(writer: Writes, model: Model, folder: Path, options: Options) -> None
     folder.mkdir()
     with progress(len(model.tensors), "converting", "tensors") as bar:
         writer.write(model, folder, options, lambda size: bar.update(1))
-    files = {
-        str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    told = {"source": model.source, "polycom-ext": __version__, "sha256": files}
-    (folder / MANIFEST).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    manifest.write(folder, model.source)

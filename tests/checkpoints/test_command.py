@@ -61,3 +61,36 @@ def test_a_tracker_that_names_nothing_is_refused_in_a_sentence(
     assert said.startswith("polycom convert: ")
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_weights_of_other_bytes_than_were_converted_are_refused(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    convert(made("polynorm"), source, form, Options())
+    weights = max(
+        (path for path in source.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    content = bytearray(weights.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 1
+    weights.write_bytes(content)
+    assert cli.main(["convert", str(source), str(tmp_path / "out"), "--to", "hf"]) == 2
+    assert f"{weights} is not what was converted (other bytes)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_a_converted_checkpoint_may_be_changed_and_its_manifest_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    convert(made("polynorm"), source, "hf", Options())
+    for name in ("config.json", "generation_config.json"):
+        with (source / name).open("a") as file:
+            file.write("\n")
+    assert cli.main(["convert", str(source), str(tmp_path / "out"), "--to", "hf"]) == 0
+    for damaged in ("{}", "[1]", '{"sha256": 3}', '{"sha256": ', '{"sha256": {"gone.safetensors": "0"}}'):
+        (source / "conversion.json").write_text(damaged)
+        assert cli.main(["convert", str(source), str(tmp_path / "again"), "--to", "hf"]) == 2
+        assert "conversion.json" in capsys.readouterr().err
