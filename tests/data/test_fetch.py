@@ -440,3 +440,57 @@ def test_a_host_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
     with pytest.raises(PolycomError, match=r"cannot be fetched .* give the same command again to go on"):
         Downloads(tmp_path, "http://127.0.0.1:9", pause=0.0).get(Remote(WIKI))
     assert not list(tmp_path.rglob("wiki.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "said"),
+    [
+        ("train", "tokens", "many", "train.a: tokens 'many' is not a number, 0 or more"),
+        ("train", "tokens", 0, "train.a: tokens 0 gives it no part of the mixture"),
+        ("train", "weight", -1, "train.a: weight -1 is not a number, 0 or more"),
+        ("train", "weight", float("nan"), "train.a: weight nan is not a number, 0 or more"),
+        ("train", "held_out", [1], "train.a: held_out [1] is not a whole number, 0 or more"),
+        ("train", "held_out", True, "train.a: held_out True is not a whole number, 0 or more"),
+        ("train", "match", None, "train.a: match None is not a text"),
+        ("train", "hub", "a/b", "train.a needs one of urls and hub"),
+        ("validation", "sets", 3, "validation: sets 3 is not a mapping of texts"),
+        ("validation", "sets", {"../up": "https://a"}, "'../up' must be a plain name of a file"),
+        ("validation", "dtype", "float", "validation.dtype float is none of uint16, uint32"),
+        ("tokenizer", "hub", 3, "tokenizer: hub 3 is not a text"),
+        ("", "within", "x", "within 'x' is not a number, 0 or more"),
+        ("", "formats", "olmo", "formats 'olmo' is not a list of texts"),
+        ("", "formats", [], "formats names no form of token files"),
+        ("", "formats", ["elmo"], "formats: elmo is none of"),
+        ("", "name", "../up", "'../up' must be a plain name of a file"),
+        ("", "train", {}, "train names no source"),
+        ("", "train", None, "train is no mapping of names"),
+        ("", "tokenizer", None, "tokenizer is no mapping of names"),
+        ("", "formats", None, "formats None is not a list of texts"),
+    ],
+)
+def test_a_recipe_of_wrong_values_is_refused_in_a_sentence(
+    tmp_path: Path, part: str, key: str, value: object, said: str
+) -> None:
+    source: dict[str, object] = {"urls": "https://a.example/urls.txt", "match": "*", "tokens": 1.0}
+    recipe: dict[str, object] = {
+        "name": "a",
+        "formats": ["olmo"],
+        "tokenizer": {"hub": "a/b"},
+        "train": {"a": source},
+        "validation": {"sets": {"b": "https://a.example/b.npy"}},
+    }
+    changed = {"": recipe, "train": source}.get(part) or recipe[part]
+    assert isinstance(changed, dict)
+    changed[key] = value
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(PolycomError) as refused:
+        recipes.load(str(path))
+    assert said in str(refused.value)
+
+
+def test_what_a_recipe_needs_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: a\ntokenizer: {hub: a/b}\ntrain: {a: {hub: a/b, match: '*'}}\n")
+    with pytest.raises(PolycomError, match=r"train\.a: tokens is missing"):
+        recipes.load(str(path))
