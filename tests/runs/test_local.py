@@ -330,7 +330,7 @@ def test_a_run_that_has_not_begun_says_what_its_trainer_said_last(
     toy_spec: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(attempt, "PATIENCE_SECONDS", 0.0)
-    spec = load(Path(toy_spec(steps=1, seconds=1, talk="waiting for rank 7")))
+    spec = load(Path(toy_spec(steps=1, seconds=2, talk="waiting for rank 7")))
     written = plan.planned(spec, None, RUN.parent, Site())
     RUN.mkdir(parents=True)
     written.directory.write(written.spec, written.adapter, written.command, written.site, {})
