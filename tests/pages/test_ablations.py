@@ -7,10 +7,14 @@ import re
 from itertools import permutations
 from statistics import mean, stdev
 
+from polycom_ext import activations
+from polycom_ext.runs.spec import load_each
+
 from ..scripts import script
 from .conftest import TOP
 
 RESULTS = max((TOP / "benchmarks" / "results").glob("*-cpu-ablations"))
+SPECS = [path for path in (TOP / "configs" / "ablations" / "tiny").glob("*.yaml") if path.stem != "base"]
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -45,6 +49,14 @@ def test_the_differences_that_it_names_are_those_between_runs_of_one_seed() -> N
     named = set(re.findall(r"(\d\.\d{3}) ± (\d\.\d{3})", prose))
     assert named
     assert named <= measured
+
+
+def test_every_activation_that_is_trained_has_its_row_of_three_seeds() -> None:
+    found = sorted((row["activation"], row["order"], row["seeds"]) for row in rows("groups.csv"))
+    compared = [
+        activations.parse(spec.activation) for path in SPECS for spec in load_each(path, ["megatron.seed=1"])
+    ]
+    assert found == sorted((entry.name, str(order or ""), "3") for entry, order in compared)
 
 
 def test_readme_quotes_them() -> None:
