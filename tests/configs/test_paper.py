@@ -94,7 +94,7 @@ def test_each_activation_that_the_paper_compares_has_its_small_run_under_three_s
 @pytest.mark.parametrize("small", SMALL)
 def test_the_small_runs_can_start(small: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(CONFIGS / "ablations" / "tiny" / f"{small}.yaml"), "--dry-run"]) == 0
-    assert "--lr 4.0e-3" in capsys.readouterr().out
+    assert "--train-iters 240" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if "ablations" not in name])
