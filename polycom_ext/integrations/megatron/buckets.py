@@ -9,20 +9,22 @@ import torch
 from polycom_ext.errors import PolycomError
 
 
-def padding_alone(state: dict[Any, Any], size: int, stored: bool) -> dict[str, Any]:
+def padding_alone(optimizer: Any, state: dict[Any, Any], buffer: int, index: int) -> dict[str, Any]:
     """What stands for such a share as the optimizer is saved: one gap, as there are between parameters.
 
     Called by the patched `sharded_param_state_dp_reshardable`.
 
     Args:
+        optimizer: Megatron's DistributedOptimizer.
         state: of all buckets of the rank, of which some may have been turned into ShardedTensors by now.
-        size: numbers in the share.
-        stored: whether the share, or the beginning of it, goes into the checkpoint; padding up to a
-            multiple of the ranks does not.
+        buffer, index: of the bucket.
     """
+    bucket = optimizer.buffers[buffer].buckets[index]
+    group = optimizer.data_parallel_group
+    size = bucket.grad_data.numel() // group.size()
     gap = {"gbuf_local_start": 0, "gbuf_local_end": size, "padding": True}
-    if not stored:
-        return gap
+    if group.rank() * size >= bucket.numel_unpadded:
+        return gap  # the padding up to a multiple of the ranks is not stored
     for buckets in (found for index, found in state.items() if isinstance(index, int)):
         for entry in (entry for of_type in buckets.values() for bucket in of_type for entry in bucket):
             # Which numbers are kept of a parameter, and as which types: the same in every bucket.

@@ -50,13 +50,14 @@ def trained_function(args: Namespace) -> Function:
     return Function("quick_geglu" if getattr(args, "quick_geglu", False) else "gelu", {})
 
 
-def check_activation(args: Namespace, checkpoint_args: Namespace) -> None:
+def check_activation(args: Namespace, checkpoint_args: Namespace | None) -> None:
     """Raise PolycomError if the checkpoint's activation is another than the run's.
 
     Called by the patched `load_checkpoint` where either is one of PolyCom's; Megatron's own among themselves
-    are left to Megatron. `--polycom-allow-other-activation` lets anything pass.
+    are left to Megatron, and a checkpoint without arguments does not tell. `--polycom-allow-other-activation`
+    lets anything pass.
     """
-    if getattr(args, OVERRIDE, False):
+    if checkpoint_args is None or getattr(args, OVERRIDE, False):
         return
     ours, theirs = trained_function(args), trained_function(checkpoint_args)
     if ours != theirs:
