@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import platform
 import shutil
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from polycom_ext.machine.processor import processor
 
 HEAD = ("activation", "seeds", "validation loss", "minus the first row's", "speedup in tokens")
 CSV_FILES = ("groups.csv", "results.csv")
@@ -72,15 +73,6 @@ def conditions(runs: Path) -> Iterator[str]:
     when = f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
     yield f"{len(told)} runs, of {minutes:.0f} minutes in all, {when};"
     yield f"{processor()}, one thread each; {', '.join(versions)}, commit {', '.join(commits)}."
-
-
-def processor() -> str:
-    """By its name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine()
-    )
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ from torch.utils.checkpoint import checkpoint
 
 import polycom_ext
 from polycom_ext import functional
+from polycom_ext.machine.processor import processor
 from polycom_ext.modules import SwiGLU
 from polycom_ext.ops.polynomial import eager, library
 from polycom_ext.ops.polynomial.inputs import Inputs
@@ -389,10 +390,7 @@ def machine(device: torch.device) -> str:
     """The processor or GPU by name."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def _settings() -> list[str]:

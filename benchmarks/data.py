@@ -34,6 +34,7 @@ import numpy as np
 from polycom_ext import upstream
 from polycom_ext.data.corpora import corpus
 from polycom_ext.data.tokenizer import Encoder
+from polycom_ext.machine.processor import processor
 
 DOCUMENT = 4000
 """Characters of a document: about what those of the web have."""
@@ -169,7 +170,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Tokens a second and core of `polycom data prepare`",
         "",
-        f"{datetime.date.today()}, {_machine()}, Python {platform.python_version()}, load average "
+        f"{datetime.date.today()}, {processor()}, Python {platform.python_version()}, load average "
         f"{os.getloadavg()[0]:.1f} at the end. {rows[0]['bytes'] / 1e6:.1f} MB of JSON Lines, "
         f"{rows[0]['tokens']} tokens; one worker process; processor time of all processes of a command, "
         "less that for one document.",
@@ -187,14 +188,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {name} | {best[name]:,} ({statistics.median(found):,.0f}) | {beside:.2f} | {start:.1f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _machine() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return next(line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def main() -> None:

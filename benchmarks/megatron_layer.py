@@ -16,7 +16,6 @@ import argparse
 import csv
 import datetime
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from polycom_ext import activations, upstream
 from polycom_ext.integrations.megatron import rehearsal
+from polycom_ext.machine.processor import processor
 
 PROVIDERS = ("fused", "separate")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -126,7 +126,7 @@ def table(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     lines = [
         f"# FC1's bias and the router's weights in {arguments.activation}, in Megatron's MLP",
         "",
-        f"{datetime.date.today()}, {_machine()}, torch {torch.__version__}, {arguments.threads} thread(s), "
+        f"{datetime.date.today()}, {processor()}, torch {torch.__version__}, {arguments.threads} thread(s), "
         f"load average {os.getloadavg()[0]:.1f} at the end. {arguments.tokens} tokens, hidden "
         f"{arguments.hidden}, width {arguments.width}; forward and backward, milliseconds of "
         f"processor time, p20 (p50, p80) of {arguments.repetitions} turns.",
@@ -142,14 +142,6 @@ def table(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
         ratio = found[1]["p20_ms"] / found[0]["p20_ms"]
         lines.append(f"| {mode} | {part} | {dtype} | {' | '.join(texts)} | {ratio:.2f} |")
     return "\n".join(lines) + "\n"
-
-
-def _machine() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return next(line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def main() -> None:

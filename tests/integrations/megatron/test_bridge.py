@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,23 +18,14 @@ from polycom_ext.errors import PolycomError
 from polycom_ext.integrations import huggingface
 from polycom_ext.upstream import download
 
-from ..transformer_engine.test_transformer_engine import WHEELS, unpack
 from .conftest import Trainer
 from .test_conversion import TOKENS, options
+from .test_on_transformer_engine import on_te  # noqa: F401  # a fixture
 from .test_written import made
 
 huggingface.register()
 pytestmark = pytest.mark.long
 VERSION, SHA256 = "0.3.1", "4d9a9ad679bd927a84f923e5239512d72af7fa47331b749a8f275592c2920616"
-
-
-@pytest.fixture(scope="module")
-def on_te(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
-    folder = tmp_path_factory.mktemp("on_te")
-    sources = unpack(list(WHEELS)[-1], folder / "sources")
-    trainer = Trainer(tree, folder, {"POLYCOM_TE_SOURCES": str(sources)})
-    yield trainer
-    trainer.close()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +46,12 @@ KINDS = ("polynorm", "polyrelu-2", "xielu", "grouped queries", "biases", "layer 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_is_loaded_and_exported(on_te: Trainer, package: Path, kind: str, tmp_path: Path) -> None:
+def test_a_model_is_loaded_and_exported(
+    on_te: Trainer,  # noqa: F811
+    package: Path,
+    kind: str,
+    tmp_path: Path,
+) -> None:
     hf, tokens = tmp_path / "hf", TOKENS % 96
     convert(made(kind), hf, "hf", Options())
     theirs = on_te.script("bridged.py", str(package), str(hf), json.dumps(tokens.tolist()), *options("gelu"))
