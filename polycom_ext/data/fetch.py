@@ -32,8 +32,12 @@ DOWNLOADS = 4
 """Files under way at once, beside those that are being tokenized."""
 TOKENS_A_BYTE = {True: 1.0, False: 0.35}
 """More than any text of ours gives: compressed or not. For the room that a disk must have."""
-NODES = (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE"))
-"""Where a launcher says which of how many a process is."""
+NODES = (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("RANK", "WORLD_SIZE"))
+"""Where a launcher says which of how many a process is.
+
+Slurm's batch script is alone, and has SLURM_PROCID, and SLURM_NTASKS of the whole job, too: the number of a
+step's tasks is what srun adds.
+"""
 
 
 @dataclass(frozen=True)
@@ -206,9 +210,8 @@ def _check_room(order: Order, parts: list[Part], downloads: Downloads) -> None:
     tokens = [int(2 * TOKENS_A_BYTE[kind] * size) for kind, size in zip(compressed, sizes, strict=True)]
     ahead = len(parts) if order.keep_raw else min(order.workers, len(parts)) + DOWNLOADS
     raw = 0 if downloads.local else sum(sorted(sizes)[-ahead:])
-    needed = (
-        sum(tokens) + sum(sorted(tokens)[-order.workers :]) + raw
-    )  # shards are kept until they are put together
+    # Shards are kept until they are put together.
+    needed = sum(tokens) + sum(sorted(tokens)[-order.workers :]) + raw
     free = shutil.disk_usage(order.output).free
     if needed > free:
         raise PolycomError(

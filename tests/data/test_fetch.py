@@ -218,7 +218,7 @@ def test_nodes_take_their_shares_and_the_last_one_mixes(
     fetch: Fetch, own: Own, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = own(WIKI, f"https://{TOGETHER}/c4/c4-train.00000-of-01024.jsonl")
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     for node, there in (("1", False), ("0", True)):
         monkeypatch.setenv("SLURM_PROCID", node)
         status, printed = fetch(recipe, "--output", "out")
@@ -226,6 +226,19 @@ def test_nodes_take_their_shares_and_the_last_one_mixes(
         assert Path("out/blend.json").exists() == there
         made = {path.stem for path in Path("out/train").glob("*.bin")}
         assert made == ({"all-00000", "all-00001"} if there else {"all-00001"})
+
+
+def test_a_batch_script_of_slurm_is_alone_until_it_calls_srun(
+    fetch: Fetch, own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Slurm 22.05 sets in a script of two tasks, and no more."""
+    for name, value in {"SLURM_PROCID": 0, "SLURM_NODEID": 0, "SLURM_NTASKS": 2, "SLURM_NPROCS": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    status, printed = fetch(
+        own(WIKI, f"https://{TOGETHER}/c4/c4-train.00000-of-01024.jsonl"), "--output", "out"
+    )
+    assert (status, "left to other nodes" in printed) == (0, False)
+    assert Path("out/blend.json").exists()
 
 
 def test_a_download_goes_on_where_it_broke_off(hosts: Hosts, root: Path, tmp_path: Path) -> None:
