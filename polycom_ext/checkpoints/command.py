@@ -131,7 +131,8 @@ def opened(source: Path) -> Model:
             for damaged in found.passed_over:
                 print(f"passed over: {damaged}", file=sys.stderr)
             model = form.read(found.path)
-            manifest.compare(source)
+            for folder in (source, source.absolute().parent):  # some forms are a folder of what was converted
+                manifest.compare(folder)
             return model
     raise PolycomError(f"{source} holds no checkpoint that can be read here")
 

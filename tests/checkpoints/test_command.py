@@ -76,9 +76,11 @@ def test_weights_of_other_bytes_than_were_converted_are_refused(
     middle = len(content) // 2
     content[middle] ^= 1
     weights.write_bytes(content)
-    assert cli.main(["convert", str(source), str(tmp_path / "out"), "--to", "hf"]) == 2
-    assert f"{weights} is not what was converted (other bytes)" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    inside = source / weights.relative_to(source).parts[0]
+    for named in (source, *([inside] if inside.is_dir() else [])):
+        assert cli.main(["convert", str(named), str(tmp_path / "out"), "--to", "hf"]) == 2
+        assert f"{weights} is not what was converted (other bytes)" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_settings_of_a_converted_checkpoint_may_be_changed_and_its_manifest_not(
