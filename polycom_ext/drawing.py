@@ -139,7 +139,11 @@ def label_ends(figure: Figure, ax: Axes, ends: Sequence[tuple[float, float, str,
             color=look.color,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": look.color, "linewidth": 0.5, "alpha": 0.6, "shrinkB": 2},
+            # To the middle of its left edge: to its own, the default, it would cross the labels between.
+            arrowprops={
+                **{"arrowstyle": "-", "color": look.color, "linewidth": 0.5, "alpha": 0.6, "shrinkB": 2},
+                "relpos": (0, 0.5),
+            },
         )
 
 

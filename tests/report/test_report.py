@@ -11,6 +11,8 @@ from statistics import fmean
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from polycom_ext import cli, drawing, reference
@@ -219,6 +221,27 @@ def test_smoothing_has_no_lag_and_does_not_hide_what_is_not_finite() -> None:
     gap = drawing.smooth(line)[0]["1"]
     assert math.isnan(gap[50])
     assert gap[51] == pytest.approx((98 + 102 + 104 + 106) / 4)
+
+
+def test_no_line_to_a_label_crosses_another_label() -> None:
+    """Ten curves that end close together, as those of the ablations do."""
+    figure = Figure(layout="constrained")
+    ax = figure.subplots()
+    names = [f"activation {index}" for index in range(10)]
+    ax.plot([0, 1], [0, 1])
+    ends = [
+        (1.0, 0.3 + 0.01 * index, name, look)
+        for index, (name, look) in enumerate(zip(names, drawing.looks(["gelu"] * 10), strict=True))
+    ]
+    drawing.label_ends(figure, ax, ends)
+    figure.draw_without_rendering()
+    assert len(ax.texts) == len(names)
+    for text in ax.texts:
+        assert isinstance(text, Annotation)
+        assert text.arrow_patch is not None
+        column = Text.get_window_extent(text).x0
+        line = text.arrow_patch.get_transform().transform_path(text.arrow_patch.get_path())
+        assert line.get_extents().x1 <= column + 1
 
 
 def test_labels_are_moved_apart_as_little_as_needed() -> None:
