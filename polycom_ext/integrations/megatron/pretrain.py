@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from polycom_ext.errors import PolycomError
-from polycom_ext.integrations.megatron import rehearsal
+from polycom_ext.integrations.megatron import data_helpers, rehearsal
 from polycom_ext.runs import efficiency, entry
 from polycom_ext.runs.record import Record
 
@@ -147,6 +147,7 @@ def main() -> None:
     """Train; exit status 2 with one sentence when the arguments cannot be right."""
     entry.note_what_argparse_refuses()
     rehearsal.enable()
+    data_helpers.enable()
     from megatron.core.enums import ModelType
     from megatron.training import global_vars, pretrain
 

@@ -17,20 +17,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import os
 import runpy
 import sys
-import sysconfig
 from importlib import import_module
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from polycom_ext.errors import PolycomError
-from polycom_ext.integrations.megatron import torch_cuda
-from polycom_ext.ops import build
+from polycom_ext.integrations.megatron import data_helpers, torch_cuda
 
 
 def enable() -> None:
@@ -39,7 +34,7 @@ def enable() -> None:
         return
     torch_cuda.install()
     _allow_no_cuda()
-    _use_the_compiled_helpers()
+    data_helpers.enable()
     _no_kernels_to_warm_up()
     _split_sizes_as_numpy()
     _norm_under_sequence_parallelism()
@@ -57,36 +52,6 @@ def _allow_no_cuda() -> None:
     """training/initialize.py asserts CUDA unless told not to."""
     training: Any = import_module("megatron.training.training")
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-
-
-def _use_the_compiled_helpers() -> None:
-    """core/datasets/utils.py runs `make` at every start, with whatever `python3` it finds first.
-
-    The wheel has no Makefile, and its helper compiled for one version of Python.
-    """
-    utils: Any = import_module("megatron.core.datasets.utils")
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
-        utils.compile_helpers = lambda: None
-    else:
-        utils.compile_helpers = functools.partial(_compile_helpers, Path(utils.__file__).parent)
-
-
-def _compile_helpers(folder: Path) -> None:
-    """Compile the helper for this very Python, as upstream's Makefile does."""
-    library = folder / f"helpers_cpp{sysconfig.get_config_var('EXT_SUFFIX')}"
-    partial = folder / f".{library.name}.{os.getpid()}"
-    try:
-        include = build.run([sys.executable, "-m", "pybind11", "--includes"]).split()
-        flags = ["-O3", "-shared", "-std=c++17", "-fPIC", *include]
-        build.run([build.find_cxx(), *flags, str(folder / "helpers.cpp"), "-o", str(partial)])
-        partial.replace(library)
-    except build.BuildError as error:
-        raise PolycomError(
-            "Megatron's data helpers must be compiled for this Python, by pybind11 and a C++ compiler: "
-            f"{error.sentence}"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _no_kernels_to_warm_up() -> None:
