@@ -12,6 +12,8 @@ told, and the others go on; the exit status is 1 if it is `polycom`.
 Writes OUTPUT.csv (one row a provider, width, type and mode: p20, p50, p80 of the time, bytes moved per second
 as a share of what a copy of the tensor reached in the same run, peak memory), OUTPUT.md and OUTPUT.png. The
 bytes are those that the operation cannot avoid: x and y forward; x, the gradient of y and that of x backward.
+On a GPU the time is the GPU's alone, which waits until the processor has asked for all of a call; what asking
+takes is told beside it, and counts where a model keeps its GPU waiting.
 Mode `block` is forward and backward of linear, activation, linear; `block, recomputing` the same where
 backward recomputes the activation instead of keeping it.
 
@@ -57,6 +59,8 @@ HIDDEN = 2048
 """Of the feed-forward block; the paper's."""
 FLUSHED = 256 * 2**20
 """Bytes that are written between the calls on a GPU: more than its cache holds."""
+AHEAD = 4_000_000
+"""Cycles for which a GPU waits before a call, some two milliseconds."""
 LEAST_REPETITIONS = 3
 """Of a measurement that takes longer than it may."""
 
@@ -73,6 +77,7 @@ class Row:
     p20_ms: float
     p50_ms: float
     p80_ms: float
+    asked_ms: float | None
     share_of_copy: float | None
     peak_mib: float | None
 
@@ -84,11 +89,17 @@ class Sample:
     provider: str
     mode: str
     times: list[float]
+    asked: list[float]
+    """Of the processor, for a GPU; else nothing."""
     moved: int | None = None
     peak_mib: float | None = None
 
     def quantile(self, tenths: int) -> float:
-        return statistics.quantiles(self.times, n=10, method="inclusive")[tenths - 1]
+        return quantile(self.times, tenths)
+
+
+def quantile(times: list[float], tenths: int) -> float:
+    return statistics.quantiles(times, n=10, method="inclusive")[tenths - 1]
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -166,8 +177,21 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split(chr(10))[:2])}"
 
 
+def on_gpu(device: torch.device, run: Callable[[], object]) -> tuple[float, float]:
+    """Milliseconds of a call on the GPU, and of the processor to ask for it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(AHEAD)
+    start = time.perf_counter()
+    begin.record()
+    run()
+    end.record()
+    asked = (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize(device)
+    return float(begin.elapsed_time(end)), asked
+
+
 class Timer:
-    """Times of a call in milliseconds: by events on a GPU, whose cache is flushed before; else the clock."""
+    """Milliseconds of a call: the GPU's, its cache flushed before, and those of asking; else the clock's."""
 
     def __init__(self, device: torch.device, repetitions: int, seconds: float) -> None:
         self.device, self.repetitions, self.seconds = device, repetitions, seconds
@@ -176,31 +200,27 @@ class Timer:
 
     def __call__(
         self, run: Callable[[], object], prepare: Callable[[], object] = lambda: None
-    ) -> list[float]:
+    ) -> tuple[list[float], list[float]]:
         for _ in range(3):
             prepare()
             run()
         times: list[float] = []
+        asked: list[float] = []
         begin = time.monotonic()
         while len(times) < self.repetitions:
             if len(times) >= LEAST_REPETITIONS and time.monotonic() - begin > self.seconds:
                 break
             prepare()
-            times.append(self._once(run))
-        return times
-
-    def _once(self, run: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e3
-        self._flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize(self.device)
-        return float(begin.elapsed_time(end))
+            if self.device.type == "cuda":
+                self._flush.zero_()
+                took, processors = on_gpu(self.device, run)
+                asked.append(processors)
+            else:
+                start = time.perf_counter()
+                run()
+                took = (time.perf_counter() - start) * 1e3
+            times.append(took)
+        return times, asked
 
 
 def _peak_mib(device: torch.device, run: Callable[[], object]) -> float | None:
@@ -214,7 +234,7 @@ def _peak_mib(device: torch.device, run: Callable[[], object]) -> float | None:
 
 def _sample_copy(x: Tensor, timer: Timer) -> Sample:
     out = torch.empty_like(x)
-    return Sample("copy", "forward", timer(partial(out.copy_, x)), 2 * x.numel() * x.element_size())
+    return Sample("copy", "forward", *timer(partial(out.copy_, x)), 2 * x.numel() * x.element_size())
 
 
 def _sample_activation(name: str, activation: nn.Module, x: Tensor, timer: Timer) -> Iterator[Sample]:
@@ -253,7 +273,7 @@ def _sample_activation(name: str, activation: nn.Module, x: Tensor, timer: Timer
     for mode, run, prepare in modes:
         times = timer(run, prepare)
         prepare()
-        yield Sample(name, mode, times, moved[mode], _peak_mib(timer.device, run))
+        yield Sample(name, mode, *times, moved[mode], _peak_mib(timer.device, run))
 
 
 class Block(nn.Module):
@@ -301,7 +321,7 @@ def _sample_block(name: str, mode: str, block: Block, x: Tensor, timer: Timer) -
 
     times = timer(run, clear)
     clear()
-    return Sample(name, mode, times, peak_mib=_peak_mib(timer.device, run))
+    return Sample(name, mode, *times, peak_mib=_peak_mib(timer.device, run))
 
 
 def swiglu_width(width: int) -> int:
@@ -368,6 +388,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row | Fa
                     yield found
                 elif (known := samples.setdefault((found.provider, found.mode), found)) is not found:
                     known.times += found.times
+                    known.asked += found.asked
             copy = samples["copy", "forward"]
             assert copy.moved is not None
             rate = copy.moved / copy.quantile(2)
@@ -381,6 +402,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row | Fa
                     sample.quantile(2),
                     sample.quantile(5),
                     sample.quantile(8),
+                    quantile(sample.asked, 2) if sample.asked else None,
                     None if sample.moved is None else sample.moved / sample.quantile(2) / rate,
                     sample.peak_mib,
                 )
@@ -418,17 +440,19 @@ def write_markdown(path: Path, rows: list[Row], failures: list[Failure], device:
         f"Python {platform.python_version()}, "
         f"polycom-ext {polycom_ext.__version__} ({operations}; build {build}).",
         f"Command: `{shlex.join([*_settings(), 'python', *sys.argv])}`.",
-        "Times in milliseconds: p20 (p50, p80). Share of copy: by p20, of the bytes that cannot be avoided.",
+        "Times in milliseconds: p20 (p50, p80). Share of copy: by p20, of the bytes that cannot be avoided. "
+        "Asked: what the processor takes to ask a GPU for it.",
         *(f"Failed: {one.provider}, {one.dtype}, width {one.width}: {one.reason}" for one in failures),
         "",
-        "| provider | mode | type | rows | width | time | share of copy | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| provider | mode | type | rows | width | time | share of copy | asked | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         share = "" if row.share_of_copy is None else f"{row.share_of_copy:.2f}"
+        asked = "" if row.asked_ms is None else f"{row.asked_ms:.3f}"
         peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
         times = f"{row.p20_ms:.3f} ({row.p50_ms:.3f}, {row.p80_ms:.3f})"
-        cells = (row.provider, row.mode, row.dtype, row.rows, row.width, times, share, peak)
+        cells = (row.provider, row.mode, row.dtype, row.rows, row.width, times, share, asked, peak)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     path.write_text("\n".join(lines) + "\n")
 

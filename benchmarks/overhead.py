@@ -189,18 +189,13 @@ def memory(module: nn.Module, x: Tensor, grad: Tensor, device: torch.device) -> 
     return kept, alive.peak
 
 
-def seconds(device: torch.device, run: Callable[[], object]) -> float:
-    """Of one call, by events on a GPU."""
+def milliseconds(device: torch.device, run: Callable[[], object]) -> float:
+    """Of one call, the GPU's where there is one."""
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(begin.elapsed_time(end)) / 1e3
+        return speed.on_gpu(device, run)[0]
     start = time.process_time()
     run()
-    return time.process_time() - start
+    return (time.process_time() - start) * 1e3
 
 
 def measure(args: argparse.Namespace, mode: str, dtype: str) -> list[Row]:
@@ -217,7 +212,7 @@ def measure(args: argparse.Namespace, mode: str, dtype: str) -> list[Row]:
             module = networks[case]
             module.zero_grad()
             x.grad = None
-            took = seconds(device, lambda module=module: module(x).backward(grad)) * 1e3  # type: ignore[misc]
+            took = milliseconds(device, lambda module=module: module(x).backward(grad))  # type: ignore[misc]
             if turn:
                 times[case].append(took)
     for case in CASES:
