@@ -77,7 +77,10 @@ class RunDirectory(Record):
             return
         with path.open("ab") as log:
             deadline = time.monotonic() + patience
-            while not lock(log) and not (launch.end_leftovers(holders(path)) and _locks_soon(log)):
+            while not lock(log):
+                pids = holders(path)
+                if (not pids or launch.end_leftovers(pids)) and _locks_soon(log):
+                    break
                 if time.monotonic() > deadline or not launch.are_orphans(holders(path)):
                     raise PolycomError(f"{self.path} is in use by {launch.users(holders(path))}")
                 time.sleep(0.5)
@@ -178,7 +181,7 @@ def _versions(spec: Spec, adapter: Adapter) -> dict[str, Any]:
 
 
 def _locks_soon(log: BinaryIO) -> bool:
-    """Lock the log of processes that were ended: they are seen as gone a moment before their locks are."""
+    """Lock the log of processes that have ended: they are seen as gone a moment before their locks are."""
     deadline = time.monotonic() + 5
     while not (got := lock(log)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -17,7 +17,8 @@ import pytest
 
 import polycom_ext
 from polycom_ext.cli import main
-from polycom_ext.runs import attempt, launch, plan
+from polycom_ext.runs import attempt, launch, plan, rundir
+from polycom_ext.runs.rundir import RunDirectory
 from polycom_ext.runs.site import Site
 from polycom_ext.runs.spec import load
 from polycom_ext.upstream import git
@@ -247,6 +248,22 @@ def test_a_process_that_is_ending_by_itself_keeps_no_run_out() -> None:
         assert launch.end_leftovers([ending.pid])
         assert not launch.end_leftovers([ending.pid, os.getpid()])
     assert not launch.end_leftovers([])
+
+
+def test_a_lock_whose_holder_was_gone_when_it_was_looked_for_keeps_no_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was there when the lock was asked for; the kernel gives the lock back within a moment."""
+    directory = RunDirectory(tmp_path)
+    holding = "import fcntl, sys, time; fcntl.flock(0, fcntl.LOCK_EX); print(flush=True); time.sleep(0.5)"
+    monkeypatch.setattr(rundir, "holders", lambda path: [])
+    with directory.log.open("ab") as log:
+        holder = subprocess.Popen([sys.executable, "-c", holding], stdin=log, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with directory.locked():
+            assert holder.wait(60) == 0
 
 
 def test_a_training_that_outlived_its_node_is_named_and_left_alone(
