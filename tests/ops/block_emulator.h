@@ -12,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #define __device__
@@ -96,6 +97,7 @@ inline bool check_convergence(unsigned threads) {
 
 inline std::vector<char> shared_bytes;  // with room to align
 inline std::vector<unsigned> copiers;   // of its pieces of sixteen bytes: one more than the thread that copies there
+inline std::unordered_map<const char*, const char*> copied;  // whereto, of a place in memory
 
 template <typename T>
 T* dynamic_shared() {
@@ -110,6 +112,11 @@ inline void start_copy(void* to, const void* from, size_t bytes) {
   unsigned& copier = copiers[size_t(static_cast<char*>(to) - begin) / 16];
   require(copier == 0 || copier == current + 1, "two threads copy to the same place");
   copier = current + 1;
+  const char* const source = static_cast<const char*>(from);
+  const char* const target = static_cast<char*>(to);
+  copied[source] = target;
+  if (const auto before = copied.find(source - bytes); current % WARP_SIZE && before != copied.end())
+    require(before->second == target - bytes, "neighbours in memory that a warp copies to places apart: a request each");
   for (const Copy& other : fibers[current].copies) require(other.to != to, "a copy over another");
   fibers[current].copies.push_back({to, from, bytes});
 }
@@ -128,6 +135,7 @@ void launch(unsigned blocks, unsigned threads, Function kernel, unsigned shared 
   blockDim.x = threads;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     copiers.assign(shared / 16 + 1, 0);
+    copied.clear();
     for (unsigned thread = 0; thread < threads; ++thread) {
       Fiber& fiber = fibers[thread];
       if (!fiber.stack) fiber.stack = std::make_unique<char[]>(STACK_BYTES);

@@ -104,8 +104,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(BackwardArgum
   Place place(THREADS == NARROW_THREADS ? WARP : int(blockDim.x), THREADS, problem.width, vectors);
   const bool grouped = POLYCOM_UNUSUAL(arguments.parameters.ends);
   float term = 0.0f;  // of the coefficient that is this lane's
-  const Staged stage_x(place.lane * stage_stride(VECTORS));
-  const Staged stage_grad((place.threads + place.lane) * stage_stride(VECTORS));
+  const Staged stage_x = stage<VECTORS>(place, 0), stage_grad = stage<VECTORS>(place, 1);
   if (STAGED && place.first_row < problem.rows) {
     start_row<S, VECTORS>(arguments.x, place.first_row, place, stage_x);
     start_row<S, VECTORS>(arguments.grad_y, place.first_row, place, stage_grad);

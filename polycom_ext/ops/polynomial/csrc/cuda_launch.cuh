@@ -28,7 +28,7 @@ constexpr int asked_blocks(const Hold& hold, bool biased) { return biased ? 1 : 
 
 // Of shared memory: a row of x and one of y's gradient.
 constexpr int staged_bytes(const Hold& hold, int threads) {
-  return hold.staged ? 2 * threads * stage_stride(hold.vectors) * int(sizeof(Packed)) : 0;
+  return hold.staged ? 2 * threads * hold.vectors * int(sizeof(Packed)) : 0;
 }
 
 constexpr int HOLDS = 5;

@@ -13,7 +13,6 @@
 namespace polycom {
 namespace {
 
-constexpr int WARP = 32;
 constexpr int MAX_WARPS = 32;
 constexpr int MAX_SLOTS = 8;  // values of a warp that a reduction exchanges
 constexpr int MAX_REDUCTION_BYTES = 2 * MAX_WARPS * MAX_SLOTS * int(sizeof(float));  // of shared memory
@@ -154,11 +153,14 @@ struct Tile {
   }
 };
 
-// Pieces from one thread's first in shared memory to the next one's: an odd number, so that eight neighbours, which are
-// served at a time, find theirs in different banks.
-constexpr int stage_stride(int vectors) { return vectors | 1; }
+// This thread's first piece of a row that lies in shared memory `behind` others, VECTORS of each thread.
+template <int VECTORS>
+__device__ __forceinline__ Staged stage(const Place& place, int behind) {
+  const int warp = place.lane / WARP;
+  return Staged((behind * place.threads + warp * WARP) * VECTORS + place.lane % WARP);
+}
 
-// Starts to bring a row to `stage`, this thread's first piece: every thread its own, so that no other waits for them.
+// Starts to bring a row to shared memory: every thread its own pieces, so that no other waits for them.
 template <typename S, int VECTORS>
 __device__ __forceinline__ void start_row(const void* base, int64_t index, const Place& place, const Staged& stage) {
   const auto* row = reinterpret_cast<const Packed*>(static_cast<const typename S::Element*>(base) + index * place.width);

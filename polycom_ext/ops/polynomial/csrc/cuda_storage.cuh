@@ -19,12 +19,15 @@
 namespace polycom {
 namespace {
 
+constexpr int WARP = 32;
+
 struct alignas(16) Packed {
   uint32_t word[4];
 };
 
-// A place in the block's dynamic shared memory, in pieces, from which others are at distances that the compiler knows. On
-// the device an address of 32 bits, which the compiler is kept from working out anew at every use.
+// A place in the block's dynamic shared memory, in pieces; this thread's next ones are WARP pieces apart, so that what a
+// warp brings or reads at a time lies together: else a copy takes one request of memory for each of its lanes. On the
+// device an address of 32 bits, which the compiler is kept from working out anew at every use.
 struct Staged {
 #ifdef __CUDACC__
   uint32_t address;
@@ -34,12 +37,12 @@ struct Staged {
     address = uint32_t(__cvta_generic_to_shared(dynamic + piece));
     asm volatile("" : "+r"(address));
   }
-  __device__ __forceinline__ uint32_t piece(int k) const { return address + uint32_t(k) * uint32_t(sizeof(Packed)); }
+  __device__ __forceinline__ uint32_t piece(int k) const { return address + uint32_t(k) * uint32_t(WARP * sizeof(Packed)); }
 #else
   Packed* address;
 
   explicit Staged(int piece) : address(emulator::dynamic_shared<Packed>() + piece) {}
-  Packed* piece(int k) const { return address + k; }
+  Packed* piece(int k) const { return address + k * WARP; }
 #endif
 };
 
