@@ -5,7 +5,8 @@
 
 Builds the operations for this GPU, if they are not there; checks them (benchmarks/checks.py; a part of it
 under compute-sanitizer, where that is installed), measures the paper's widths (benchmarks/activations.py,
-bfloat16, blocks included) and what an activation adds to a network (benchmarks/overhead.py). Writes one page,
+bfloat16, blocks included) and what an activation adds to a network (benchmarks/overhead.py), and trains a
+model of the paper's width on patched Megatron-LM (benchmarks/one-gpu.yaml). Writes one page,
 DATE-CARD.md (the machine as `polycom doctor` sees it, how each step went, the checks, what
 benchmarks/results/kernels.md expected beside what was measured, the tables), DATE-CARD.csv with the
 measurements, and DATE-CARD.log with all that the steps said. Each step is run even if one before it failed,
@@ -33,7 +34,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 WIDTHS = (1536, 8192, 8256, 16384)
 PROVIDERS = ("polycom", "authors", "compiled", "gelu", "swiglu", "liger")
-SECONDS = {"doctor": 30, "build": 130, "checks": 90, "sanitizer": 30, "benchmark": 110, "overhead": 90}
+SECONDS = {
+    "doctor": 25, "build": 120, "checks": 60, "sanitizer": 25, "benchmark": 80, "overhead": 80, "train": 90,
+}  # fmt: skip
 """A step that takes longer is ended, so that the next ones have their turn."""
 SANITIZED = ("misaligned", "NaN", "no rows")
 """Words of the checks that are made under compute-sanitizer, which is slow."""
@@ -123,6 +126,14 @@ def under_sanitizer(log: Path, command: list[str], environment: dict[str, str]) 
     return step
 
 
+def on_megatron(log: Path, command: list[str], environment: dict[str, str]) -> Step:
+    """What is refused, as where nothing can be fetched, is no fault of the operations."""
+    step = run(log, "train", command, environment)
+    if step.status == "2":
+        return replace(step, status=f"left out: {step.output.strip().splitlines()[-1]}")
+    return step
+
+
 def find_sanitizer() -> str | None:
     """On PATH, or beside nvcc."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
@@ -133,6 +144,11 @@ def commands(base: Path, device: str, short: bool) -> dict[str, list[str]]:
     """Step -> its command; none where it must be left out."""
     python, gpu = sys.executable, device.startswith("cuda")
     checks = [python, "benchmarks/checks.py", "--device", device]
+    train = [python, "-m", "polycom_ext.cli", "run", "benchmarks/one-gpu.yaml", "--output", f"{base}-runs"]
+    few = ["--set", "megatron.num-layers=4", "--each", "activation=gelu,polynorm"]
+    if short:
+        steps = ("megatron.train-iters=4", "megatron.lr-warmup-iters=1", "activation=polynorm")
+        few = ["--rehearse", *(word for step in steps for word in ("--set", step))]
     sanitizer = find_sanitizer() if gpu else None
     small = ["--rows", "64", "--repetitions", "2", "--rounds", "1", "--hidden", "32"] if short else []
     little = ["--tokens", "64", "--hidden", "64", "--width", "96", "--repetitions", "2"] if short else []
@@ -153,6 +169,7 @@ def commands(base: Path, device: str, short: bool) -> dict[str, list[str]]:
             python, "benchmarks/overhead.py", "--device", device, "--dtypes", "bfloat16", *little,
             "--output", f"{base}-overhead",
         ],
+        "train": [*train, *few],
     }  # fmt: skip
 
 
@@ -191,8 +208,17 @@ def page(title: str, base: Path, card: str, steps: list[Step]) -> str:
     for measured in ("measured", "overhead"):
         if (path := Path(f"{base}-{measured}.md")).exists():
             parts.append(path.read_text().replace("# ", "## ", 1))
+    if (runs := Path(f"{base}-runs")).exists():
+        parts += ["## Trained on Megatron-LM", trained(runs)]
     parts += [f"## Said by {one.name}\n\n```\n{one.output.strip()}\n```" for one in steps if _is_told(one)]
     return "\n\n".join(parts) + "\n"
+
+
+def trained(runs: Path) -> str:
+    """How the runs went, and what they took."""
+    command = [sys.executable, "-m", "polycom_ext.cli", "status", str(runs)]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return f"```\n{told.stdout.strip().replace(f'{runs.parent}/', '')}\n```"
 
 
 def _is_told(step: Step) -> bool:
@@ -231,9 +257,10 @@ def main() -> int:
     base = (args.output / f"{datetime.date.today().isoformat()}-{name}").absolute()
     for part in PARTS:  # of another time today
         Path(f"{base}-{part}").unlink(missing_ok=True)
+    shutil.rmtree(f"{base}-runs", ignore_errors=True)
     log = Path(f"{base}.log")
     log.write_text(f"{card}, torch {torch.__version__}, CUDA {torch.version.cuda}\n")
-    ways = {"checks": run_checks, "sanitizer": under_sanitizer}
+    ways = {"checks": run_checks, "sanitizer": under_sanitizer, "train": on_megatron}
     steps: list[Step] = []
     for step, command in commands(base, args.device, args.short).items():
         if not command:
@@ -245,6 +272,7 @@ def main() -> int:
         else:
             steps.append(run(log, step, command, environment))
         Path(f"{base}.md").write_text(page(f"Acceptance on {card}", base, card, steps))
+    shutil.rmtree(f"{base}-runs", ignore_errors=True)  # with its checkpoints
     for kept in ("csv", "png"):
         if (path := Path(f"{base}-measured.{kept}")).exists():
             path.replace(f"{base}.{kept}")

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from polycom_ext import activations
+from polycom_ext import activations, upstream
 from polycom_ext.ops.polynomial import library
 from polycom_ext.ops.polynomial.inputs import Inputs
 
@@ -517,8 +518,11 @@ def test_the_formula_compiles_where_there_is_a_compiler(small: Any) -> None:
 def test_an_acceptance_runs_from_end_to_end(tmp_path: Path) -> None:
     """In a copy, on the CPU, whose operations are there already; nothing can be compiled."""
     root = tmp_path / "copy"
-    for name in ("polycom_ext", "benchmarks", "patches"):
+    upstream.ensure_applied("megatron")
+    for name in ("polycom_ext", "benchmarks", "patches", "configs"):
         shutil.copytree(SCRIPT.parents[1] / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / ".upstream").mkdir()
+    (root / ".upstream" / "megatron").symlink_to(upstream.tree("megatron"))
     environment = os.environ | {"CXX": "false", "PYTHONPATH": str(root)}
     command = [sys.executable, "benchmarks/accept.py", "--device", "cpu", "--short", "--output", "out"]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -526,7 +530,7 @@ def test_an_acceptance_runs_from_end_to_end(tmp_path: Path) -> None:
     csv_file, log, page, plot = sorted((root / "out").iterdir())
     assert [path.suffix for path in (csv_file, log, page, plot)] == [".csv", ".log", ".md", ".png"]
     text = page.read_text()
-    steps = {"doctor": "0", "build": "2", "checks": "0", "benchmark": "0", "overhead": "0"}
+    steps = {"doctor": "0", "build": "2", "checks": "0", "benchmark": "0", "overhead": "0", "train": "0"}
     for step, status in steps.items():
         assert f"| {step} | {status} |" in text
     assert "| sanitizer | left out: compute-sanitizer" in text
@@ -535,6 +539,7 @@ def test_an_acceptance_runs_from_end_to_end(tmp_path: Path) -> None:
     assert text.count("| failed |") == 0
     assert "## Activations on" in text
     assert "## What an activation adds" in text
+    assert re.search(r"^one-gpu-polynorm-rehearsal\n  state +finished$", text, re.MULTILINE)
     assert "| forward | 1536 | ? |" in text
     assert 'polycom,"block, recomputing",bfloat16' in csv_file.read_text()
 
