@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from polycom_ext import activations
+from polycom_ext import activations, drawing
 from polycom_ext.evaluation import published
 from polycom_ext.report.results import Result
 from polycom_ext.runs import adapter
@@ -28,29 +29,27 @@ class Group:
     results: list[Result]
     label: str
     """The activation's title; a run's name too where a family has the title twice."""
+    look: drawing.Look
 
     @property
     def first(self) -> Result:
         """Which stands for all in what they share."""
         return self.results[0]
 
-    @property
-    def seeds(self) -> set[int | None]:
-        """Of those that count."""
-        return {one.facts.seed for one in self.counted}
-
-    @property
-    def counted(self) -> list[Result]:
-        """Those that have finished, the last evaluation too, or all while none has."""
+    @cached_property
+    def counted(self) -> dict[str, Result]:
+        """By seed those that have finished, the last evaluation too, or all while none has."""
         done = [one for one in self.results if not one.unfinished]
         end = max((one.last_evaluation for one in done), default=0)
-        return [one for one in done if one.last_evaluation == end] or self.results
+        counted = [one for one in done if one.last_evaluation == end] or self.results
+        return {str(one.facts.seed): one for one in counted}
 
     @property
     def progress(self) -> str:
         """Of those that count, as `Result.progress`; the range where they differ."""
-        least, *_, most = sorted(self.counted * 2, key=lambda one: one.run.step)
-        return most.progress if least.run.step == most.run.step else f"{least.run.step}–{most.progress}"
+        ends = sorted(self.counted.values(), key=lambda one: one.step)
+        least, most = ends[0].step, ends[-1].step
+        return (f"{least}–" if least < most else "") + ends[-1].progress
 
     @property
     def remarks(self) -> list[str]:
@@ -60,13 +59,18 @@ class Group:
             which = f"seed {one.facts.seed} " if len(self.results) > 1 else ""
             if one.diverged_at is not None:
                 said.append(f"{which}not finite from step {one.diverged_at}")
-            if one not in self.counted:
+            if one not in self.counted.values():
                 said.append(f"{which}left out: at step {one.progress}, evaluated at {one.last_evaluation}")
         return said
 
+    @property
+    def names(self) -> list[str]:
+        """Of the curves of those that count."""
+        return list(dict.fromkeys(name for one in self.counted.values() for name in one.curves))
+
     def frame(self, name: str) -> pd.DataFrame:
         """A curve, a row a step at which all that count have a value, a column a seed."""
-        having = {str(one.facts.seed): one.curves[name] for one in self.counted if name in one.curves}
+        having = {seed: one.curves[name] for seed, one in self.counted.items() if name in one.curves}
         return pd.DataFrame(having).dropna()
 
     def final(self, name: str) -> pd.Series:
@@ -76,8 +80,7 @@ class Group:
 
     def numbers(self, name: str) -> pd.Series:
         """One of `Result.numbers`, by seed, of those that count."""
-        told = {str(one.facts.seed): one.numbers[name] for one in self.counted}
-        return pd.Series(told, dtype=float).dropna()
+        return pd.Series({seed: one.numbers[name] for seed, one in self.counted.items()}, dtype=float)
 
     def along(self, steps: pd.Index, x: str) -> np.ndarray:
         """Where `steps` stand on an axis: `tokens`, or steps where their number is not known, or `hours`."""
@@ -112,6 +115,12 @@ class Family:
         return self.baseline.first.facts
 
     @property
+    def unmatched(self) -> list[str]:
+        """Labels of the groups that have no seed in common with the baseline."""
+        seeds = self.baseline.counted.keys()
+        return [one.label for one in self.groups if not one.counted.keys() & seeds]
+
+    @property
     def published(self) -> published.Published:
         """What the paper says of this kind of model."""
         return published.load(self.facts.kind)
@@ -119,12 +128,12 @@ class Family:
     @property
     def tokens(self) -> int | None:
         """Training tokens of the longest run."""
-        return self.facts.tokens(max(one.run.step for one in self.results))
+        return self.facts.tokens(max(one.step for one in self.results))
 
     @cached_property
     def untimely(self) -> str:
         """Why times say nothing of the activations, a clause; nothing where the records tell of no reason."""
-        attempts = [{**told, "run": one.run.name} for one in self.results for told in one.run.attempts]
+        attempts = [{**told, "run": one.name} for one in self.results for told in one.attempts]
         told = pd.DataFrame(attempts, columns=["run", "host", "started", "ended"])
         told["host"] = told["host"].map(str, na_action="ignore")
         for name in ("started", "ended"):
@@ -137,42 +146,47 @@ class Family:
         told = told.sort_values("started", ignore_index=True)
         if (shared := told["started"] < told["ended"].shift()).any():
             return " and ".join(told["run"][shared.idxmax() - 1 :][:2]) + " shared a machine"
-        slowed = pd.Series({one.run.name: one.slowed for one in self.results})
+        times = {one.name: one.seconds for one in self.results if one.seconds.sum()}
+        slowed = pd.Series({name: 1 - one.median() / one.mean() for name, one in times.items()})
         if slowed.max() > SLOWED:
             return f"something else slowed {slowed.idxmax()} down, for {slowed.max():.0%} of its time"
         return ""
 
+    @cached_property
+    def losses(self) -> pd.DataFrame:
+        """Validation loss, the mean over the seeds: a row a step, a column a group, NaN where not finite."""
+        means = {one.label: one.frame("validation").mean(axis=1) for one in self.groups}
+        return pd.DataFrame(means).replace(np.inf, np.nan)
+
     @property
-    def best(self) -> Group | None:
+    def best(self) -> str | None:
         """Lowest validation loss among those that came furthest; None where they are fewer than two."""
-        ends = {one.label: one.frame("validation").mean(axis=1).tail(1) for one in self.groups}
-        step = max((end.index[0] for end in ends.values() if len(end)), default=None)
-        rivals = [one for one in self.groups if math.isfinite(ends[one.label].get(step, math.nan))]
-        return min(rivals, key=lambda one: ends[one.label][step]) if len(rivals) > 1 else None
+        rivals = self.losses.tail(1).T.dropna()
+        return str(rivals.iloc[:, 0].idxmin()) if rivals.size > 1 else None
 
     @property
     def rehearsal(self) -> bool:
         """Whether any run has a smaller model or fewer tokens than the paper's."""
-        return not all(self.published.same_conditions(one.facts, one.run.step) for one in self.results)
+        return not all(self.published.same_conditions(one.facts, one.step) for one in self.results)
 
 
 def families(results: Sequence[Result]) -> list[Family]:
-    """Group runs by everything in their specs but activation and seed; dense models first."""
-    groups: dict[str, list[Result]] = {}
-    keys: dict[str, dict[str, Any]] = {}
-    for result in results:
-        settings = _settings(result)
-        key = repr(sorted(settings.items()))
-        keys[key] = settings
-        groups.setdefault(key, []).append(result)
-    titles = {key: _title(group[0]) for key, group in groups.items()}
+    """Group runs by everything in their specs but activation and seed; dense models first.
+
+    Those of one title are told apart by a number in the slug, and in the title in the spec's own words.
+    """
+    specs = [_settings(one) for one in results]
+    told = pd.DataFrame([{name: repr(value) for name, value in one.items()} for one in specs], dtype=object)
+    told = told.fillna("").sort_index(axis=1)
     made = []
-    for key, group in groups.items():
-        rivals = [other for other, title in titles.items() if title == titles[key]]
-        kind, name = group[0].facts.kind, group[0].spec.upstream or group[0].spec.trainer
-        slug = f"{kind}-{name}" + (f"-{rivals.index(key) + 1}" if len(rivals) > 1 else "")
-        distinction = _distinction(keys[key], [keys[rival] for rival in rivals])
-        made.append(Family(_grouped(group), titles[key] + distinction, slug))
+    for title, rivals in told.groupby(pd.Series(map(_title, results)), sort=False):
+        differing = rivals.columns[rivals.nunique() > 1]
+        for number, (_, same) in enumerate(rivals.groupby(rivals.apply(tuple, axis=1), sort=False), 1):
+            first, spec = results[same.index[0]], specs[same.index[0]]
+            slug = f"{first.facts.kind}-{first.spec.upstream or first.spec.trainer}"
+            words = ", ".join(f"{name} {spec.get(name, 'not set')}" for name in differing[:4])
+            names = (f"{title}: {words}", f"{slug}-{number}") if words else (str(title), slug)
+            made.append(Family(_grouped([results[index] for index in same.index]), *names))
     return sorted(made, key=lambda family: (family.facts.kind, family.title))
 
 
@@ -185,7 +199,7 @@ def _settings(result: Result) -> dict[str, Any]:
         for key, value in flatten(result.spec.as_mapping(), ".").items()
         if key.partition(".")[0] not in left_out
         and key not in left_out
-        and not (isinstance(value, str) and result.run.name in PurePath(value).parts)
+        and not (isinstance(value, str) and result.name in PurePath(value).parts)
     }
 
 
@@ -206,36 +220,22 @@ def _title(result: Result) -> str:
     return f"{kind}, {version.title if version else result.spec.trainer}"
 
 
-def _distinction(settings: dict[str, Any], rivals: list[dict[str, Any]]) -> str:
-    """What tells a family from those of the same title, in the spec's own words."""
-    if len(rivals) == 1:
-        return ""
-    absent = object()
-    names = sorted({name for rival in rivals for name in rival})
-    differing = [name for name in names if len({repr(rival.get(name, absent)) for rival in rivals}) > 1]
-    return ": " + ", ".join(f"{name} {settings.get(name, 'not set')}" for name in differing[:4])
-
-
 def _grouped(results: list[Result]) -> list[Group]:
     """In the registry's order, then by polynomial order; what repeats a seed stands in a group of its own."""
     order = activations.names()
-    results = sorted(
-        results, key=lambda one: (order.index(one.spec.entry.name), one.order or 0, one.run.name)
-    )
+    results = sorted(results, key=lambda one: (order.index(one.spec.entry.name), one.order or 0, one.name))
+    times: Counter[tuple[str, int | None]] = Counter()
     groups: dict[tuple[str, int], list[Result]] = {}
     for one in results:
-        again = sum(
-            one.facts.seed == other.facts.seed
-            for at, group in groups.items()
-            for other in group
-            if at[0] == one.title
-        )
-        groups.setdefault((one.title, again), []).append(one)
-    titles = [title for title, _ in groups]
+        times[one.title, one.facts.seed] += 1
+        groups.setdefault((one.title, times[one.title, one.facts.seed]), []).append(one)
+    repeated = {title for title, time in groups if time > 1}
+    looks = drawing.looks([group[0].spec.entry.name for group in groups.values()])
     return [
         Group(
             sorted(group, key=lambda one: (one.facts.seed is not None, one.facts.seed or 0)),
-            title if titles.count(title) == 1 else f"{title} · {group[0].run.name}",
+            f"{title} · {group[0].name}" if title in repeated else title,
+            look,
         )
-        for (title, _), group in groups.items()
+        for ((title, _), group), look in zip(groups.items(), looks, strict=True)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,6 +15,7 @@ import pandas as pd
 
 from polycom_ext import activations
 from polycom_ext._version import __version__
+from polycom_ext.drawing import Plot
 from polycom_ext.errors import PolycomError
 from polycom_ext.report import rundir, tables
 from polycom_ext.report.families import Family, families, flatten
@@ -32,7 +34,7 @@ def write_report(run_dirs: Sequence[Path], output: Path, title: str) -> tuple[Pa
     results, problems = [], []
     for path in dict.fromkeys(path.resolve() for path in run_dirs):
         try:
-            results.append(Result.of(rundir.read(path)))
+            results.append(rundir.read(path))
         except rundir.DAMAGE as error:
             problems.append(str(error) if isinstance(error, PolycomError) else f"{path} is no run: {error!r}")
     if not results:
@@ -43,56 +45,30 @@ def write_report(run_dirs: Sequence[Path], output: Path, title: str) -> tuple[Pa
     sentence = summarize(found)
     if problems:
         sentence += f" Not shown: {len(problems)} of {len(problems) + len(results)} runs."
-    problems += [problem for one in results for problem in one.run.problems]
+    problems += [problem for one in results for problem in one.problems]
     output.mkdir(parents=True, exist_ok=True)
-    sections = [_section(family, output, problems) for family in found]
+    plots = {family.slug: draw(family, output, problems) for family in found}
     tables.write_csv(found, output)
-    page, text = output / "index.html", _render(title, sentence, sections, problems)
+    page, text = output / "index.html", _render(title, sentence, found, plots, problems)
     page.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
     return page, sentence
 
 
-def _section(family: Family, output: Path, problems: list[str]) -> dict[str, Any]:
-    """What stands on the page of a family; adds to `problems` what cannot be drawn."""
-    facts = {name: getattr(family.facts, name, None) for name in (*family.published.conditions, "batch")}
-    plots, damaged = draw(family, output)
-    problems += damaged
-    clocks = ["tokens"] if family.untimely else ["tokens", "hours"]
-    return {
-        "family": family,
-        "seeds": max(len(group.counted) for group in family.groups),
-        "here": {**facts, "tokens": family.tokens, "data": _names(family.facts.data)},
-        "differences": tables.differences(family),
-        "unmatched": [one.label for one in family.groups if not one.seeds & family.baseline.seeds],
-        "speedups": {clock: tables.speedups(family, clock) for clock in clocks},
-        "losses": tables.scores(family, "text"),
-        "accuracies": tables.scores(family, "task"),
-        "evaluation": tables.conditions(family),
-        "plots": plots,
-    }
-
-
-def _names(files: Sequence[str]) -> str:
-    """The files with the folder that each lies in."""
-    names = list(dict.fromkeys("/".join(PurePath(file).parts[-2:]) for file in files))
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def _versions(results: Sequence[Result]) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Versions and patch states that all runs share, and for each run those that differ."""
-    flat = [flatten(result.run.versions, " ").items() for result in results]
+    flat = [flatten(result.versions, " ").items() for result in results]
     told = [
         {key: ", ".join(map(str, one)) if isinstance(one, list) else str(one) for key, one in of}
         for of in flat
     ]
-    shared = dict(set.intersection(*(set(one.items()) for one in told)))
-    keys = [key for key in told[0] if key in shared]
-    return {key: shared[key] for key in keys}, [
-        {key: one[key] for key in one if key not in shared} for one in told
-    ]
+    shared = [key for key, value in told[0].items() if all(one.get(key) == value for one in told)]
+    individual = [{key: value for key, value in one.items() if key not in shared} for one in told]
+    return {key: told[0][key] for key in shared}, individual
 
 
-def _render(title: str, sentence: str, sections: list[dict[str, Any]], problems: list[str]) -> str:
+def _render(
+    title: str, sentence: str, found: Sequence[Family], plots: dict[str, list[Plot]], problems: list[str]
+) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("polycom_ext.report", "."),
         autoescape=True,
@@ -106,25 +82,32 @@ def _render(title: str, sentence: str, sections: list[dict[str, Any]], problems:
         "spread": _spread,
         "embed": lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii"),
         "yaml": lambda value: document.dump(value).strip(),
+        "files": _files,
+        "fields": asdict,
     }
-    results = [result for section in sections for result in section["family"].results]
+    results = [result for family in found for result in family.results]
     shared, individual = _versions(results)
-    kinds = {section["family"].facts.kind: section["family"].published for section in sections}
     return environment.get_template("page.html.j2").render(
         title=title,
-        rehearsal=any(section["family"].rehearsal for section in sections),
         sentence=sentence,
         problems=problems,
-        sections=sections,
-        published=list(kinds.values()),
+        families=found,
+        plots=plots,
+        tables=tables,
+        published=list({family.facts.kind: family.published for family in found}.values()),
         titles={name: activations.find(name).title for name in activations.names()},
         runs=list(zip(results, individual, strict=True)),
         shared_versions=shared,
         final_share=FINAL_SHARE,
-        of=tables.of,
         date=datetime.now(),
         version=__version__,
     )
+
+
+def _files(files: Sequence[str]) -> str:
+    """With the folder that each lies in."""
+    names = list(dict.fromkeys("/".join(PurePath(file).parts[-2:]) for file in files))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
@@ -133,8 +116,9 @@ def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f}".replace("-", "−") if math.isfinite(value) else "not finite"
 
 
-def _spread(values: pd.Series, digits: int, sign: str = "") -> str:
-    """The mean of the seeds ± their sample standard deviation."""
+def _spread(values: pd.Series | None, digits: int, sign: str = "") -> str:
+    """The mean of the seeds that have a value ± their sample standard deviation."""
+    values = pd.Series(values, dtype=float).dropna()
     mean = _number(values.mean(), digits, sign)
     return mean if len(values) < 2 or mean == "not finite" else f"{mean} ± {values.std():.{digits}f}"
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from polycom_ext import activations
 from polycom_ext.evaluation import published
-from polycom_ext.evaluation import results as evaluation
-from polycom_ext.report.rundir import DAMAGE, Run
 from polycom_ext.runs import adapter, record
 from polycom_ext.runs import spec as run_spec
 
@@ -22,29 +23,43 @@ FINAL_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Result:
-    """One run and what it measured."""
+    """What one run directory holds, and what that says."""
 
-    run: Run
+    path: Path
+    name: str
     spec: run_spec.Spec
-    target: int | None
-    """Steps that the spec asks for."""
-    title: str
-    """Of the activation and its order."""
+    resolved: dict[str, Any]
+    """The spec as it is written."""
+    metrics: dict[str, record.Series]
+    coefficients: dict[str, Any] | None
+    analysis: dict[str, Any] | None
+    evaluated: dict[str, dict[str, float]]
+    """What `polycom eval` measured of the last checkpoint: accuracy in percent by `task`, loss by `text`."""
+    settings: list[dict[str, str]]
+    """Of each of its tasks."""
+    versions: dict[str, Any]
+    attempts: list[dict[str, Any]]
+    """When the trainer was started and ended, and with what exit status."""
+    command: str
+    last_logged: datetime
+    problems: list[str]
+    """What of it is damaged, and left out: sentences."""
 
-    @classmethod
-    def of(cls, run: Run) -> Result:
-        """Raises PolycomError where run.yaml is not a spec; leaves out an evaluation that is none."""
-        spec = run_spec.from_mapping(run.spec, str(record.Record(run.path).spec))
-        entry, order = activations.parse(spec.activation)
-        explicit = f" (order {order})" if order not in (None, activations.DEFAULT_ORDER) else ""
-        target, title = adapter.find(spec.trainer).total_steps(spec), entry.title + explicit
-        result = cls(run, spec, target, title)
-        try:
-            _ = result.evaluated, result.settings
-        except DAMAGE as error:
-            problem = f"{run.path}: its evaluation is left out, as it cannot be understood: {error!r}"
-            return cls(replace(run, evaluation=None, problems=[*run.problems, problem]), spec, target, title)
-        return result
+    @property
+    def step(self) -> int:
+        """The last step of which anything was logged."""
+        return max(max(series) for series in self.metrics.values())
+
+    @cached_property
+    def target(self) -> int | None:
+        """Steps that the spec asks for."""
+        return adapter.find(self.spec.trainer).total_steps(self.spec)
+
+    @property
+    def title(self) -> str:
+        """Of the activation and its order."""
+        usual = self.order in (None, activations.DEFAULT_ORDER)
+        return self.spec.entry.title + ("" if usual else f" (order {self.order})")
 
     @property
     def order(self) -> int | None:
@@ -74,12 +89,12 @@ class Result:
     @property
     def unfinished(self) -> bool:
         """Whether it logged fewer steps than its spec asks for."""
-        return self.target is not None and self.run.step < self.target
+        return self.target is not None and self.step < self.target
 
     @property
     def progress(self) -> str:
         """`400`, or `250 of 400` for an unfinished run."""
-        return f"{self.run.step} of {self.target}" if self.unfinished else str(self.run.step)
+        return f"{self.step} of {self.target}" if self.unfinished else str(self.step)
 
     @cached_property
     def curves(self) -> dict[str, pd.Series]:
@@ -88,7 +103,7 @@ class Result:
         train; validation, the mean over the texts; perplexity; text/LABEL; in percent task/NAME, by lm-eval's
         name, and accuracy, their mean.
         """
-        metrics = self.run.metrics
+        metrics = self.metrics
         found = {"train": metrics.get(record.TRAIN_LOSS, {}), "validation": record.validation(metrics)}
         for label, series in record.labelled(metrics, record.VALID, record.LOSS).items():
             found[f"text/{label or 'validation'}"] = series
@@ -114,13 +129,8 @@ class Result:
     @cached_property
     def seconds(self) -> pd.Series:
         """Of a step, by step."""
-        seconds = pd.Series(self.run.metrics.get(record.STEP_SECONDS, {}), dtype=float)
+        seconds = pd.Series(self.metrics.get(record.STEP_SECONDS, {}), dtype=float)
         return seconds[np.isfinite(seconds) & (seconds >= 0)]
-
-    @property
-    def slowed(self) -> float:
-        """Share of the training's time that its steps took beyond their median."""
-        return 1 - self.seconds.median() / self.seconds.mean() if self.seconds.sum() else 0.0
 
     @cached_property
     def hours(self) -> pd.Series:
@@ -129,37 +139,20 @@ class Result:
         return (self.seconds * steps).cumsum() / 3600
 
     @cached_property
-    def evaluated(self) -> dict[str, dict[str, float]]:
-        """What `polycom eval` measured: `task`, accuracy in percent, and `text`, the loss by token file."""
-        found = self.run.evaluation or {}
-        scores = {name: evaluation.value(name, entry) for name, entry in found.get("tasks", {}).items()}
-        return {
-            "task": {name: 100 * float(score) for name, score in scores.items() if score is not None},
-            "text": {label: float(entry["loss"]) for label, entry in found.get("tokens", {}).items()},
-        }
-
-    @cached_property
-    def settings(self) -> list[dict[str, str]]:
-        """Of each task that `polycom eval` measured: lm_eval (its version), data, limit, num_fewshot."""
-        told = [entry["settings"] for entry in (self.run.evaluation or {}).get("tasks", {}).values()]
-        names = ("lm_eval", "data", "limit", "num_fewshot")
-        return [{name: str(one[name]) for name in names if one[name] is not None} for one in told]
-
-    @cached_property
     def numbers(self) -> dict[str, float | int | None]:
         """What a table shows of the whole run."""
         train = self.curves.get("train", pd.Series(dtype=float))
         last = train.tail(max(1, round(len(train) * FINAL_SHARE)))
         rates = {"tokens_per_second": record.TOKENS_PER_SECOND, "mfu": record.MFU}
-        shown = {name: pd.Series(self.run.metrics.get(metric), dtype=float) for name, metric in rates.items()}
+        shown = {name: pd.Series(self.metrics.get(metric), dtype=float) for name, metric in rates.items()}
         medians = {name: one.median() for name, one in {"step_seconds": self.seconds, **shown}.items()}
         return {
-            "tokens": self.facts.tokens(self.run.step),
+            "tokens": self.facts.tokens(self.step),
             "train_loss": last.mean(),
             "validation_loss": self.final("validation"),
             "validation_perplexity": self.final("perplexity"),
             **medians,
-            "peak_memory_bytes": max(self.run.metrics.get(record.PEAK_MEMORY, {}).values(), default=None),
+            "peak_memory_bytes": max(self.metrics.get(record.PEAK_MEMORY, {}).values(), default=None),
         }
 
     @property

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from polycom_ext.errors import PolycomError
+from polycom_ext.evaluation import results
+from polycom_ext.report.results import Result
 from polycom_ext.runs import secrets
-from polycom_ext.runs.record import Record, Series, read_metrics
+from polycom_ext.runs import spec as run_spec
+from polycom_ext.runs.record import Record, read_metrics
 
 DAMAGE = (
     OSError,
@@ -26,39 +28,13 @@ DAMAGE = (
 """What is raised where a record holds something else than it should."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one run directory holds."""
-
-    path: Path
-    name: str
-    spec: dict[str, Any]
-    metrics: dict[str, Series]
-    coefficients: dict[str, Any] | None
-    evaluation: dict[str, Any] | None
-    """What `polycom eval` measured of the last checkpoint that it was given."""
-    analysis: dict[str, Any] | None
-    versions: dict[str, Any]
-    attempts: list[dict[str, Any]]
-    """When the trainer was started and ended, and with what exit status."""
-    command: str
-    last_logged: datetime
-    problems: list[str]
-    """What of it is damaged, and left out: sentences."""
-
-    @property
-    def step(self) -> int:
-        """The last step of which anything was logged."""
-        return max(max(series) for series in self.metrics.values())
-
-
-def read(path: Path) -> Run:
+def read(path: Path) -> Result:
     """Read a run directory; what is damaged of what a report can do without is left out, and said.
 
-    Raises PolycomError where it is none, or where nothing was logged.
+    Raises PolycomError where it is none, where its run.yaml is no spec, or where nothing was logged.
     """
     record = Record(path)
-    spec = record.read_spec()
+    resolved = record.read_spec()
     logged = read_metrics(record.metrics)
     if not logged.series:
         raise PolycomError(
@@ -66,7 +42,7 @@ def read(path: Path) -> Run:
         )
     problems: list[str] = []
 
-    def whole(part: Callable[[], Any], otherwise: Any) -> Any:
+    def whole(part: Callable[[], Any], otherwise: Any = None) -> Any:
         try:
             return part()
         except DAMAGE as error:
@@ -75,25 +51,48 @@ def read(path: Path) -> Run:
 
     script = record.command
     command = whole(lambda: script.read_text("utf-8", "replace").strip() if script.exists() else "", "")
-    spec, command = _without_secrets(spec, command)
+    resolved, command = _without_secrets(resolved, command)
     versions = whole(record.read_versions, {})
     if logged.unreadable_lines:
         lines = "1 line" if logged.unreadable_lines == 1 else f"{logged.unreadable_lines} lines"
         problems.append(f"{record.metrics}: {lines} that cannot be read left out")
-    return Run(
+    learned, analysis = whole(record.read_coefficients), whole(record.read_analysis)
+    evaluated, settings = whole(lambda: _evaluation(record), ({"task": {}, "text": {}}, []))
+    return Result(
         path=path,
-        name=str(spec.get("name") or path.name),
-        spec=spec,
+        name=str(resolved.get("name") or path.name),
+        spec=run_spec.from_mapping(resolved, str(record.spec)),
+        resolved=resolved,
         metrics=logged.series,
-        coefficients=whole(record.read_coefficients, None),
-        evaluation=whole(record.read_evaluation, None),
-        analysis=whole(record.read_analysis, None),
+        coefficients=learned,
+        analysis=analysis,
+        evaluated=evaluated,
+        settings=settings,
         versions={key: value for key, value in versions.items() if key != "attempts"},
         attempts=whole(record.attempts, []) if "attempts" in versions else [],
         command=command,
         last_logged=datetime.fromtimestamp(record.metrics.stat().st_mtime),
         problems=problems,
     )
+
+
+def _evaluation(record: Record) -> tuple[dict[str, dict[str, float]], list[dict[str, str]]]:
+    """`evaluated` and `settings` of a Result."""
+    found = record.read_evaluation() or {}
+    try:
+        tasks, tokens = found.get("tasks", {}), found.get("tokens", {})
+        scores = {name: results.value(name, entry) for name, entry in tasks.items()}
+        told, names = (
+            [entry["settings"] for entry in tasks.values()],
+            ("lm_eval", "data", "limit", "num_fewshot"),
+        )
+        return {
+            "task": {name: 100 * float(score) for name, score in scores.items() if score is not None},
+            "text": {label: float(entry["loss"]) for label, entry in tokens.items()},
+        }, [{name: str(one[name]) for name in names if one[name] is not None} for one in told]
+    except DAMAGE as error:
+        problem = f"{record.path}: its evaluation is left out, as it cannot be understood: {error!r}"
+        raise PolycomError(problem) from error
 
 
 def _without_secrets(spec: dict[str, Any], command: str) -> tuple[dict[str, Any], str]:

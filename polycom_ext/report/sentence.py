@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-import pandas as pd
-
 from polycom_ext.report.families import Family, Group
 
 REHEARSAL = "a rehearsal that does not reproduce the paper"
@@ -20,11 +17,9 @@ def summarize(families: Sequence[Family]) -> str:
     For example: "PolyNorm ended at validation loss 4.30 against SwiGLU's 4.58 after 400 steps; a
     rehearsal that does not reproduce the paper."
     """
-    first: dict[str, Family] = {}
-    for family in families:
-        first.setdefault(family.facts.kind, family)
+    first = {family.facts.kind: family for family in reversed(families)}
     clauses = [
-        _clause(family) + (f" in {_KINDS[kind]}" if len(first) > 1 else "") for kind, family in first.items()
+        _clause(first[kind]) + (f" in {_KINDS[kind]}" if len(first) > 1 else "") for kind in sorted(first)
     ]
     diverged = [
         f"{group.label} diverged at step {min(steps)}"
@@ -39,9 +34,7 @@ def summarize(families: Sequence[Family]) -> str:
 
 
 def _clause(family: Family) -> str:
-    base, groups = family.baseline.label, {one.label: one for one in family.groups}
-    frame = pd.DataFrame({label: one.frame("validation").mean(axis=1) for label, one in groups.items()})
-    frame = frame.replace(np.inf, np.nan)
+    base, frame, groups = family.baseline.label, family.losses, {one.label: one for one in family.groups}
     shared = frame[frame[base].notna() & frame.drop(columns=base).notna().any(axis=1)]
     if shared.empty:
         return "; ".join(map(_alone, family.groups))
@@ -60,11 +53,9 @@ def _clause(family: Family) -> str:
 
 def _alone(group: Group) -> str:
     """Where there is nothing to compare with."""
-    step = max(one.run.step for one in group.counted)
-    for name, losses in (
-        ("validation", group.final("validation")),
-        ("training", group.numbers("train_loss")),
-    ):
+    step = max(one.step for one in group.counted.values())
+    ends = {"validation": group.final("validation"), "training": group.numbers("train_loss")}
+    for name, losses in ends.items():
         if math.isfinite(loss := losses.mean()):
             return f"{group.label} reached {name} loss {loss:.2f} after {_steps(step, group)}"
     return f"{group.label} logged no finite loss in {_steps(step, group)}"

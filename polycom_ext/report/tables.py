@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ TRAINED = "measured while training"
 EVALUATED = {"task": "lm-eval, by polycom eval", "text": "token files, by polycom eval"}
 METRICS = {"task": "accuracy", "text": "loss"}
 """What a curve is of -> the metric of the paper's table."""
-MEAN = "Mean"
+MEAN, PAPER = "Mean", "paper"
 
-Cells = list[tuple[pd.Series, pd.Series]]
-"""Of each column the values by seed, and their differences from the first row's."""
+Rows = dict[str, tuple[pd.DataFrame, pd.DataFrame]]
+"""By label the values, a row a seed, and their differences from the first label's: nothing of its own."""
 
 
 def speedups(family: Family, x: str) -> dict[str, pd.Series]:
@@ -61,35 +62,26 @@ def _reached(places: np.ndarray, curve: pd.Series, loss: float) -> float:
 
 
 def differences(family: Family) -> pd.DataFrame:
-    """Validation loss minus the baseline's of the same seed: a row a group and seed, a column a step."""
+    """Validation loss minus the baseline's of the same seed: a row a step, a column a group and seed."""
     base = family.baseline.frame("validation")
-    rows = {
+    curves = {
         (group.label, seed): curve
         for group in family.groups[1:]
         for seed, curve in group.frame("validation").sub(base).dropna(axis=1, how="all").items()
     }
-    frame = pd.DataFrame(rows).T.dropna(axis=1, how="all")
-    count = min(DIFFERENCE_STEPS, frame.shape[1])
-    return frame.iloc[:, [math.ceil((one + 1) * frame.shape[1] / count) - 1 for one in range(count)]]
-
-
-def of(frame: pd.DataFrame, label: str, column: Any = None) -> pd.Series:
-    """The values of a group in one column of `differences`, the last unless it is named, by seed."""
-    if label not in frame.index:
-        return pd.Series(dtype=float)
-    return frame.loc[label][frame.columns[-1] if column is None else column].dropna()
+    frame = pd.DataFrame(curves).dropna(how="all")
+    count = min(DIFFERENCE_STEPS, len(frame))
+    return frame.iloc[[math.ceil((one + 1) * len(frame) / count) - 1 for one in range(count)]]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Runs down, first those measured here, then the paper's; texts or tasks across, and their mean."""
+    """Texts or tasks, and their mean, measured here and in the paper."""
 
     table: published.Table | None
     columns: list[str]
-    blocks: list[tuple[str, list[tuple[str, Cells]]]]
-    """How a block's numbers came about, and its rows."""
-    paper: bool
-    """Whether the last block is the paper's."""
+    blocks: dict[str, Rows]
+    """How the numbers came about -> those of each group; last the PAPER's, of each activation."""
     note: str
     """Which columns the means are of, where that is not plain."""
 
@@ -99,59 +91,49 @@ def scores(family: Family, kind: str) -> Scores | None:
 
     What was measured while training and what `polycom eval` measured stand in blocks of their own.
     """
+    table = family.published.table(METRICS[kind])
+    columns = list(table.columns) if table else []
     ways: dict[str, dict[str, pd.DataFrame]] = {TRAINED: {}, EVALUATED[kind]: {}}
     for group in family.groups:
-        curves = dict.fromkeys(name for one in group.counted for name in one.curves)
-        names = [name for name in curves if name.startswith(f"{kind}/")]
+        names = [name for name in group.names if name.startswith(f"{kind}/")]
         ways[TRAINED][group.label] = pd.DataFrame({name[5:]: group.final(name) for name in names})
-        evaluated = {str(one.facts.seed): one.evaluated[kind] for one in group.counted}
+        evaluated = {seed: one.evaluated[kind] for seed, one in group.counted.items()}
         ways[EVALUATED[kind]][group.label] = pd.DataFrame(evaluated).T
     ways = {way: frames for way, frames in ways.items() if any(frame.size for frame in frames.values())}
     labels = sorted({str(label) for frames in ways.values() for frame in frames.values() for label in frame})
-    table = family.published.table(METRICS[kind])
-    columns = list(table.columns) if table else []
     alone = kind == "text" and len(labels) == 1 and labels[0] not in columns
     if not labels or (alone and EVALUATED[kind] not in ways):
         return None
     labels.sort(key=lambda label: columns.index(label) if label in columns else len(columns))
     in_paper = dict.fromkeys(group.first.in_paper for group in family.groups)
-    rows = {name: table.rows[name] for name in in_paper if table and name in table.rows}
-    shared = [label for label in labels if label in columns] if rows else []
-    blocks = [(way, _cells(frames, labels, shared or labels)) for way, frames in ways.items()]
-    whole, note = len(shared) == len(columns), ""
-    if table and rows:
-        paper = {name: pd.DataFrame([row], index=["paper"]) for name, row in rows.items()}
-        cells = _cells(paper, labels, shared, table.average if whole else {})
-        blocks.append(("", [(activations.find(name).title, row) for name, row in cells]))
+    titles = {activations.find(name).title: name for name in in_paper if table and name in table.rows}
+    shared = [label for label in labels if label in columns] if titles else []
+    whole, note, means = len(shared) == len(columns), "", {}
+    if table and titles:
+        ways[PAPER] = {title: pd.DataFrame([table.rows[name]]) for title, name in titles.items()}
+        means = {title: table.average[name] for title, name in titles.items() if whole}
         if shared and (not whole or len(shared) < len(labels)):
             rest = "" if whole else f"; the paper's table has {len(columns)}"
             note = f"of the {len(shared)} that both have{rest}"
-    titles = published.titles()
-    return Scores(table, [titles.get(one, one) for one in labels] + [MEAN], blocks, bool(rows), note)
+    blocks = {
+        way: _compared(frames, labels, shared or labels, means if way == PAPER else {})
+        for way, frames in ways.items()
+    }
+    named = published.titles()
+    return Scores(table, [*(named.get(one, one) for one in labels), MEAN], blocks, note)
 
 
-def _cells(
-    frames: Mapping[str, pd.DataFrame],
-    labels: list[str],
-    averaged: list[str],
-    given: Mapping[str, float] = {},
-) -> list[tuple[str, Cells]]:
-    """Frames of seeds and labels as rows of a table; `given` are the means that were published."""
+def _compared(
+    frames: Mapping[str, pd.DataFrame], labels: list[str], averaged: list[str], means: Mapping[str, float]
+) -> Rows:
+    """The frames with these columns and the mean of those that are `averaged`, or the one published."""
     whole = {name: frame.reindex(columns=labels).astype(float) for name, frame in frames.items()}
     for name, frame in whole.items():
-        mean = frame[averaged].mean(axis=1, skipna=False) if averaged else math.nan
-        frame[MEAN] = given.get(name, mean)
+        frame[MEAN] = means.get(name, frame[averaged].mean(axis=1, skipna=False))
     base = next(iter(whole.values()))
-    return [
-        (
-            name,
-            [
-                (frame[one].dropna(), (frame[one] - base[one])[: None if index else 0].dropna())
-                for one in frame
-            ],
-        )
-        for index, (name, frame) in enumerate(whole.items())
-    ]
+    return {
+        name: (frame, (frame - base)[: None if frame is not base else 0]) for name, frame in whole.items()
+    }
 
 
 def conditions(family: Family) -> str:
@@ -183,10 +165,10 @@ def write_csv(families: Sequence[Family], folder: Path) -> None:
     runs[[*_DESCRIBED, *measured, *paper]].to_csv(folder / "results.csv", **options)
     counted = runs[runs["counted"].astype(bool)].astype(dict.fromkeys(measured, float))
     groups = counted.groupby(["family", "group"], sort=False)
+    aggregates = [(name, methodcaller(name, skipna=False)) for name in ("mean", "std")]
     with np.errstate(invalid="ignore"):  # of what is infinite there is no deviation
-        means = groups[measured].agg(lambda values: values.mean(skipna=False)).add_suffix("_mean")
-        spreads = groups[measured].agg(lambda values: values.std(skipna=False)).add_suffix("_std")
-    numbers = means.join(spreads)[[f"{name}_{what}" for name in measured for what in ("mean", "std")]]
+        numbers = groups[measured].agg(aggregates)
+    numbers.columns = numbers.columns.map("_".join)
     told = groups[["activation", "order", "ffn_width", "ffn_parameters"]].first()
     told = told.join(groups.size().rename("seeds")).join(numbers).join(groups[paper].first())
     told.reset_index().to_csv(folder / "groups.csv", **options)
@@ -201,16 +183,23 @@ _DESCRIBED = (
 
 def _rows(family: Family) -> Iterator[dict[str, Any]]:
     against, faster = differences(family), {x: speedups(family, x) for x in ("tokens", "hours")}
+    last: Any = against.iloc[-1] if len(against) else {}
     units = {"text/": ("valid/", "/loss"), "task/": ("eval/", "/accuracy_percent")}
     for group, one in [(each, one) for each in family.groups for one in each.results]:
         seed, spec = str(one.facts.seed), one.spec
-        what = (family.title, group.label, one.run.name, spec.entry.name, one.order, one.facts.seed)
-        size = (one in group.counted, spec.matched_ffn_width, one.ffn_parameters, one.run.step, one.target)
+        what = (family.title, group.label, one.name, spec.entry.name, one.order, one.facts.seed)
+        size = (
+            one in group.counted.values(),
+            spec.matched_ffn_width,
+            one.ffn_parameters,
+            one.step,
+            one.target,
+        )
         ends = {name: (units[name[:5]], one.final(name)) for name in one.curves if name[:5] in units}
         yield {
             **dict(zip(_DESCRIBED, (*what, *size), strict=True)),
             **one.numbers,
-            "validation_loss_minus_baseline": of(against, group.label).get(seed),
+            "validation_loss_minus_baseline": last.get((group.label, seed)),
             **{f"speedup_in_{x}": found[group.label].get(seed) for x, found in faster.items() if found},
             **{f"{before}{name[5:]}{after}": value for name, ((before, after), value) in ends.items()},
             **{f"lm-eval/{task}/percent": value for task, value in one.evaluated["task"].items()},

@@ -123,6 +123,7 @@ def test_a_report_of_one_run_that_logged_little(make_run: RunMaker, tmp_path: Pa
     run = make_run("only", "swiglu", {1: {"train/loss": 7.6}}, options={}, ffn_width=None)
     assert report(tmp_path / "report", run) == 0
     assert [path.name for path in (tmp_path / "report").glob("*.png")] == ["dense-megatron-loss.png"]
+    assert "<h2>Dense model, Megatron-LM</h2>" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_a_run_that_never_logged_is_said_and_alone_is_status_2(
@@ -149,7 +150,7 @@ def test_a_report_cannot_replace_a_file(
 
 
 def result_of(run: Path) -> Result:
-    return Result.of(read(run))
+    return read(run)
 
 
 def test_coefficients_are_named_by_power(make_run: RunMaker) -> None:
@@ -157,9 +158,9 @@ def test_coefficients_are_named_by_power(make_run: RunMaker) -> None:
     run = make_run(
         "p", "polyprelu", metrics(4.3), learned={"step": 400, "activation": "polyprelu", "layers": layers}
     )
-    assert learned.by_layer(result_of(run)) == [
-        (7, {"a₀": -1.0, "a₁": 0.1, "a₂": 0.2, "a₃": 0.3, "negative slope": 0.5})
-    ]
+    frame = learned.by_layer(learned.layers(result_of(run)))
+    assert frame.index.tolist() == [7]
+    assert frame.loc[7].to_dict() == {"a₀": -1.0, "a₁": 0.1, "a₂": 0.2, "a₃": 0.3, "negative slope": 0.5}
 
 
 def test_coefficients_of_any_activation_are_drawn(make_run: RunMaker, tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_coefficients_of_any_activation_are_drawn(make_run: RunMaker, tmp_path: 
     run = make_run("x", "xielu", metrics(4.3), learned={"step": 400, "activation": "xielu", "layers": layers})
     softplus = torch.nn.functional.softplus(torch.tensor([0.2, -1.0])).tolist()
     expected = {"αₚ": softplus[0], "αₙ": 0.5 + softplus[1]}
-    assert learned.by_layer(result_of(run))[2][1] == pytest.approx(expected)
+    assert learned.by_layer(learned.layers(result_of(run))).loc[2].to_dict() == pytest.approx(expected)
     assert report(tmp_path / "report", run) == 0
     assert "αₚ and αₙ are shown as they enter the formula." in (tmp_path / "report/index.html").read_text()
 
@@ -184,13 +185,14 @@ def test_shapes_are_those_of_the_reference(make_run: RunMaker, activation: str) 
     run = make_run("p", activation, metrics(4.3), learned=coefficients(activation))
     result = result_of(run)
     formula = reference.poly_relu if activation == "polyrelu" else reference.poly_norm
-    assert result.run.coefficients is not None
-    layer = result.run.coefficients["layers"][3]
+    assert result.coefficients is not None
+    layer, (_, module) = result.coefficients["layers"][3], learned.layers(result)[3]
     learned_by = tuple(torch.tensor(layer[name], dtype=torch.float64) for name in ("weight", "bias"))
     start = (torch.full((3,), 1 / 3), torch.zeros(1))
     width = 768
     row = torch.special.ndtri((torch.arange(width, dtype=torch.float64) + 0.5) / width)
-    for told, coefficients_ in ((learned.shape(result), start), (learned.shape(result, layer), learned_by)):
+    for one, coefficients_ in ((learned.start(result), start), (module, learned_by)):
+        told = learned.shape(one, result)
         x, y = (torch.tensor(values, dtype=torch.float64) for values in (told.x, told.y))
         if activation == "polyrelu":
             assert (x.min(), x.max(), len(x)) == (-3, 3, 65)
@@ -259,7 +261,7 @@ def test_the_first_descent_is_cut_from_the_frame() -> None:
 
 def test_every_activation_has_a_look_of_its_own(make_run: RunMaker) -> None:
     assert list(drawing._DATA["activations"]) == list(REGISTRY)
-    results = [Result.of(read(make_run(name, name, {1: {"train/loss": 1.0}}))) for name in REGISTRY]
+    results = [read(make_run(name, name, {1: {"train/loss": 1.0}})) for name in REGISTRY]
     looks = drawing.looks([result.spec.entry.name for result in results])
     assert len({look.color for look in looks}) == len({look.marker for look in looks}) == len(REGISTRY)
     colors = [one for one, _ in (*drawing._DATA["activations"].values(), *drawing._DATA["spare"])]
@@ -319,7 +321,7 @@ def test_olmo_runs_show_their_model(make_run: RunMaker, tmp_path: Path) -> None:
     options = {"model": {**model, "n_heads": 4, "max_sequence_length": 128}, "global_train_batch_size": 16}
     for version in ("olmo", "olmo-moe"):
         section = {"trainer": "olmo", "upstream": version, "olmo": options, "megatron": None}
-        found = Result.of(read(make_run(version, "polynorm", metrics(4.4), options={}, **section))).facts
+        found = read(make_run(version, "polynorm", metrics(4.4), options={}, **section)).facts
         assert (found.kind, found.experts, found.active_experts) == ("moe", 4, 2)
         assert (found.layers, found.hidden, found.heads) == (4, 192, 4)
         assert (found.sequence, found.batch) == (128, 16)
@@ -335,7 +337,7 @@ def test_means_are_of_the_same_tasks(make_run: RunMaker) -> None:
         (family,) = families([result_of(run)])
         found = tables.scores(family, "task")
         assert found is not None
-        here, paper = ([values.mean() for values, _ in rows[0][1]] for _, rows in found.blocks)
+        here, paper = (frame.iloc[0].tolist() for of in found.blocks.values() for frame, _ in of.values())
         return found.columns[:-1], found.note, here, paper
 
     _, note, here, paper = side(*six)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from polycom_ext.errors import PolycomError
-from polycom_ext.report.rundir import Run, read
+from polycom_ext.report.results import Result
+from polycom_ext.report.rundir import read
 
 from .conftest import RunMaker, append, metrics
 
@@ -47,7 +48,7 @@ def test_what_is_no_run_is_named_in_one_sentence(make_run: RunMaker, tmp_path: P
         read(broken)
 
 
-def evaluations(read_run: Run) -> dict[int, float]:
+def evaluations(read_run: Result) -> dict[int, float]:
     return read_run.metrics["valid/loss"]
 
 
@@ -102,4 +103,8 @@ def test_secrets_of_the_environment_are_not_read(make_run: RunMaker) -> None:
     (run / "command.sh").write_text(script)
     found = read(run)
     assert found.command == "env HF_TOKEN=${HF_TOKEN} PORT=1 API_KEY=${API_KEY} python --seed 1234"
-    assert found.spec["environment"] == {"HF_TOKEN": "${HF_TOKEN}", "PORT": "1", "API_KEY": "${API_KEY}"}
+    assert (
+        found.spec.environment
+        == found.resolved["environment"]
+        == {"HF_TOKEN": "${HF_TOKEN}", "PORT": "1", "API_KEY": "${API_KEY}"}
+    )
