@@ -17,6 +17,13 @@ from polycom_ext.evaluation import published
 from polycom_ext.runs import adapter, record
 from polycom_ext.runs import spec as run_spec
 
+SETTINGS = {
+    "lm_eval": "lm-eval {}",
+    "data": "data: {}",
+    "limit": "the first {} documents of a task only",
+    "num_fewshot": "{} examples",
+}
+"""What a task's number depends on besides the checkpoint -> how it is said."""
 FINAL_SHARE = 0.1
 """Losses of single batches scatter: the final training loss is the mean of this last share of the values."""
 
@@ -36,7 +43,7 @@ class Result:
     evaluated: dict[str, dict[str, float]]
     """What `polycom eval` measured of the last checkpoint: accuracy in percent by `task`, loss by `text`."""
     settings: list[dict[str, str]]
-    """Of each of its tasks."""
+    """Of each of its tasks, by the names of SETTINGS."""
     versions: dict[str, Any]
     attempts: list[dict[str, Any]]
     """When the trainer was started and ended, and with what exit status."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from polycom_ext.errors import PolycomError
 from polycom_ext.evaluation import results
-from polycom_ext.report.results import Result
+from polycom_ext.report.results import SETTINGS, Result
 from polycom_ext.runs import secrets
 from polycom_ext.runs import spec as run_spec
 from polycom_ext.runs.record import Record, read_metrics
@@ -56,18 +56,15 @@ def read(path: Path) -> Result:
     if logged.unreadable_lines:
         lines = "1 line" if logged.unreadable_lines == 1 else f"{logged.unreadable_lines} lines"
         problems.append(f"{record.metrics}: {lines} that cannot be read left out")
-    learned, analysis = whole(record.read_coefficients), whole(record.read_analysis)
-    evaluated, settings = whole(lambda: _evaluation(record), ({"task": {}, "text": {}}, []))
     return Result(
         path=path,
         name=str(resolved.get("name") or path.name),
         spec=run_spec.from_mapping(resolved, str(record.spec)),
         resolved=resolved,
         metrics=logged.series,
-        coefficients=learned,
-        analysis=analysis,
-        evaluated=evaluated,
-        settings=settings,
+        coefficients=whole(record.read_coefficients),
+        analysis=whole(record.read_analysis),
+        **whole(lambda: _evaluation(record), {"evaluated": {"task": {}, "text": {}}, "settings": []}),
         versions={key: value for key, value in versions.items() if key != "attempts"},
         attempts=whole(record.attempts, []) if "attempts" in versions else [],
         command=command,
@@ -76,20 +73,17 @@ def read(path: Path) -> Result:
     )
 
 
-def _evaluation(record: Record) -> tuple[dict[str, dict[str, float]], list[dict[str, str]]]:
+def _evaluation(record: Record) -> dict[str, Any]:
     """`evaluated` and `settings` of a Result."""
     found = record.read_evaluation() or {}
     try:
-        tasks, tokens = found.get("tasks", {}), found.get("tokens", {})
+        tasks = found.get("tasks", {})
         scores = {name: results.value(name, entry) for name, entry in tasks.items()}
-        told, names = (
-            [entry["settings"] for entry in tasks.values()],
-            ("lm_eval", "data", "limit", "num_fewshot"),
-        )
-        return {
-            "task": {name: 100 * float(score) for name, score in scores.items() if score is not None},
-            "text": {label: float(entry["loss"]) for label, entry in tokens.items()},
-        }, [{name: str(one[name]) for name in names if one[name] is not None} for one in told]
+        accuracies = {name: 100 * float(score) for name, score in scores.items() if score is not None}
+        losses = {label: float(entry["loss"]) for label, entry in found.get("tokens", {}).items()}
+        told = [{name: entry["settings"][name] for name in SETTINGS} for entry in tasks.values()]
+        settings = [{name: str(value) for name, value in one.items() if value is not None} for one in told]
+        return {"evaluated": {"task": accuracies, "text": losses}, "settings": settings}
     except DAMAGE as error:
         problem = f"{record.path}: its evaluation is left out, as it cannot be understood: {error!r}"
         raise PolycomError(problem) from error

@@ -15,6 +15,7 @@ import pandas as pd
 from polycom_ext import activations
 from polycom_ext.evaluation import published
 from polycom_ext.report.families import Family
+from polycom_ext.report.results import SETTINGS
 
 DIFFERENCE_STEPS = 8
 """Columns of the table of differences, at most."""
@@ -131,9 +132,7 @@ def _compared(
     for name, frame in whole.items():
         frame[MEAN] = means.get(name, frame[averaged].mean(axis=1, skipna=False))
     base = next(iter(whole.values()))
-    return {
-        name: (frame, (frame - base)[: None if frame is not base else 0]) for name, frame in whole.items()
-    }
+    return {name: (frame, frame[:0] if frame is base else frame - base) for name, frame in whole.items()}
 
 
 def conditions(family: Family) -> str:
@@ -141,14 +140,8 @@ def conditions(family: Family) -> str:
     settings = pd.DataFrame([one for result in family.results for one in result.settings])
     if settings.empty:
         return ""
-    forms = {
-        "lm_eval": "lm-eval {}",
-        "data": "data: {}",
-        "limit": "the first {} documents of a task only",
-        "num_fewshot": "{} examples",
-    }
     found = {key: " or ".join(sorted(settings[key].dropna().unique())) for key in settings}
-    said = "; ".join(forms[key].format(values) for key, values in found.items())
+    said = "; ".join(SETTINGS[key].format(values) for key, values in found.items())
     metrics = [f"{task.title} {task.metric}" for task in published.tasks().values() if task.metric != "acc"]
     return f"{said}. Metric: acc, but {', '.join(metrics)}: the paper does not name its metrics."
 
