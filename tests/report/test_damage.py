@@ -69,7 +69,8 @@ def damaged(content: str, chance: random.Random) -> bytes:
         at = chance.randrange(len(lines))
         try:
             document = json.loads(lines[at])
-            container, key = chance.choice(list(places(document)))
+            inside = [] if isinstance(document, str) else list(places(document))
+            container, key = chance.choice(inside)
         except (ValueError, AttributeError, TypeError, IndexError):
             return data[: at + 1]
         if isinstance(container, dict) and chance.random() < 0.3:
