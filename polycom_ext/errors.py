@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class PolycomError(Exception):
@@ -12,6 +13,21 @@ class PolycomError(Exception):
 
 class MissingDependencyError(PolycomError, ImportError):
     """An optional package that an adapter needs is not installed."""
+
+
+@contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """Around imports: a package that is not installed is named, with our extra that has it.
+
+    A part that is missing of a package that is there is no such case.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or "." in error.name:
+            raise
+        said = f"{what} {error.name}: pip install 'polycom-ext[{extra}]'"
+        raise MissingDependencyError(said) from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

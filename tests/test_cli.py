@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from polycom_ext import cli
+from polycom_ext.errors import MissingDependencyError, PolycomError, needing
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
@@ -114,3 +115,14 @@ def test_a_verb_that_needs_a_place_for_temporary_files_tells_of_it(
     assert cli.main(["data", "corpus", "shakespeare", "--output", str(tmp_path / "texts")]) == 2
     assert capsys.readouterr().err == f"polycom data: {NO_PLACE}\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_package_that_is_missing_is_named_with_the_extra_that_has_it() -> None:
+    """And a module of a package that is there, or a name in one, is no such case."""
+    said = r"^tea needs no_cup: pip install 'polycom-ext\[data\]'$"
+    with pytest.raises(MissingDependencyError, match=said), needing("tea needs", "data"):
+        exec("import no_cup")
+    for statement in ("import json.no_such_part", "from json import no_such_name"):
+        with pytest.raises(ImportError) as raised, needing("tea needs", "data"):
+            exec(statement)
+        assert not isinstance(raised.value, PolycomError)

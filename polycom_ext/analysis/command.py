@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polycom_ext import arguments
-from polycom_ext.errors import MissingDependencyError, PolycomError
+from polycom_ext.errors import MissingDependencyError, PolycomError, needing
 from polycom_ext.runs.record import Record
 
 SEQUENCES, LENGTH = 4, 256
@@ -46,13 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write CSV files, figures and studies.json; a run keeps its study for `polycom report`."""
-    try:
+    with needing("figures need", "report"):
         from polycom_ext.analysis import plots, tables
         from polycom_ext.drawing import looks
-    except ImportError as error:
-        if error.name != "matplotlib":
-            raise
-        raise MissingDependencyError("figures need matplotlib: pip install 'polycom-ext[report]'") from error
     if args.output.exists() and not args.output.is_dir():
         raise PolycomError(f"the analysis cannot go to {args.output}: it is a file, not a folder")
     if args.tokens is not None and importlib.util.find_spec("transformers") is None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polycom_ext import arguments, trainers
 from polycom_ext.data.recipe import Recipe, load
-from polycom_ext.errors import MissingDependencyError, PolycomError
+from polycom_ext.errors import PolycomError, needing
 
 if TYPE_CHECKING:
     from polycom_ext.data.mixture import Count
@@ -148,18 +147,8 @@ def _of_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@contextmanager
-def _needing_packages() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"{error.name} is not installed; pip install 'polycom-ext[data]'"
-        ) from None
-
-
 def _prepare(args: argparse.Namespace) -> int:
-    with _needing_packages():
+    with needing("token files need", "data"):
         from polycom_ext.data.prepare import prepare
         from polycom_ext.data.settings import Settings
 
@@ -179,7 +168,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    with _needing_packages():
+    with needing("token files need", "data"):
         from polycom_ext.data import listing, mixture
         from polycom_ext.data.download import Downloads
         from polycom_ext.data.fetch import Order, fetch
@@ -207,7 +196,7 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    with _needing_packages():
+    with needing("token files need", "data"):
         from polycom_ext.data import listing, mixture
     recipe, output, _ = _place(args)
     sums = mixture.counts(recipe, listing.read(output, recipe), output)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from polycom_ext import arguments
-from polycom_ext.errors import MissingDependencyError
+from polycom_ext.errors import needing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,14 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the report; print where it is and what it shows."""
-    try:
+    with needing("a report needs", "report"):
         from polycom_ext.report.page import write_report
-    except ImportError as error:
-        if error.name not in ("jinja2", "matplotlib", "pandas"):
-            raise
-        raise MissingDependencyError(
-            f"a report needs {error.name}: pip install 'polycom-ext[report]'"
-        ) from error
     page, sentence = write_report(args.runs, args.output, args.title)
     print(f"Report: {page}")
     print(sentence)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -68,6 +69,15 @@ def load(text: str) -> Any:
 def dump(value: Any) -> str:
     """YAML that `load` reads back to an equal value, in which every number has its text again."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def flat(mapping: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """One mapping of all in it that is no mapping, its keys joined."""
+    found: dict[str, Any] = {}
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, separator, f"{name}{separator}") if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def holds(number: float, text: str) -> bool:

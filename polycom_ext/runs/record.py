@@ -103,6 +103,10 @@ class Record:
                 raise PolycomError(f"{self.spec} names no {key}")
         return spec
 
+    def read_command(self) -> str:
+        """What started the trainer last, nothing if it is not there."""
+        return self.command.read_text("utf-8", "replace").strip() if self.command.exists() else ""
+
     def read_versions(self) -> dict[str, Any]:
         """All of versions.json, nothing if it is not there. Raises PolycomError if it cannot be read."""
         return _parse(self.versions) if self.versions.is_file() else {}

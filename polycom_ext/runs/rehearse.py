@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from polycom_ext import files, shipped
-from polycom_ext.errors import MissingDependencyError, PolycomError
-from polycom_ext.runs import fields
+from polycom_ext.errors import PolycomError, needing
+from polycom_ext.runs import document, fields
 from polycom_ext.runs import spec as specs
 from polycom_ext.runs.adapter import StandIn, find
 from polycom_ext.runs.spec import Spec
@@ -96,14 +96,7 @@ def _overlap(one: str, other: str) -> bool:
 def on_a_cpu(trainer: str) -> dict[str, Any]:
     """What configs/cpu has for a trainer, as changes by dotted keys."""
     path = shipped.folder("configs") / "cpu" / f"{trainer}.yaml"
-    return _flat(fields.read(path, "run spec"))
-
-
-def _flat(mapping: dict[str, Any], section: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flat |= _flat(value, f"{section}{key}.") if isinstance(value, dict) else {f"{section}{key}": value}
-    return flat
+    return document.flat(fields.read(path, "run spec"))
 
 
 def stand_in(token_format: str) -> StandIn:
@@ -133,14 +126,10 @@ def make_data(chosen: Iterable[Spec]) -> None:
 
 
 def _make(token_format: str, data: StandIn) -> None:
-    try:
+    with needing("token files need", "data"):
         from polycom_ext.data.corpora import corpus
         from polycom_ext.data.prepare import prepare
         from polycom_ext.data.settings import Settings
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"{error.name} is not installed; pip install 'polycom-ext[data]'"
-        ) from None
     text = FOLDER / "text"
     corpus(CORPUS, text)
     some = text / "some.jsonl"

@@ -125,3 +125,9 @@ def test_a_resolved_spec_reads_back_equal_through_its_file(
 
 def test_another_dumper_writes_the_numbers() -> None:
     assert yaml.safe_dump(document.load("[010, 1.10]")) == "- 10\n- 1.1\n"
+
+
+def test_a_mapping_is_flattened_to_what_is_no_mapping() -> None:
+    nested: dict[str, Any] = {"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": {}, "g": None}
+    assert document.flat(nested) == {"a.b.c": 1, "a.d": [{"e": 2}], "g": None}
+    assert list(document.flat(nested, " ")) == ["a b c", "a d", "g"]
