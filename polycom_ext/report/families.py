@@ -16,7 +16,7 @@ import pandas as pd
 from polycom_ext import activations, drawing
 from polycom_ext.evaluation import published
 from polycom_ext.report.results import Result
-from polycom_ext.runs import adapter
+from polycom_ext.runs import adapter, document
 
 SLOWED = 0.1
 """A share of a run's time, beyond steps of its median length, that nothing of its own takes."""
@@ -193,25 +193,13 @@ def families(results: Sequence[Result]) -> list[Family]:
 def _settings(result: Result) -> dict[str, Any]:
     """The spec, flattened, without names, activation and seed, and paths through a folder of its name."""
     trainer = adapter.find(result.spec.trainer)
-    left_out = ("name", "activation", "sources", "rehearsal_of", f"{trainer.section}.{trainer.seed}")
+    left_out = {"name", "activation", "sources", "rehearsal_of", f"{trainer.section}.{trainer.seed}"}
     return {
         key: value
-        for key, value in flatten(result.spec.as_mapping(), ".").items()
-        if key.partition(".")[0] not in left_out
-        and key not in left_out
+        for key, value in document.flat(result.spec.as_mapping()).items()
+        if left_out.isdisjoint({key, key.partition(".")[0]})
         and not (isinstance(value, str) and result.name in PurePath(value).parts)
     }
-
-
-def flatten(mapping: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
-    """One mapping of all in it that is no mapping, its keys joined."""
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, separator, f"{prefix}{key}{separator}")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _title(result: Result) -> str:
@@ -222,20 +210,19 @@ def _title(result: Result) -> str:
 
 def _grouped(results: list[Result]) -> list[Group]:
     """In the registry's order, then by polynomial order; what repeats a seed stands in a group of its own."""
-    order = activations.names()
-    results = sorted(results, key=lambda one: (order.index(one.spec.entry.name), one.order or 0, one.name))
+
+    def place(one: Result) -> tuple[int, int, int, str]:
+        seed = -1 if one.facts.seed is None else one.facts.seed
+        return activations.names().index(one.spec.entry.name), one.order or 0, seed, one.name
+
     times: Counter[tuple[str, int | None]] = Counter()
     groups: dict[tuple[str, int], list[Result]] = {}
-    for one in results:
+    for one in sorted(results, key=place):
         times[one.title, one.facts.seed] += 1
         groups.setdefault((one.title, times[one.title, one.facts.seed]), []).append(one)
-    repeated = {title for title, time in groups if time > 1}
-    looks = drawing.looks([group[0].spec.entry.name for group in groups.values()])
-    return [
-        Group(
-            sorted(group, key=lambda one: (one.facts.seed is not None, one.facts.seed or 0)),
-            f"{title} · {group[0].name}" if title in repeated else title,
-            look,
-        )
-        for ((title, _), group), look in zip(groups.items(), looks, strict=True)
-    ]
+    repeated, names = {title for title, time in groups if time > 1}, Counter(one.name for one in results)
+    looks, made = drawing.looks([group[0].spec.entry.name for group in groups.values()]), []
+    for ((title, _), group), look in zip(groups.items(), looks, strict=True):
+        which = group[0].name if names[group[0].name] == 1 else group[0].path
+        made.append(Group(group, f"{title} · {which}" if title in repeated else title, look))
+    return made

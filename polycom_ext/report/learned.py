@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -26,8 +26,8 @@ DEFAULT_ROW = 4096
 """Length of the standard-normal row where the spec gives no FFN width."""
 
 
-def draw(learned: Having, folder: Path, slug: str) -> list[Plot]:
-    """Write the two figures as PNG files.
+def draw(learned: Having, folder: Path, slug: str, captions: Mapping[str, str]) -> list[Plot]:
+    """Write the two figures as PNG files, with captions by figures.yaml.
 
     Raises PolycomError where the coefficients of a run are another activation's.
     """
@@ -40,7 +40,11 @@ def draw(learned: Having, folder: Path, slug: str) -> list[Plot]:
     frames = [(label, look, by_layer(of)) for label, look, of in told]
     names = sorted({str(name) for _, _, frame in frames for name in frame})
     several = any(frame.index.has_duplicates for _, _, frame in frames)
-    figure, panels = studies.over_layers(names, frames, _means, "coefficient")
+
+    def means(frame: pd.DataFrame, name: str) -> list[tuple[int, float]]:
+        return list(frame.groupby("layer").mean().get(name, {}).items())
+
+    figure, panels = studies.over_layers(names, frames, means, "coefficient")
     for ax, name in zip(panels, names, strict=False):
         for (_, look, frame), module in zip(frames, starts, strict=True):
             if name in frame:
@@ -48,9 +52,8 @@ def draw(learned: Having, folder: Path, slug: str) -> list[Plot]:
                 if several:
                     ax.plot(frame[name], ".", color=look.color, alpha=0.35, markersize=2)
     notes = dict.fromkeys(getattr(module, "note", "") for module in starts)
-    points = ["Small points: several sets in one layer; lines: their mean."] * several
-    said = " ".join(filter(None, ["Dotted: at the start. Each panel has its own scale.", *notes, *points]))
-    caption = f"{after}, by layer, the first layer being 0. {said}"
+    said = [captions["coefficients"].format(after), *notes, captions["sets"] * several]
+    caption = " ".join(filter(None, said))
     plots = [save(figure, folder / f"{slug}-coefficients.png", "Learned coefficients", caption)]
 
     having = [
@@ -58,12 +61,9 @@ def draw(learned: Having, folder: Path, slug: str) -> list[Plot]:
         for (label, look, of), one in zip(told, results, strict=True)
     ]
     figure = studies.functions(having, [shape(*each) for each in zip(starts, results, strict=True)])
-    caption = f"{after}, one curve a layer; dashed: at the start of training."
+    caption = captions["shapes"].format(after)
     if any(one.spec.entry.normalizes for one in results):
-        caption += (
-            " An activation that normalises acts on a whole row: it is shown on one row of the FFN's width, "
-            "the quantiles of the standard normal distribution."
-        )
+        caption += f" {captions['row']}"
     title = "Shape of the learned activations"
     return [*plots, save(figure, folder / f"{slug}-shapes.png", title, caption)]
 
@@ -76,15 +76,13 @@ def layers(result: Result) -> list[tuple[int, torch.nn.Module]]:
     found = []
     for position, entry in enumerate((result.coefficients or {})["layers"]):
         number, values, module = re.search(r"\.(\d+)(\.|$)", entry["name"]), parameters(entry), start(result)
+        state = {name: torch.tensor(one, dtype=torch.float64) for name, one in values.items()}
         try:
-            module.load_state_dict(
-                {name: torch.tensor(one, dtype=torch.float64) for name, one in values.items()}
-            )
+            module.load_state_dict(state)
         except RuntimeError:
-            raise PolycomError(
-                f"{Record(result.path).coefficients} does not hold {result.spec.activation!r}: it has "
-                + ", ".join(f"{name} of {len(value)}" for name, value in sorted(values.items()))
-            ) from None
+            has = ", ".join(f"{name} of {len(value)}" for name, value in sorted(values.items()))
+            lacking = f"{Record(result.path).coefficients} does not hold {result.spec.activation!r}"
+            raise PolycomError(f"{lacking}: it has {has}") from None
         found.append((int(number[1]) if number else position, module))
     return found
 
@@ -99,10 +97,6 @@ def by_layer(learned: Sequence[tuple[int, torch.nn.Module]]) -> pd.DataFrame:
     """Ascending, a column a coefficient by its title."""
     told = pd.DataFrame([{**coefficients(module), "layer": layer} for layer, module in learned])
     return told.set_index("layer").sort_index()
-
-
-def _means(frame: pd.DataFrame, name: str) -> list[tuple[int, float]]:
-    return list(frame.groupby("layer")[name].mean().items()) if name in frame else []
 
 
 def shape(module: torch.nn.Module, result: Result) -> Shape:

@@ -18,7 +18,7 @@ from polycom_ext._version import __version__
 from polycom_ext.drawing import Plot
 from polycom_ext.errors import PolycomError
 from polycom_ext.report import rundir, tables
-from polycom_ext.report.families import Family, families, flatten
+from polycom_ext.report.families import Family, families
 from polycom_ext.report.plots import draw
 from polycom_ext.report.results import FINAL_SHARE, Result
 from polycom_ext.report.sentence import summarize
@@ -56,14 +56,15 @@ def write_report(run_dirs: Sequence[Path], output: Path, title: str) -> tuple[Pa
 
 def _versions(results: Sequence[Result]) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Versions and patch states that all runs share, and for each run those that differ."""
-    flat = [flatten(result.versions, " ").items() for result in results]
-    told = [
-        {key: ", ".join(map(str, one)) if isinstance(one, list) else str(one) for key, one in of}
-        for of in flat
-    ]
-    shared = [key for key, value in told[0].items() if all(one.get(key) == value for one in told)]
-    individual = [{key: value for key, value in one.items() if key not in shared} for one in told]
-    return {key: told[0][key] for key in shared}, individual
+    flat = [document.flat(one.versions, " ").items() for one in results]
+    told = pd.DataFrame([{name: _text(value) for name, value in of} for of in flat])
+    shared = told.nunique(dropna=False) == 1
+    individual = [one.dropna().to_dict() for _, one in told.loc[:, ~shared].iterrows()]
+    return told.loc[0, shared].to_dict(), individual
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _render(

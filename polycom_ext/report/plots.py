@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def draw(family: Family, folder: Path, problems: list[str]) -> list[Plot]:
     with drawing.style():
         plots = [_curves(entry, family, seen, folder) for entry in _DATA["figures"]]
         plots.append(_finals(family, folder))
-        for kept, figures in {"coefficients": learned.draw, "analysis": _studied}.items():
-            plots += sound(kept, figures, _having(family, kept))
+        drawn = partial(learned.draw, captions=_DATA["captions"])
+        plots += sound("coefficients", drawn, _having(family, "coefficients"))
+        plots += sound("analysis", _studied, _having(family, "analysis"))
     return [plot for plot in plots if plot]
 
 
@@ -181,9 +183,8 @@ def _finals(family: Family, folder: Path) -> Plot | None:
             points, color = values.get(group.label, pd.Series()).dropna(), group.look.color
             ax.plot(points, [place] * len(points), group.look.marker, color=color, alpha=0.55)
             if len(points) > 1:
-                ax.errorbar(
-                    *(points.mean(), place), xerr=points.std(), fmt="|", color=color, markersize=9, capsize=2
-                )
+                bars = {"xerr": points.std(), "fmt": "|", "color": color, "markersize": 9, "capsize": 2}
+                ax.errorbar(points.mean(), place, **bars)
         ax.set_yticks(range(len(groups)), [group.label for group in groups])
         ax.set_title(title, loc="left")
     caption = _DATA["captions"]["finals"].format(family.baseline.label)

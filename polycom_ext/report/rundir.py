@@ -42,51 +42,44 @@ def read(path: Path) -> Result:
         )
     problems: list[str] = []
 
-    def whole(part: Callable[[], Any], otherwise: Any = None) -> Any:
+    def whole(what: str, part: Callable[[], Any], otherwise: Any = None) -> Any:
         try:
             return part()
         except DAMAGE as error:
-            problems.append(str(error))
+            unclear = f"{path}: its {what} is left out, as it cannot be understood: {error!r}"
+            problems.append(str(error) if isinstance(error, PolycomError) else unclear)
             return otherwise
 
-    script = record.command
-    command = whole(lambda: script.read_text("utf-8", "replace").strip() if script.exists() else "", "")
-    resolved, command = _without_secrets(resolved, command)
-    versions = whole(record.read_versions, {})
-    if logged.unreadable_lines:
-        lines = "1 line" if logged.unreadable_lines == 1 else f"{logged.unreadable_lines} lines"
-        problems.append(f"{record.metrics}: {lines} that cannot be read left out")
+    resolved, command = _without_secrets(resolved, whole("command", record.read_command, ""))
+    versions = whole("list of versions", record.read_versions, {})
+    if lines := logged.unreadable_lines:
+        problems.append(f"{record.metrics}: {lines} line{'s' * (lines > 1)} that cannot be read left out")
     return Result(
         path=path,
         name=str(resolved.get("name") or path.name),
         spec=run_spec.from_mapping(resolved, str(record.spec)),
         resolved=resolved,
         metrics=logged.series,
-        coefficients=whole(record.read_coefficients),
-        analysis=whole(record.read_analysis),
-        **whole(lambda: _evaluation(record), {"evaluated": {"task": {}, "text": {}}, "settings": []}),
+        coefficients=whole("file of coefficients", record.read_coefficients),
+        analysis=whole("analysis", record.read_analysis),
+        **whole("evaluation", lambda: _evaluation(record.read_evaluation() or {}), _evaluation({})),
         versions={key: value for key, value in versions.items() if key != "attempts"},
-        attempts=whole(record.attempts, []) if "attempts" in versions else [],
+        attempts=whole("list of attempts", record.attempts, []) if "attempts" in versions else [],
         command=command,
         last_logged=datetime.fromtimestamp(record.metrics.stat().st_mtime),
         problems=problems,
     )
 
 
-def _evaluation(record: Record) -> dict[str, Any]:
+def _evaluation(found: dict[str, Any]) -> dict[str, Any]:
     """`evaluated` and `settings` of a Result."""
-    found = record.read_evaluation() or {}
-    try:
-        tasks = found.get("tasks", {})
-        scores = {name: results.value(name, entry) for name, entry in tasks.items()}
-        accuracies = {name: 100 * float(score) for name, score in scores.items() if score is not None}
-        losses = {label: float(entry["loss"]) for label, entry in found.get("tokens", {}).items()}
-        told = [{name: entry["settings"][name] for name in SETTINGS} for entry in tasks.values()]
-        settings = [{name: str(value) for name, value in one.items() if value is not None} for one in told]
-        return {"evaluated": {"task": accuracies, "text": losses}, "settings": settings}
-    except DAMAGE as error:
-        problem = f"{record.path}: its evaluation is left out, as it cannot be understood: {error!r}"
-        raise PolycomError(problem) from error
+    tasks = found.get("tasks", {})
+    scores = {name: results.value(name, entry) for name, entry in tasks.items()}
+    accuracies = {name: 100 * float(score) for name, score in scores.items() if score is not None}
+    losses = {label: float(entry["loss"]) for label, entry in found.get("tokens", {}).items()}
+    asked = [{name: entry["settings"][name] for name in SETTINGS} for entry in tasks.values()]
+    settings = [{name: str(value) for name, value in one.items() if value is not None} for one in asked]
+    return {"evaluated": {"task": accuracies, "text": losses}, "settings": settings}
 
 
 def _without_secrets(spec: dict[str, Any], command: str) -> tuple[dict[str, Any], str]:

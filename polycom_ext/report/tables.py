@@ -152,10 +152,11 @@ def write_csv(families: Sequence[Family], folder: Path) -> None:
     Measured numbers first, the paper's last; empty where there is none.
     """
     runs = pd.DataFrame([row for family in families for row in _rows(family)], dtype=object)
-    paper = [name for name in runs if name.startswith("paper")]
-    measured = [name for name in runs if name not in (*_DESCRIBED, *paper)]
+    described, found = np.split(runs.columns, [runs.columns.get_loc("tokens")])
+    paper = [name for name in found if name.startswith("paper")]
+    measured = [name for name in found if name not in paper]
     options: Any = {"index": False, "encoding": "utf-8", "errors": "backslashreplace"}
-    runs[[*_DESCRIBED, *measured, *paper]].to_csv(folder / "results.csv", **options)
+    runs[[*described, *measured, *paper]].to_csv(folder / "results.csv", **options)
     counted = runs[runs["counted"].astype(bool)].astype(dict.fromkeys(measured, float))
     groups = counted.groupby(["family", "group"], sort=False)
     aggregates = [(name, methodcaller(name, skipna=False)) for name in ("mean", "std")]
@@ -167,30 +168,25 @@ def write_csv(families: Sequence[Family], folder: Path) -> None:
     told.reset_index().to_csv(folder / "groups.csv", **options)
 
 
-_DESCRIBED = (
-    *("family", "group", "run", "activation", "order", "seed", "counted"),
-    *("ffn_width", "ffn_parameters", "step", "target_step"),
-)
-"""Columns that say what a run is; the others are measured, or the paper's."""
-
-
 def _rows(family: Family) -> Iterator[dict[str, Any]]:
     against, faster = differences(family), {x: speedups(family, x) for x in ("tokens", "hours")}
     last: Any = against.iloc[-1] if len(against) else {}
     units = {"text/": ("valid/", "/loss"), "task/": ("eval/", "/accuracy_percent")}
     for group, one in [(each, one) for each in family.groups for one in each.results]:
-        seed, spec = str(one.facts.seed), one.spec
-        what = (family.title, group.label, one.name, spec.entry.name, one.order, one.facts.seed)
-        size = (
-            one in group.counted.values(),
-            spec.matched_ffn_width,
-            one.ffn_parameters,
-            one.step,
-            one.target,
-        )
+        seed = str(one.facts.seed)
         ends = {name: (units[name[:5]], one.final(name)) for name in one.curves if name[:5] in units}
         yield {
-            **dict(zip(_DESCRIBED, (*what, *size), strict=True)),
+            "family": family.title,
+            "group": group.label,
+            "run": one.name,
+            "activation": one.spec.entry.name,
+            "order": one.order,
+            "seed": one.facts.seed,
+            "counted": one in group.counted.values(),
+            "ffn_width": one.spec.matched_ffn_width,
+            "ffn_parameters": one.ffn_parameters,
+            "step": one.step,
+            "target_step": one.target,
             **one.numbers,
             "validation_loss_minus_baseline": last.get((group.label, seed)),
             **{f"speedup_in_{x}": found[group.label].get(seed) for x, found in faster.items() if found},

@@ -74,6 +74,14 @@ def test_a_title_that_occurs_twice_gets_the_run_s_name(make_run: RunMaker) -> No
     assert [group.label for group in family.groups] == ["PolyNorm · one", "PolyNorm · two"]
 
 
+def test_runs_that_share_their_name_are_told_apart_by_their_folders(make_run: RunMaker) -> None:
+    one, two = (make_run(folder, "polynorm", metrics(loss)) for folder, loss in (("one", 4.3), ("two", 4.4)))
+    (two / "run.yaml").write_text((one / "run.yaml").read_text())
+    (family,) = grouped(one, two)
+    found = {group.label: round(group.final("validation").item(), 2) for group in family.groups}
+    assert found == {f"PolyNorm · {one}": 4.3, f"PolyNorm · {two}": 4.4}
+
+
 def test_orders_stand_in_ascending_order(make_run: RunMaker) -> None:
     (family,) = grouped(make_run("a", "polynorm-4", metrics(4.3)), make_run("b", "polynorm", metrics(4.4)))
     assert [group.label for group in family.groups] == ["PolyNorm", "PolyNorm (order 4)"]
