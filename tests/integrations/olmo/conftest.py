@@ -90,8 +90,9 @@ class Run:
     def refusal(self) -> str:
         """What a refused run said, once for all ranks."""
         assert 2 in self.statuses, self.log[-3000:]
-        assert set(self.statuses) <= {2, -9}, (
-            "a rank was killed because another one refused, or refused itself"
+        lost = {1} if "Connection closed by peer" in self.log else set()
+        assert set(self.statuses) <= {2, -9, *lost}, (
+            "a rank refused, or was killed or lost its peer because another one did"
         )
         return next(line for line in self.log.splitlines() if line.startswith("polycom: error: "))
 
