@@ -128,6 +128,7 @@ def _seconds(statement: str, times: int = 3) -> float:
     return best
 
 
+@pytest.mark.full
 def test_import_costs_little_more_than_torch() -> None:
     _seconds("from polycom_ext import PolyNorm", times=1)  # page in
     assert _seconds("from polycom_ext import PolyNorm") < _seconds("import torch") + 0.2

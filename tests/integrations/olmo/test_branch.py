@@ -183,9 +183,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "layout", ["sparse", *(pytest.param(name, marks=pytest.mark.full) for name in ("grouped", "capacity"))]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_kill_and_resume_on_the_branch_is_the_straight_run(train_branch: Trainer, layout: str) -> None:
     settings: dict[str, Any] = {
         "moe": True,
