@@ -146,7 +146,7 @@ def commands(base: Path, device: str, short: bool) -> dict[str, list[str]]:
     checks = [python, "benchmarks/checks.py", "--device", device]
     train = [python, "-m", "polycom_ext.cli", "run", "benchmarks/one-gpu.yaml", "--output", f"{base}-runs"]
     few = ["--set", "megatron.num-layers=4", "--each", "activation=gelu,polynorm"]
-    if short:
+    if short or not gpu:
         steps = ("megatron.train-iters=4", "megatron.lr-warmup-iters=1", "activation=polynorm")
         few = ["--rehearse", *(word for step in steps for word in ("--set", step))]
     sanitizer = find_sanitizer() if gpu else None

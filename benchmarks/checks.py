@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import statistics
 import sys
 import time
 import traceback
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from activations import on_gpu
 from numerics import (
     TOLERANCE,
     Setting,
@@ -257,21 +259,16 @@ def transformer_engine(setting: Setting, recipe: str) -> str:
     if wrong := {name: off for name, off in found.items() if off > TE_TOLERANCE[recipe]}:
         raise AssertionError(", ".join(f"{name} is off by {off:.1e}" for name, off in wrong.items()))
     told = [f"{name} differs by {off:.1e}" for name, off in found.items()]
-    times = [f"{title} {_milliseconds(run, one):.2f} ms" for title, one in (("TE", block), ("plain", plain))]
+    times = [
+        f"{title} {_milliseconds(setting.device, run, one):.2f} ms"
+        for title, one in (("TE", block), ("plain", plain))
+    ]
     return ", ".join([*told, *times])
 
 
-def _milliseconds(run: Callable[[nn.Module], object], module: nn.Module) -> float:
+def _milliseconds(device: torch.device, run: Callable[[nn.Module], object], module: nn.Module) -> float:
     """The median of ten calls on a GPU."""
-    times = []
-    for _ in range(10):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run(module)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(float(begin.elapsed_time(end)))
-    return sorted(times)[5]
+    return statistics.median(on_gpu(device, lambda: run(module))[0] for _ in range(10))
 
 
 CHECKS: dict[str, Callable[[Setting], str]] = {
